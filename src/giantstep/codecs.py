@@ -1,0 +1,17 @@
+"""The codec of this library's objects: the base kinds, and torch's once something of torch's is met."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from giantstep.format.codec import BASE_KINDS, Codec, Kind
+
+
+def _torch_kinds() -> Iterable[Kind]:
+    # Imported only here, so that looking into a checkpoint needs torch only where torch's values are.
+    from giantstep.mapping.torch_kinds import torch_kinds
+
+    return torch_kinds()
+
+
+OBJECT_CODEC = Codec(BASE_KINDS, _torch_kinds)

@@ -1,0 +1,100 @@
+"""`publish`: from durable data files to a committed checkpoint. Runs on rank 0 alone."""
+
+from __future__ import annotations
+
+import datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from giantstep.errors import IncompleteError, StoreError
+from giantstep.format.index import Index, encode_index
+from giantstep.format.names import RECORD_NAME, index_file_name
+from giantstep.format.record import CommitRecord, FileEntry, IndexEntry, Json, Totals, encode_record
+from giantstep.storage.base import Store, read_all
+
+
+def library_name() -> str:
+    """Name and version of this library, as the commit record states it."""
+    try:
+        return f"giantstep {version('giantstep')}"
+    except PackageNotFoundError:
+        return "giantstep (not installed)"
+
+
+def current_record(store: Store) -> bytes | None:
+    """The bytes of the commit record that is in force, whatever they are; None if there is none."""
+    try:
+        return read_all(store, RECORD_NAME, 1 << 30)
+    except FileNotFoundError:
+        return None
+
+
+def publish(
+    store: Store,
+    save_id: str,
+    index: Index,
+    files: tuple[FileEntry, ...],
+    *,
+    world_size: int,
+    block_bytes: int,
+    content_metadata: Json,
+    before: bytes | None,
+) -> CommitRecord:
+    """Commit. When it returns, the checkpoint exists and survives a crash; when it raises, see below.
+
+    Args:
+        index, files: what was written; all files are durable already.
+        before: what `current_record` returned when the save began.
+
+    Raises:
+        IncompleteError: a data file is not visible here or has another size. Nothing was published.
+        StoreError: another save was committed to this place meanwhile. Nothing was published.
+        OSError: a storage operation failed: if it was the last one, the new checkpoint may or may not be
+            there after a power loss; either way the one in force is complete.
+    """
+    _check_files(store, files)
+    if current_record(store) != before:
+        raise StoreError(f"another save was committed to {store.location} while this one was writing; this one is given up")
+    encoded = encode_index(index, save_id, block_bytes)
+    name = index_file_name(save_id)
+    handle = store.create(name, len(encoded.data), direct=False)
+    try:
+        handle.write_at(0, encoded.data)
+        # Invariant: the index is durable before the record that names it.
+        handle.sync()
+    finally:
+        handle.close()
+    store.sync_names("")
+    record = CommitRecord(
+        save_id=save_id,
+        library=library_name(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        world_size=world_size,
+        block_bytes=block_bytes,
+        index=IndexEntry(name, len(encoded.data), encoded.head_bytes, encoded.head_digest),
+        files=files,
+        totals=Totals(
+            tensors=len(index.tensor_dtype),
+            chunks=len(index.chunk_file),
+            objects=len(index.object_file),
+            bytes=int(index.chunk_bytes.sum() + index.object_bytes.sum()),
+        ),
+        content_metadata=content_metadata,
+    )
+    store.publish(RECORD_NAME, encode_record(record), f"{RECORD_NAME}.{save_id}.tmp")
+    return record
+
+
+def _check_files(store: Store, files: tuple[FileEntry, ...]) -> None:
+    """Every data file must be visible from here: a checkpoint on disks that are not shared would be lost."""
+    for file in files:
+        try:
+            found = store.size(file.name)
+        except FileNotFoundError as error:
+            raise IncompleteError(
+                f"data file {file.name}, written by rank {file.rank}, is not visible from rank 0 in {store.location}. "
+                "All ranks must save to one shared place."
+            ) from error
+        if found != file.bytes:
+            raise IncompleteError(
+                f"data file {file.name}, written by rank {file.rank}, has {found} bytes, expected {file.bytes}"
+            )

@@ -1,0 +1,128 @@
+"""The safetensors container: laying out entries behind a header, and reading such a header.
+
+A file is 8 bytes of header length (little endian), a JSON header padded with spaces, and the entries'
+bytes without gaps. The public safetensors library opens what is laid out here. Not here: what entries
+mean (`data_file`, `index`), writing or reading files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from giantstep.errors import BadArgumentError, CorruptionError
+
+# The safetensors library refuses longer headers.
+MAX_HEADER_BYTES = 100_000_000
+DATA_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry: its name, container dtype and shape as safetensors counts them, and its size in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedEntry:
+    """An entry found in a header: dtype, shape, and the bytes [start, stop) of the file that hold it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def lay_out(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
+    """The header, padded so that data begin at a multiple of 4096, and each entry's first byte in the file.
+
+    Raises:
+        BadArgumentError: two entries have one name, or the header would be longer than safetensors allows.
+    """
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for entry in entries:
+        if entry.name in fields:
+            raise BadArgumentError(f"two entries of one data file are named {entry.name!r}")
+        fields[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": (position, position + entry.bytes),
+        }
+        position += entry.bytes
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    data_start = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+    if data_start - 8 > MAX_HEADER_BYTES:
+        raise BadArgumentError(
+            f"a safetensors header of {data_start - 8} bytes is longer than the {MAX_HEADER_BYTES} allowed; "
+            "lower max_file_bytes so that entries spread over more files"
+        )
+    header = (data_start - 8).to_bytes(8, "little") + text.ljust(data_start - 8)
+    starts = []
+    for entry in entries:
+        starts.append(data_start)
+        data_start += entry.bytes
+    return header, starts
+
+
+def header_bytes_bound(entry: Entry) -> int:
+    """At least the bytes that `entry` adds to a header."""
+    return len(json.dumps(entry.name).encode()) + 24 * len(entry.shape) + 120
+
+
+def _pairs_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
+
+
+def parse_header(data: bytes | memoryview, file_bytes: int, what: str) -> tuple[dict[str, PlacedEntry], dict[str, str], int]:
+    """Entries by name, metadata, and the first byte of the data, from the leading bytes of a container.
+
+    Args:
+        data: leading bytes that hold the whole header.
+        file_bytes: size of the whole file; no entry may reach beyond it.
+        what: the file's name, for errors.
+
+    Raises:
+        CorruptionError: anything is not as `lay_out` writes it.
+    """
+    length = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
+    if not 0 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
+        raise CorruptionError(f"{what}: header of {length} bytes does not fit the {len(data)} bytes it must lie in")
+    try:
+        fields = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=_pairs_once)
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(f"{what}: header is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CorruptionError(f"{what}: header is not a JSON object")
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptionError(f"{what}: metadata is not a mapping of strings")
+    data_start = 8 + length
+    return {name: _placed(name, field, data_start, file_bytes, what) for name, field in fields.items()}, metadata, data_start
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _placed(name: str, field: object, data_start: int, file_bytes: int, what: str) -> PlacedEntry:
+    bad = CorruptionError(f"{what}: entry {name!r:.100} of the header is malformed: {field!r:.200}")
+    if not isinstance(field, dict):
+        raise bad
+    dtype, shape, offsets = field.get("dtype"), field.get("shape"), field.get("data_offsets")
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise bad
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise bad
+    start, stop = data_start + offsets[0], data_start + offsets[1]
+    if not start <= stop <= file_bytes:
+        raise bad
+    return PlacedEntry(dtype, tuple(shape), start, stop)

@@ -1,0 +1,221 @@
+"""The commit record `checkpoint.json`: written last; a checkpoint exists if and only if it is there and intact.
+
+JSON that a person can read. Its last line but one is a digest of every byte before that line. Not here:
+publishing it (`commit`), reading it from a store (`reading`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from giantstep.errors import BadArgumentError, CorruptionError
+from giantstep.format.digests import anchor_digest
+from giantstep.format.names import RECORD_NAME, is_data_file, is_index_file, is_save_id
+from giantstep.format.versions import CURRENT, check_version
+
+Json: TypeAlias = Any
+
+FORMAT = "giantstep"
+MAX_RECORD_BYTES = 1 << 30
+_MAX_INT = 1 << 62
+
+_DIGEST_LINE = re.compile(rb'  "digest": "(sha256:[0-9a-f]{64})"\n\}\n')
+_DIGEST_LINE_BYTES = len(b'  "digest": "sha256:') + 64 + len(b'"\n}\n')
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A data file: its name in the checkpoint directory, size, and the rank that wrote it."""
+
+    name: str
+    bytes: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """The index file. `head_bytes` leading bytes hold its header and the checksums of the rest."""
+
+    name: str
+    bytes: int
+    head_bytes: int
+    head_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counts for people: `bytes` is the payload of all chunks and objects, each stored once."""
+
+    tensors: int
+    chunks: int
+    objects: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRecord:
+    """Everything that `checkpoint.json` says.
+
+    Attributes:
+        save_id: id that all files of the save carry.
+        library: name and version of the writer.
+        created: UTC time of the commit, ISO 8601.
+        world_size: ranks that saved.
+        block_bytes: size of the checksummed blocks of data files and index.
+        index, files, totals: see their classes.
+        content_metadata: the user's own JSON value.
+        version: format version.
+    """
+
+    save_id: str
+    library: str
+    created: str
+    world_size: int
+    block_bytes: int
+    index: IndexEntry
+    files: tuple[FileEntry, ...]
+    totals: Totals
+    content_metadata: Json
+    version: str = CURRENT
+
+
+def check_content_metadata(value: Json) -> None:
+    """Raise `BadArgumentError` unless `value` survives JSON unchanged."""
+    try:
+        survived = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadArgumentError(f"content_metadata must be a JSON value: {error}") from error
+    if survived != value:
+        raise BadArgumentError(
+            f"content_metadata must be a JSON value that reads back equal (no tuples, no keys but strings): "
+            f"{value!r} would read back as {survived!r}"
+        )
+
+
+def encode_record(record: CommitRecord) -> bytes:
+    """The bytes of `checkpoint.json`."""
+    body = {
+        "format": FORMAT,
+        "format_version": record.version,
+        "save_id": record.save_id,
+        "library": record.library,
+        "created": record.created,
+        "world_size": record.world_size,
+        "block_bytes": record.block_bytes,
+        "totals": {
+            "tensors": record.totals.tensors,
+            "chunks": record.totals.chunks,
+            "objects": record.totals.objects,
+            "bytes": record.totals.bytes,
+        },
+        "index": {
+            "name": record.index.name,
+            "bytes": record.index.bytes,
+            "head_bytes": record.index.head_bytes,
+            "head_digest": record.index.head_digest,
+        },
+        "content_metadata": record.content_metadata,
+        "files": [{"name": file.name, "bytes": file.bytes, "rank": file.rank} for file in record.files],
+    }
+    text = json.dumps(body, indent=2, allow_nan=False).encode("ascii")
+    signed = text.removesuffix(b"\n}") + b",\n"
+    return signed + b'  "digest": "' + anchor_digest(signed).encode() + b'"\n}\n'
+
+
+def decode_record(data: bytes, what: str) -> CommitRecord:
+    """Inverse of `encode_record`; `what` names the file in errors.
+
+    Raises:
+        CorruptionError: the digest does not fit, or a field is not what it must be.
+        VersionError: intact, but of a newer major version.
+    """
+    signed, digest_line = data[:-_DIGEST_LINE_BYTES], data[-_DIGEST_LINE_BYTES:]
+    match = _DIGEST_LINE.fullmatch(digest_line)
+    if match is None or match[1].decode() != anchor_digest(signed):
+        raise CorruptionError(
+            f"commit record {what} is damaged: its digest does not fit its {len(data)} bytes. "
+            "Restore the file from a copy, or load another step."
+        )
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(f"commit record {what} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise CorruptionError(f"commit record {what} is not giantstep's: expected format {FORMAT!r}")
+    check_version(fields.get("format_version"), f"commit record {what}")
+    return _Fields(fields, what).record()
+
+
+class _Fields:
+    """Typed access to the decoded JSON; every surprise is a `CorruptionError` naming the field."""
+
+    def __init__(self, fields: dict[str, Json], what: str) -> None:
+        self._fields = fields
+        self._what = what
+
+    def _bad(self, name: str, value: object, expected: str) -> CorruptionError:
+        return CorruptionError(f"commit record {self._what}: field {name!r} is {value!r:.100}, expected {expected}")
+
+    def text(self, name: str) -> str:
+        value = self._fields.get(name)
+        if not isinstance(value, str):
+            raise self._bad(name, value, "a string")
+        return value
+
+    def number(self, name: str) -> int:
+        value = self._fields.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX_INT:
+            raise self._bad(name, value, "an integer from 0 to 2**62")
+        return value
+
+    def nested(self, name: str) -> _Fields:
+        value = self._fields.get(name)
+        if not isinstance(value, dict):
+            raise self._bad(name, value, "an object")
+        return _Fields(value, self._what)
+
+    def file_entry(self) -> FileEntry:
+        name = self.text("name")
+        if not is_data_file(name):
+            raise self._bad("name", name, f"a data file's name in the directory of {RECORD_NAME}")
+        return FileEntry(name, self.number("bytes"), self.number("rank"))
+
+    def files(self) -> tuple[FileEntry, ...]:
+        value = self._fields.get("files")
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self._bad("files", value, "a list of objects")
+        entries = tuple(_Fields(item, self._what).file_entry() for item in value)
+        if len({entry.name for entry in entries}) != len(entries):
+            raise self._bad("files", "a name that appears twice", "distinct names")
+        return entries
+
+    def index_entry(self) -> IndexEntry:
+        name, size, head = self.text("name"), self.number("bytes"), self.number("head_bytes")
+        if not is_index_file(name):
+            raise self._bad("name", name, "an index file's name")
+        if head > size:
+            raise self._bad("head_bytes", head, f"at most the file's {size} bytes")
+        return IndexEntry(name, size, head, self.text("head_digest"))
+
+    def record(self) -> CommitRecord:
+        save_id, block_bytes = self.text("save_id"), self.number("block_bytes")
+        if not is_save_id(save_id):
+            raise self._bad("save_id", save_id, "a save id")
+        if block_bytes < 1:
+            raise self._bad("block_bytes", block_bytes, "a positive number")
+        totals = self.nested("totals")
+        return CommitRecord(
+            save_id=save_id,
+            library=self.text("library"),
+            created=self.text("created"),
+            world_size=self.number("world_size"),
+            block_bytes=block_bytes,
+            index=self.nested("index").index_entry(),
+            files=self.files(),
+            totals=Totals(totals.number("tensors"), totals.number("chunks"), totals.number("objects"), totals.number("bytes")),
+            content_metadata=self._fields.get("content_metadata"),
+            version=self.text("format_version"),
+        )

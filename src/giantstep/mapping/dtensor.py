@@ -1,0 +1,122 @@
+"""DTensor to regions: any mesh, any placements that shard or replicate.
+
+The indices that a rank holds of one dimension follow from the splits applied to it, in order; a dimension may
+come out as several runs (strided sharding), so a DTensor's local tensor is a product of runs: several boxes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from giantstep.errors import BadArgumentError
+from giantstep.shards.region import Region
+from giantstep.shards.splits import Run, Split, runs_after
+
+
+@dataclass(frozen=True, slots=True)
+class DTensorShard:
+    """One rank's part of a DTensor.
+
+    Attributes:
+        pieces: (region of the global tensor, view of the local tensor); views share its memory.
+        mesh: identifies the set of ranks over which it is distributed, equal on all of them.
+        mesh_size: number of those ranks.
+    """
+
+    pieces: list[tuple[Region, torch.Tensor]]
+    mesh: int
+    mesh_size: int
+
+
+def shard_of_dtensor(key: str, tensor: DTensor) -> DTensorShard:
+    """Regions that this rank holds of a DTensor; none if it is not in the mesh.
+
+    Raises:
+        BadArgumentError: a placement is Partial, or the local tensor has not the shape that the placements imply.
+    """
+    mesh = tensor.device_mesh
+    ranks = mesh.mesh.tolist()
+    name = int.from_bytes(hashlib.sha256(repr(ranks).encode()).digest()[:8], "little") >> 1
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return DTensorShard([], name, mesh.size())
+    spec: Any = tensor._spec
+    splits = splits_per_dimension(
+        key, tensor.ndim, tensor.placements, tuple(mesh.shape), coordinate, getattr(spec, "shard_order", None)
+    )
+    runs = [runs_after(length, parts) for length, parts in zip(tensor.shape, splits, strict=True)]
+    local = tensor.to_local() if not hasattr(tensor, "_local_tensor") else tensor._local_tensor
+    expected = tuple(sum(count for _, count in found) for found in runs)
+    if tuple(local.shape) != expected:
+        raise BadArgumentError(
+            f"tensor {key!r}: placements {tensor.placements} of shape {tuple(tensor.shape)} on mesh {tuple(mesh.shape)} give "
+            f"this rank a local shape of {expected}, but the local tensor has {tuple(local.shape)}. A DTensor made by "
+            "from_local with uneven shards needs its global shape and stride given."
+        )
+    return DTensorShard(_boxes(runs, local), name, mesh.size())
+
+
+def _boxes(runs: list[list[Run]], local: torch.Tensor) -> list[tuple[Region, torch.Tensor]]:
+    pieces = []
+    for combination in itertools.product(*(_with_positions(found) for found in runs)):
+        region = Region(tuple(first for first, _, _ in combination), tuple(count for _, count, _ in combination))
+        view = local
+        for axis, (_, count, position) in enumerate(combination):
+            view = view.narrow(axis, position, count)
+        pieces.append((region, view))
+    return pieces
+
+
+def _with_positions(runs: list[Run]) -> list[tuple[int, int, int]]:
+    """(first index, count, position in the local dimension) of each run."""
+    found, position = [], 0
+    for first, count in runs:
+        found.append((first, count, position))
+        position += count
+    return found
+
+
+def splits_per_dimension(
+    key: str,
+    dims: int,
+    placements: Sequence[Any],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    shard_order: Any = None,
+) -> list[list[Split]]:
+    """For each tensor dimension the splits applied to it, first one first.
+
+    Args:
+        shard_order: torch's record of an order of mesh dimensions other than left to right, or None.
+    """
+    splits: list[list[Split]] = [[] for _ in range(dims)]
+    for mesh_dim in _application_order(placements, shard_order):
+        placement = placements[mesh_dim]
+        if placement.is_partial():
+            raise BadArgumentError(
+                f"tensor {key!r} is Partial over mesh dimension {mesh_dim}: its ranks hold addends of values that "
+                "exist nowhere yet, so there is nothing to save. Redistribute it to Replicate() or Shard() first."
+            )
+        if placement.is_replicate():
+            continue
+        axis = getattr(placement, "dim", None)
+        if not isinstance(axis, int) or not -dims <= axis < dims:
+            raise BadArgumentError(f"tensor {key!r}: placement {placement} cannot be described; expected Shard or Replicate")
+        factor = int(getattr(placement, "split_factor", 1))
+        splits[axis].append(Split(int(mesh_shape[mesh_dim]), int(coordinate[mesh_dim]), factor))
+    return splits
+
+
+def _application_order(placements: Sequence[Any], shard_order: Any) -> list[int]:
+    """Mesh dimensions in the order in which their placements divide the tensor."""
+    ordered = [int(mesh_dim) for entry in shard_order or () for mesh_dim in entry.mesh_dims]
+    if not ordered or any(hasattr(placements[mesh_dim], "split_factor") for mesh_dim in range(len(placements))):
+        return list(range(len(placements)))
+    return ordered + [mesh_dim for mesh_dim in range(len(placements)) if mesh_dim not in ordered]

@@ -1,0 +1,256 @@
+"""`ShardedTensor`: what one rank holds of a global tensor, said explicitly.
+
+The vocabulary is Megatron-Core's. Parallelism appears only here, as offsets; nothing of it is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+import torch
+
+from giantstep.errors import BadArgumentError
+from giantstep.shards.dtypes import dtype_of_torch_name
+from giantstep.shards.flat import flat_range_to_regions
+from giantstep.shards.region import Region, check_shape
+
+ReplicaId = int | tuple[int, ...]
+RankOffset = tuple[int, int, int]
+"""(axis, index of this rank's part along it, number of parts)."""
+
+
+def is_main_replica(replica_id: ReplicaId) -> bool:
+    """Whether this replica id marks the copy that is written: 0, or a tuple of zeros."""
+    return replica_id == 0 if isinstance(replica_id, int) else all(part == 0 for part in replica_id)
+
+
+@dataclass(eq=False, slots=True)
+class ShardedTensor:
+    """One rank's shard of a global tensor.
+
+    Attributes:
+        key: name of the global tensor, the same on all ranks.
+        data: the local tensor, of shape `local_shape` without the prepended axes; or None, to be allocated
+            on load. Owned by the caller; `save` only reads it, `load` fills it in place.
+        dtype: dtype of the global tensor.
+        local_shape: shape of the shard, in elements, without prepended axes.
+        global_shape: shape of the global tensor, prepended axes included.
+        global_offset: first element of the shard in it, per axis of `global_shape`.
+        axis_fragmentations: number of equal parts per axis; None means an irregular grid, in which shards
+            may lie anywhere, differ in size, or be empty.
+        replica_id: 0 (or zeros) on exactly one of the ranks that hold this region.
+        prepend_axis_num: leading axes of `global_shape` that the local tensor has not got, each of local size 1.
+        allow_shape_mismatch: the stored global shape may differ on load (padded vocabularies): rows that
+            both have are loaded, others become zero.
+        flattened_range: the data are this range of the flattened shard, 1-dimensional.
+    """
+
+    key: str
+    data: torch.Tensor | None
+    dtype: torch.dtype
+    local_shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
+    axis_fragmentations: tuple[int, ...] | None
+    replica_id: ReplicaId = 0
+    prepend_axis_num: int = 0
+    allow_shape_mismatch: bool = False
+    flattened_range: slice | None = None
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @classmethod
+    def from_rank_offsets(
+        cls,
+        key: str,
+        data: torch.Tensor,
+        *rank_offsets: RankOffset,
+        replica_id: ReplicaId = 0,
+        prepend_axis_num: int = 0,
+        allow_shape_mismatch: bool = False,
+    ) -> ShardedTensor:
+        """A shard of a regular grid, from the position of this rank along some axes.
+
+        Args:
+            key: name of the global tensor.
+            data: the local tensor.
+            rank_offsets: per sharded axis (axis, index, parts), where axis counts prepended axes too; the
+                global tensor is `parts` times the local one along it.
+            replica_id, prepend_axis_num, allow_shape_mismatch: see the class.
+        """
+        return cls._from_grid(
+            key, data, tuple(data.shape), rank_offsets, replica_id, prepend_axis_num, allow_shape_mismatch, None
+        )
+
+    @classmethod
+    def from_rank_offsets_flat(
+        cls,
+        key: str,
+        data: torch.Tensor,
+        non_flat_local_shape: Sequence[int],
+        *rank_offsets: RankOffset,
+        flattened_range: slice,
+        replica_id: ReplicaId = 0,
+        prepend_axis_num: int = 0,
+        allow_shape_mismatch: bool = False,
+    ) -> ShardedTensor:
+        """As `from_rank_offsets`, for a rank that holds a range of the flattened local tensor.
+
+        Args:
+            data: 1-dimensional, as long as `flattened_range`.
+            non_flat_local_shape: shape of the local tensor before it was flattened.
+            flattened_range: which of its elements, row-major, `data` are.
+        """
+        shape = tuple(non_flat_local_shape)
+        return cls._from_grid(
+            key, data, shape, rank_offsets, replica_id, prepend_axis_num, allow_shape_mismatch, flattened_range
+        )
+
+    @classmethod
+    def _from_grid(
+        cls,
+        key: str,
+        data: torch.Tensor,
+        local_shape: tuple[int, ...],
+        rank_offsets: Sequence[RankOffset],
+        replica_id: ReplicaId,
+        prepend_axis_num: int,
+        allow_shape_mismatch: bool,
+        flattened_range: slice | None,
+    ) -> ShardedTensor:
+        shard_shape = (1,) * prepend_axis_num + local_shape
+        parts, offset = [1] * len(shard_shape), [0] * len(shard_shape)
+        seen: set[int] = set()
+        for axis, index, count in rank_offsets:
+            if not 0 <= axis < len(shard_shape) or axis in seen:
+                raise BadArgumentError(
+                    f"tensor {key!r}: axis {axis} of rank offset {(axis, index, count)} must be one of "
+                    f"0..{len(shard_shape) - 1}, each at most once"
+                )
+            if not 0 <= index < count:
+                raise BadArgumentError(
+                    f"tensor {key!r}: rank offset {(axis, index, count)}: index must be from 0 to {count - 1}"
+                )
+            seen.add(axis)
+            parts[axis], offset[axis] = count, index * shard_shape[axis]
+        return cls(
+            key,
+            data,
+            data.dtype,
+            local_shape,
+            tuple(size * count for size, count in zip(shard_shape, parts, strict=True)),
+            tuple(offset),
+            tuple(parts),
+            replica_id,
+            prepend_axis_num,
+            allow_shape_mismatch,
+            flattened_range,
+        )
+
+    def without_data(self) -> ShardedTensor:
+        """A copy that describes the shard and holds no tensor."""
+        return replace(self, data=None)
+
+    def region(self) -> Region:
+        """The shard's region of the global tensor, prepended axes included; for a flat shard, of its box."""
+        return Region(self.global_offset, (1,) * self.prepend_axis_num + self.local_shape)
+
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape that `data` has or will have."""
+        if self.flattened_range is None:
+            return self.local_shape
+        return (self.flattened_range.stop - self.flattened_range.start,)
+
+    def pieces(self, data: torch.Tensor) -> list[tuple[Region, torch.Tensor]]:
+        """The regions that the shard covers, each with the view of `data` that holds it.
+
+        One region, or as many as a flattened range needs. Views share memory with `data`.
+        """
+        whole = self.region()
+        if self.flattened_range is None:
+            return [(whole, data.view(whole.size))]
+        start = self.flattened_range.start
+        found = []
+        for position, box in flat_range_to_regions(whole.size, start, self.flattened_range.stop):
+            view = data[position - start : position - start + box.elements].view(box.size)
+            offset = tuple(a + b for a, b in zip(whole.offset, box.offset, strict=True))
+            found.append((Region(offset, box.size), view))
+        return found
+
+    def validate(self) -> None:
+        """Raise `BadArgumentError` unless all attributes fit each other."""
+        if not isinstance(self.key, str):
+            raise BadArgumentError(f"tensor key {self.key!r} must be a str")
+        dtype_of_torch_name(str(self.dtype))
+        self.local_shape = check_shape(self.local_shape, f"the shard of tensor {self.key!r}")
+        self.global_shape = check_shape(self.global_shape, f"tensor {self.key!r}")
+        self.global_offset = tuple(int(part) for part in self.global_offset)
+        self._validate_region()
+        self._validate_grid()
+        self._validate_replica_id()
+        self._validate_flattened_range()
+        self._validate_data()
+
+    def _validate_region(self) -> None:
+        dims = self.prepend_axis_num + len(self.local_shape)
+        if self.prepend_axis_num < 0 or len(self.global_shape) != dims or len(self.global_offset) != dims:
+            raise BadArgumentError(
+                f"tensor {self.key!r}: {self.prepend_axis_num} prepended axes and local shape {self.local_shape} need "
+                f"{dims} global dimensions, found global shape {self.global_shape} and offset {self.global_offset}"
+            )
+        if not self.region().fits(self.global_shape):
+            raise BadArgumentError(
+                f"tensor {self.key!r}: region {self.region()} does not lie in global shape {self.global_shape}"
+            )
+
+    def _validate_grid(self) -> None:
+        if self.axis_fragmentations is None:
+            return
+        self.axis_fragmentations = tuple(int(part) for part in self.axis_fragmentations)
+        size = self.region().size
+        fits = len(self.axis_fragmentations) == len(size) and all(
+            parts >= 1 and offset % count == 0 if count else True
+            for parts, offset, count in zip(self.axis_fragmentations, self.global_offset, size, strict=True)
+        )
+        even = fits and all(
+            self.allow_shape_mismatch or count * parts == total
+            for parts, count, total in zip(self.axis_fragmentations, size, self.global_shape, strict=True)
+        )
+        if not even:
+            raise BadArgumentError(
+                f"tensor {self.key!r}: region {self.region()} is not a cell of the grid {self.axis_fragmentations} over "
+                f"{self.global_shape}. Pass axis_fragmentations=None for an irregular grid."
+            )
+
+    def _validate_replica_id(self) -> None:
+        parts = self.replica_id if isinstance(self.replica_id, tuple) else (self.replica_id,)
+        if not all(isinstance(part, int) and part >= 0 for part in parts):
+            raise BadArgumentError(
+                f"tensor {self.key!r}: replica_id {self.replica_id!r} must be an int or a tuple of ints, none negative"
+            )
+
+    def _validate_flattened_range(self) -> None:
+        if self.flattened_range is None:
+            return
+        start, stop, step = self.flattened_range.start, self.flattened_range.stop, self.flattened_range.step
+        total = math.prod(self.local_shape)
+        if step not in (None, 1) or not (isinstance(start, int) and isinstance(stop, int) and 0 <= start <= stop <= total):
+            raise BadArgumentError(
+                f"tensor {self.key!r}: flattened_range {self.flattened_range} must be slice(start, stop) inside the "
+                f"{total} elements of the local shape {self.local_shape}"
+            )
+
+    def _validate_data(self) -> None:
+        if self.data is None:
+            return
+        if not isinstance(self.data, torch.Tensor):
+            raise BadArgumentError(f"tensor {self.key!r}: data must be a torch.Tensor or None, not {type(self.data).__name__}")
+        if tuple(self.data.shape) != self.data_shape() or self.data.dtype != self.dtype:
+            raise BadArgumentError(
+                f"tensor {self.key!r}: data have shape {tuple(self.data.shape)} and dtype {self.data.dtype}, "
+                f"expected {self.data_shape()} and {self.dtype}"
+            )

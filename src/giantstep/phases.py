@@ -1,0 +1,54 @@
+"""Timing of phases, and the check that all ranks make the same call."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from giantstep.errors import DisagreementError
+
+
+class Stopwatch:
+    """Seconds per phase, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time inside the block to `name`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def with_call(call: dict[str, Any], payload: bytes) -> bytes:
+    """A report that also says which call this rank makes: what must be equal on all ranks."""
+    head = json.dumps(call, sort_keys=True).encode("ascii")
+    return len(head).to_bytes(4, "little") + head + payload
+
+
+def same_call(reports: Sequence[bytes]) -> list[bytes]:
+    """The payloads of `with_call`, once all ranks are seen to make the same call.
+
+    Raises:
+        DisagreementError: they do not; names rank and difference.
+    """
+    heads, payloads = [], []
+    for report in reports:
+        size = 4 + int.from_bytes(report[:4], "little")
+        heads.append(json.loads(report[4:size]))
+        payloads.append(report[size:])
+    for rank, head in enumerate(heads):
+        for name in {**heads[0], **head}:
+            if heads[0].get(name) != head.get(name):
+                raise DisagreementError(
+                    f"ranks make different calls: {name} is {heads[0].get(name)!r} on rank 0 and {head.get(name)!r} on rank {rank}. "
+                    "All ranks of the group must make the same call."
+                )
+    return payloads

@@ -1,0 +1,102 @@
+"""Which shards hold the same region, and whether they may: replicas grouped, contents compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from giantstep.errors import CoverageError, DisagreementError
+from giantstep.planning.description import COPY, IMPLICIT, MAIN
+from giantstep.planning.shard_table import ShardTable
+from giantstep.shards.region import Int64s
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """Shards grouped by equal region. Groups without a main replica, and empty regions, are left out.
+
+    Attributes:
+        rows: rows of the shard table, group by group, by rank inside a group.
+        starts: [groups] where each group begins in `rows`.
+        counts: [groups] number of holders.
+    """
+
+    rows: Int64s
+    starts: Int64s
+    counts: Int64s
+
+    @property
+    def first_rows(self) -> Int64s:
+        """[groups] one row per group."""
+        return self.rows[self.starts]
+
+
+def group_holders(table: ShardTable) -> Holders:
+    """Group equal regions.
+
+    Raises:
+        DisagreementError: replicas that are not known to be equal differ in content.
+        CoverageError: two shards of one region both claim to be its main replica.
+    """
+    kept = np.flatnonzero((table.size > 0).all(axis=1))
+    columns = [table.rank[kept], *(table.size[kept, axis] for axis in range(table.size.shape[1]))]
+    columns += [*(table.offset[kept, axis] for axis in range(table.offset.shape[1])), table.tensor[kept]]
+    rows = kept[np.lexsort(columns)]
+    new = np.ones(len(rows), dtype=bool)
+    if len(rows) > 1:
+        a, b = rows[1:], rows[:-1]
+        new[1:] = (
+            (table.tensor[a] != table.tensor[b])
+            | (table.offset[a] != table.offset[b]).any(axis=1)
+            | (table.size[a] != table.size[b]).any(axis=1)
+        )
+    group = np.cumsum(new) - 1
+    starts = np.flatnonzero(new)
+    groups = len(starts)
+    _check_single_main(table, rows, group, groups)
+    _check_contents(table, rows, group, starts)
+    usable = np.bincount(group[table.role[rows] != COPY], minlength=groups) > 0
+    keep_rows = usable[group] if groups else np.zeros(0, dtype=bool)
+    counts = np.bincount(group, minlength=groups)[usable] if groups else np.zeros(0, dtype=np.int64)
+    return Holders(rows[keep_rows], np.cumsum(counts) - counts, counts)
+
+
+def _check_single_main(table: ShardTable, rows: Int64s, group: Int64s, groups: int) -> None:
+    main = table.role[rows] == MAIN
+    doubled = np.flatnonzero(np.bincount(group[main], minlength=groups) > 1)
+    # One rank holding one region twice as an implicit replica would be the same memory under one key twice.
+    if len(doubled):
+        chosen = rows[main & (group == doubled[0])]
+        ranks = sorted({int(rank) for rank in table.rank[chosen]})
+        raise CoverageError(
+            f"tensor {table.keys[int(table.tensor[chosen[0]])]!r}: region {table.region_text(int(chosen[0]))} has "
+            f"{len(chosen)} main replicas, on rank {', '.join(map(str, ranks[:20]))}. Give all but one of them a replica_id other "
+            "than 0, or different regions." + _more(len(doubled) - 1)
+        )
+
+
+def _check_contents(table: ShardTable, rows: Int64s, group: Int64s, starts: Int64s) -> None:
+    """Implicit replicas of different meshes are compared by digest; inside one mesh the mesh vouches for them."""
+    implicit = table.role[rows] == IMPLICIT
+    leader = starts[group] if len(starts) else group
+    taken = (table.digest[rows] != 0).any(axis=1)
+    vouched = (table.mesh[rows] == table.mesh[rows[leader]]) & (table.mesh[rows] != 0)
+    comparable = implicit & implicit[leader] & taken & taken[leader] & ~vouched
+    differ = comparable & (table.digest[rows] != table.digest[rows[leader]]).any(axis=1)
+    wrong = np.flatnonzero(differ)
+    if len(wrong):
+        bad, good = int(rows[wrong[0]]), int(rows[leader[wrong[0]]])
+        same_group = rows[differ & (group == group[wrong[0]])]
+        ranks = ", ".join(map(str, table.rank[same_group[:20]].tolist()))
+        key = table.keys[int(table.tensor[bad])]
+        raise DisagreementError(
+            f"tensor {key!r}, region {table.region_text(bad)}: rank {int(table.rank[good])} and rank {ranks} hold different "
+            "values. A plain tensor, or a DTensor on several meshes, means the same values on all ranks. If they are parts "
+            "of one tensor, wrap them in ShardedTensor; if they are different tensors, give them different keys."
+            + _more(len(np.unique(table.tensor[rows[wrong]])) - 1)
+        )
+
+
+def _more(count: int) -> str:
+    return f" {count} more like this." if count > 0 else ""

@@ -1,0 +1,215 @@
+"""`plan_load`: from wanted regions and stored chunks to byte runs and what goes where.
+
+Each wanted region is met with the chunks of its tensor; every intersection becomes one or several pieces,
+spans of bytes of one file that hold a box of the chunk; pieces that lie near each other are read together. Bytes
+that nobody wants are read only where they share a block or fill a gap smaller than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from giantstep.errors import CorruptionError
+from giantstep.shards.region import Int64s
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkTable:
+    """Chunks of some tensors.
+
+    Attributes:
+        ends: [tensors + 1] chunks of a tensor are consecutive.
+        item_bytes: [tensors] bytes per element.
+        file, start: [chunks] where each lies.
+        offset, size: [chunks, width] regions, padded in front.
+    """
+
+    ends: Int64s
+    item_bytes: Int64s
+    file: Int64s
+    start: Int64s
+    offset: Int64s
+    size: Int64s
+
+
+@dataclass(frozen=True, slots=True)
+class WantedTable:
+    """Regions to be filled.
+
+    Attributes:
+        tensor: [wanted] row of the tensor in the chunk table.
+        offset, size: [wanted, width] regions, padded in front.
+        partial: [wanted] elements that no chunk holds are fine.
+    """
+
+    tensor: Int64s
+    offset: Int64s
+    size: Int64s
+    partial: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a chunk as bytes of a file.
+
+    Attributes:
+        wanted: row of the wanted table.
+        chunk: row of the chunk table.
+        offset, size: the box in the global tensor, padded in front.
+        start, stop: bytes of the file from the box's first element to its last.
+    """
+
+    wanted: int
+    chunk: int
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Consecutive bytes of one file, and the pieces among them."""
+
+    file: int
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+
+def plan_load(chunks: ChunkTable, wanted: WantedTable, *, block_bytes: int, buffer_bytes: int) -> list[Read]:
+    """Decide which bytes to read for which wanted regions.
+
+    Args:
+        chunks, wanted: tables of equal width.
+        block_bytes: reads begin and end on multiples of this, since that is what can be verified.
+        buffer_bytes: no read spans more than this, but for rounding to blocks.
+
+    Raises:
+        CorruptionError: the chunks do not hold all of a wanted region.
+    """
+    pieces = _pieces(chunks, _intersections(chunks, wanted), block_bytes, buffer_bytes)
+    return list(_coalesced(chunks, pieces, block_bytes, buffer_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Intersections:
+    wanted: Int64s
+    chunk: Int64s
+    offset: Int64s
+    size: Int64s
+
+
+def _intersections(chunks: ChunkTable, wanted: WantedTable) -> _Intersections:
+    """All pairs of a wanted region and a chunk that share elements."""
+    first = chunks.ends[wanted.tensor]
+    counts = chunks.ends[wanted.tensor + 1] - first
+    row = np.repeat(np.arange(len(counts)), counts)
+    chunk = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
+    low = np.maximum(wanted.offset[row], chunks.offset[chunk])
+    high = np.minimum(wanted.offset[row] + wanted.size[row], chunks.offset[chunk] + chunks.size[chunk])
+    hit = np.flatnonzero((low < high).all(axis=1))
+    found = _Intersections(row[hit], chunk[hit], low[hit], high[hit] - low[hit])
+    held = np.zeros(len(counts), dtype=np.int64)
+    np.add.at(held, found.wanted, found.size.prod(axis=1))
+    lacking = np.flatnonzero((held != wanted.size.prod(axis=1)) & ~wanted.partial)
+    if len(lacking):
+        raise CorruptionError(
+            f"the index holds {int(held[lacking[0]])} of the {int(wanted.size[lacking[0]].prod())} elements of wanted "
+            f"region {int(lacking[0])}, tensor {int(wanted.tensor[lacking[0]])}: chunks are missing or overlap"
+        )
+    return found
+
+
+def _strides(size: Int64s) -> Int64s:
+    """[rows, width] elements between neighbours along each axis of row-major boxes."""
+    strides = np.ones_like(size)
+    if size.shape[1] > 1:
+        strides[:, :-1] = np.cumprod(size[:, :0:-1], axis=1)[:, ::-1]
+    return strides
+
+
+def _pieces(chunks: ChunkTable, found: _Intersections, block_bytes: int, buffer_bytes: int) -> list[Piece]:
+    item = np.repeat(chunks.item_bytes, np.diff(chunks.ends))[found.chunk]
+    strides = _strides(chunks.size[found.chunk])
+    begin = ((found.offset - chunks.offset[found.chunk]) * strides).sum(axis=1) * item + chunks.start[found.chunk]
+    span = (((found.size - 1) * strides).sum(axis=1) + 1) * item
+    waste = span - found.size.prod(axis=1) * item
+    whole = (span <= buffer_bytes) & (waste < block_bytes)
+    stop = begin + span
+    pieces = []
+    columns = (found.wanted, found.chunk, found.offset, found.size, begin, stop, strides, item, whole)
+    for wanted, chunk, offset, size, low, high, stride, item_bytes, fits in zip(*(c.tolist() for c in columns), strict=True):
+        if fits:
+            pieces.append(Piece(wanted, chunk, tuple(offset), tuple(size), low, high))
+        else:
+            box = _Box(tuple(offset), tuple(size), low)
+            byte_strides = tuple(step * item_bytes for step in stride)
+            for part in _divided(box, byte_strides, item_bytes, block_bytes, buffer_bytes):
+                end = part.start + _span(part.size, byte_strides, item_bytes)
+                pieces.append(Piece(wanted, chunk, part.offset, part.size, part.start, end))
+    return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """A box and the byte of the file at which its first element lies."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    start: int
+
+
+def _span(size: Sequence[int], byte_strides: Sequence[int], item_bytes: int) -> int:
+    return sum((count - 1) * stride for count, stride in zip(size, byte_strides, strict=True)) + item_bytes
+
+
+def _divided(box: _Box, byte_strides: tuple[int, ...], item_bytes: int, block_bytes: int, buffer_bytes: int) -> Iterator[_Box]:
+    """Boxes that partition `box`, each spanning at most `buffer_bytes` and without gaps of a block or more."""
+    axis = next((axis for axis, count in enumerate(box.size) if count > 1), None)
+    span = _span(box.size, byte_strides, item_bytes)
+    if axis is None:
+        yield box
+        return
+    inner = _span((1,) * (axis + 1) + box.size[axis + 1 :], byte_strides, item_bytes)
+    gap = byte_strides[axis] - inner
+    inner_waste = inner - item_bytes * int(np.prod(box.size[axis + 1 :], dtype=np.int64))
+    if gap < block_bytes and inner_waste < block_bytes and span <= buffer_bytes:
+        yield box
+        return
+    step = 1 if gap >= block_bytes or inner_waste >= block_bytes else max(1, (buffer_bytes - inner) // byte_strides[axis] + 1)
+    for first in range(0, box.size[axis], step):
+        count = min(step, box.size[axis] - first)
+        part = _Box(
+            (*box.offset[:axis], box.offset[axis] + first, *box.offset[axis + 1 :]),
+            (*box.size[:axis], count, *box.size[axis + 1 :]),
+            box.start + first * byte_strides[axis],
+        )
+        if count == 1:
+            yield from _divided(part, byte_strides, item_bytes, block_bytes, buffer_bytes)
+        else:
+            yield part
+
+
+def _coalesced(chunks: ChunkTable, pieces: list[Piece], block_bytes: int, buffer_bytes: int) -> Iterator[Read]:
+    """Pieces in file order, joined while they touch each other's blocks and fit a buffer."""
+    files = chunks.file.tolist()
+    pieces.sort(key=lambda piece: (files[piece.chunk], piece.start))
+    group: list[Piece] = []
+    file, start, stop = -1, 0, 0
+    for piece in pieces:
+        low, high = piece.start // block_bytes * block_bytes, -(-piece.stop // block_bytes) * block_bytes
+        joins = file == files[piece.chunk] and low <= stop and max(stop, high) - start <= buffer_bytes + 2 * block_bytes
+        if group and not joins:
+            yield Read(file, start, stop, tuple(group))
+            group = []
+        if not group:
+            file, start, stop = files[piece.chunk], low, high
+        group.append(piece)
+        stop = max(stop, high)
+    if group:
+        yield Read(file, start, stop, tuple(group))

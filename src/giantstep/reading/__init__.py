@@ -1,0 +1,1 @@
+"""Opening a checkpoint, fetching verified bytes, and putting them where they belong."""

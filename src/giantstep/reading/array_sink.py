@@ -1,0 +1,28 @@
+"""A sink that fills an array in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from giantstep.reading.fetch import Bits
+
+
+class ArraySink:
+    """Copies boxes into an array of words that stands for one wanted region.
+
+    Args:
+        target: array of the region's shape, of words of the element's size; owned by the caller, any strides.
+        origin: offset of the region in its global tensor.
+    """
+
+    def __init__(self, target: Bits, origin: tuple[int, ...]) -> None:
+        self._target = target
+        self._origin = origin
+
+    def put(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> None:
+        skip = len(offset) - len(self._origin)
+        where = tuple(
+            slice(start - zero, start - zero + count)
+            for start, zero, count in zip(offset[skip:], self._origin, size[skip:], strict=True)
+        )
+        np.copyto(self._target[where], bits.reshape(size[skip:]), casting="no")

@@ -1,0 +1,220 @@
+"""`Checkpoint`: looking into a committed checkpoint, without ranks, devices or torch."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from giantstep.errors import BadArgumentError, CorruptionError, KeyMismatchError
+from giantstep.format.codec import Codec
+from giantstep.format.record import CommitRecord, Json
+from giantstep.planning.load_plan import ChunkTable, Piece, Read, WantedTable, plan_load
+from giantstep.reading.array_sink import ArraySink
+from giantstep.reading.fetch import WORDS, Source, fetch
+from giantstep.reading.index_reader import IndexReader, TensorEntry
+from giantstep.reading.lazy_array import LazyArray
+from giantstep.reading.verify import Progress, VerifyReport, verify_files
+from giantstep.shards.region import Region
+from giantstep.storage.base import Store
+
+COMMON_KEY = "common_state"
+_BUFFER_BYTES = 8 << 20
+_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkInfo:
+    """Where one chunk of a tensor lies: region, file name, rank that wrote it, first byte and length."""
+
+    region: Region
+    file: str
+    rank: int
+    start: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A stored tensor: key, torch's name of its dtype, global shape, size in bytes, and its chunks."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    chunks: tuple[ChunkInfo, ...]
+
+
+class Checkpoint:
+    """A committed checkpoint. Reading methods raise `CorruptionError` where bytes are not those written.
+
+    Args:
+        store: where it lies.
+        record: its commit record.
+        codec: decodes objects.
+    """
+
+    def __init__(self, store: Store, record: CommitRecord, codec: Codec) -> None:
+        self._store = store
+        self._record = record
+        self._codec = codec
+        self._index = IndexReader(store, record)
+        self._lock = threading.Lock()
+        self._common: Any = None
+
+    @property
+    def location(self) -> str:
+        """Path or URL."""
+        return self._store.location
+
+    @property
+    def record(self) -> CommitRecord:
+        """The commit record."""
+        return self._record
+
+    @property
+    def content_metadata(self) -> Json:
+        """The value given to `save`."""
+        return self._record.content_metadata
+
+    def keys(self) -> list[str]:
+        """Keys of all tensors, sorted."""
+        return self._index.tensor_keys()
+
+    def __len__(self) -> int:
+        return self._index.tensor_count
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._index.find_tensor(key) is not None
+
+    def _entry(self, key: str) -> TensorEntry:
+        if not isinstance(key, str):
+            raise BadArgumentError(f"tensor key {key!r} must be a str")
+        row = self._index.find_tensor(key)
+        if row is None:
+            near = difflib.get_close_matches(key, self.keys(), n=3)
+            hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
+            raise KeyMismatchError(f"no tensor {key!r} in {self.location}, which holds {len(self)} tensors.{hint}")
+        return self._index.tensor(row)
+
+    def info(self, key: str) -> TensorInfo:
+        """What is stored under a key, and where. Reads no tensor data."""
+        entry = self._entry(key)
+        files = self._record.files
+        chunks = tuple(
+            ChunkInfo(chunk.region, files[chunk.file].name, files[chunk.file].rank, chunk.start, chunk.bytes)
+            for chunk in entry.chunks
+        )
+        return TensorInfo(entry.key, entry.dtype.torch_name, entry.shape, entry.bytes, chunks)
+
+    def infos(self) -> Iterator[TensorInfo]:
+        """`info` of every tensor, without its chunks' places: fast for many tensors."""
+        index = self._index.load_all()
+        from giantstep.shards.dtypes import BY_CODE
+
+        ends, dims = index.tensor_dims_ends.tolist(), index.tensor_dims.tolist()
+        for row, (key, code) in enumerate(zip(self.keys(), index.tensor_dtype.tolist(), strict=True)):
+            dtype, shape = BY_CODE[code], tuple(dims[ends[row] : ends[row + 1]])
+            yield TensorInfo(key, dtype.torch_name, shape, Region.whole(shape).elements * dtype.item_bytes, ())
+
+    def __getitem__(self, key: str) -> LazyArray:
+        return LazyArray(self._entry(key), self._read_region)
+
+    def _read_region(self, entry: TensorEntry, region: Region) -> NDArray[Any]:
+        target = np.empty(region.size, dtype=WORDS[entry.dtype.item_bytes])
+        if not target.size:
+            return target
+        dims = len(entry.shape)
+        chunks = entry.chunks
+        table = ChunkTable(
+            ends=np.array([0, len(chunks)]),
+            item_bytes=np.array([entry.dtype.item_bytes]),
+            file=np.array([chunk.file for chunk in chunks], dtype=np.int64),
+            start=np.array([chunk.start for chunk in chunks], dtype=np.int64),
+            offset=np.array([chunk.region.offset for chunk in chunks], dtype=np.int64).reshape(len(chunks), dims),
+            size=np.array([chunk.region.size for chunk in chunks], dtype=np.int64).reshape(len(chunks), dims),
+        )
+        wanted = WantedTable(
+            tensor=np.zeros(1, dtype=np.int64),
+            offset=np.array([region.offset], dtype=np.int64).reshape(1, dims),
+            size=np.array([region.size], dtype=np.int64).reshape(1, dims),
+            partial=np.zeros(1, dtype=bool),
+        )
+        reads = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
+        source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: entry.key)
+        fetch(source, reads, [ArraySink(target, region.offset)], _THREADS)
+        return target
+
+    def object_keys(self) -> list[str]:
+        """Keys of all stored objects, the common state's among them if there is any."""
+        return self._index.object_keys()
+
+    def objects(self) -> dict[str, Any]:
+        """All stored objects by key, without the common state."""
+        return {key: self.object(key) for key in self.object_keys() if key != COMMON_KEY}
+
+    def object(self, key: str) -> Any:
+        """One stored object, decoded; runs no stored code.
+
+        Raises:
+            KeyMismatchError: there is none of this key.
+        """
+        return self._codec.decode(self._object_bytes(key), f"{key!r} in {self.location}")
+
+    def _object_bytes(self, key: str) -> bytes:
+        found = self._index.find_object(key)
+        if found is None:
+            raise KeyMismatchError(
+                f"no object {key!r} in {self.location}; it holds {', '.join(map(repr, self.object_keys()[:20])) or 'none'}"
+            )
+        file, start, size = found
+        data = np.empty(size, dtype=np.uint8)
+        if size:
+            block = self._record.block_bytes
+            table = ChunkTable(
+                ends=np.array([0, 1]),
+                item_bytes=np.array([1]),
+                file=np.array([file]),
+                start=np.array([start]),
+                offset=np.zeros((1, 1), dtype=np.int64),
+                size=np.array([[size]]),
+            )
+            pieces = [
+                Piece(0, 0, (low,), (min(_BUFFER_BYTES, size - low),), start + low, start + min(low + _BUFFER_BYTES, size))
+                for low in range(0, size, _BUFFER_BYTES)
+            ]
+            reads = [Read(file, p.start // block * block, -(-p.stop // block) * block, (p,)) for p in pieces]
+            source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: key)
+            fetch(source, reads, [ArraySink(data, (0,))], _THREADS)
+        return data.tobytes()
+
+    @property
+    def common(self) -> Any:
+        """The common state: nested plain values; an empty dict if none was saved."""
+        with self._lock:
+            if self._common is None:
+                self._common = self.object(COMMON_KEY) if self._index.find_object(COMMON_KEY) else {}
+            return self._common
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Read every byte of the checkpoint and compare it with its checksum.
+
+        Damage is reported, not raised. Only what cannot be opened at all (commit record, head of the index) raises,
+        and did so when the checkpoint was opened.
+
+        Args:
+            progress: called with the number of bytes checked since the last call.
+        """
+        return verify_files(self._store, self._record, self._index, progress)
+
+    def index_tables(self) -> IndexReader:
+        """The index; for the library's own use."""
+        return self._index

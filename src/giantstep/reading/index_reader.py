@@ -1,0 +1,224 @@
+"""The index of a checkpoint, read block by block as it is needed, each block verified."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from giantstep.errors import CorruptionError, IncompleteError
+from giantstep.format.index import COLUMNS, NUMPY_DTYPES, Index, check_index, decode_head
+from giantstep.format.record import CommitRecord
+from giantstep.shards.dtypes import BY_CODE, DType
+from giantstep.shards.region import Region
+from giantstep.storage.base import Store, reading
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A region as stored: which file (row in the commit record), first byte, length."""
+
+    region: Region
+    file: int
+    start: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """What the index says of one global tensor."""
+
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the global tensor."""
+        return Region.whole(self.shape).elements * self.dtype.item_bytes
+
+
+class IndexReader:
+    """Random access to the index of one committed checkpoint. Thread-safe.
+
+    Memory is reserved for the whole index, but only blocks that were touched are read and take room.
+
+    Raises (all methods):
+        IncompleteError: the index file is missing.
+        CorruptionError: its bytes are not those that were written.
+        OSError: reading failed.
+    """
+
+    def __init__(self, store: Store, record: CommitRecord) -> None:
+        self._store = store
+        self._record = record
+        self._what = f"{store.location}/{record.index.name}"
+        self._lock = threading.Lock()
+        entry = record.index
+        # Invariant: not a byte is reserved for an index that is not there in full.
+        self._check_size(store)
+        self._data = np.empty(entry.bytes, dtype=np.uint8)
+        self._read(0, entry.head_bytes)
+        self._head = decode_head(
+            self._data[: entry.head_bytes].tobytes(),
+            entry.head_digest,
+            record.save_id,
+            entry.bytes,
+            record.block_bytes,
+            self._what,
+        )
+        self._verified = np.zeros(len(self._head.rest_checksums), dtype=bool)
+
+    def _check_size(self, store: Store) -> None:
+        try:
+            found = store.size(self._record.index.name)
+        except FileNotFoundError as error:
+            raise IncompleteError(f"index {self._what} is missing. Restore it from a copy, or load another step.") from error
+        if found != self._record.index.bytes:
+            raise CorruptionError(f"index {self._what} has {found} bytes, expected {self._record.index.bytes}")
+
+    def _read(self, start: int, stop: int) -> None:
+        with reading(self._store, self._record.index.name) as handle:
+            handle.read_into(start, memoryview(self._data)[start:stop])
+
+    def _bytes(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Verified bytes [start, stop) of the file."""
+        if start < stop:
+            self._verify(start, stop)
+        return self._data[start:stop]
+
+    def _verify(self, start: int, stop: int) -> None:
+        size, head = self._record.block_bytes, self._record.index.head_bytes
+        first, last = (start - head) // size, (stop - 1 - head) // size
+        with self._lock:
+            wanted = np.flatnonzero(~self._verified[first : last + 1]) + first
+            for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1):
+                if not len(run):
+                    continue
+                low = head + int(run[0]) * size
+                high = min(head + (int(run[-1]) + 1) * size, len(self._data))
+                self._read(low, high)
+                for block in run.tolist():
+                    begin = head + block * size
+                    found = xxhash.xxh3_64_intdigest(self._data[begin : min(begin + size, high)])
+                    if found != int(self._head.rest_checksums[block]):
+                        raise CorruptionError(
+                            f"index {self._what} is damaged in bytes {begin} to {min(begin + size, high)}. "
+                            "Restore the file from a copy, or load another step."
+                        )
+                self._verified[run] = True
+
+    def _column(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
+        """Values [start, stop) of a column."""
+        placed = self._head.columns[name]
+        dtype = np.dtype(NUMPY_DTYPES[COLUMNS[name]])
+        stop = placed.shape[0] if stop is None else stop
+        if not 0 <= start <= stop <= placed.shape[0]:
+            raise CorruptionError(f"index {self._what}: rows {start} to {stop} of column {name!r} with {placed.shape[0]} rows")
+        data = self._bytes(placed.start + start * dtype.itemsize, placed.start + stop * dtype.itemsize)
+        return np.frombuffer(data.tobytes() if (placed.start % dtype.itemsize) else data, dtype=dtype)
+
+    def _ints(self, name: str, start: int = 0, stop: int | None = None) -> list[int]:
+        found: list[int] = self._column(name, start, stop).tolist()
+        return found
+
+    @property
+    def tensor_count(self) -> int:
+        """Number of tensors."""
+        return self._head.columns["tensor_dtype"].shape[0]
+
+    @property
+    def object_count(self) -> int:
+        """Number of objects."""
+        return self._head.columns["object_file"].shape[0]
+
+    def _key_bytes(self, kind: str, row: int) -> bytes:
+        start, stop = self._ints(f"{kind}_key_ends", row, row + 2)
+        return self._column(f"{kind}_key_bytes", start, stop).tobytes()
+
+    def _find(self, kind: str, count: int, key: str) -> int | None:
+        wanted = key.encode("utf-8", "surrogatepass")
+        low, high = 0, count
+        while low < high:
+            middle = (low + high) // 2
+            if self._key_bytes(kind, middle) < wanted:
+                low = middle + 1
+            else:
+                high = middle
+        return low if low < count and self._key_bytes(kind, low) == wanted else None
+
+    def find_tensor(self, key: str) -> int | None:
+        """Row of a tensor by binary search; None if there is none."""
+        return self._find("tensor", self.tensor_count, key)
+
+    def _texts(self, kind: str) -> list[str]:
+        ends = self._ints(f"{kind}_key_ends")
+        blob = self._column(f"{kind}_key_bytes").tobytes()
+        try:
+            return [blob[start:stop].decode("utf-8") for start, stop in zip(ends, ends[1:], strict=False)]
+        except UnicodeDecodeError as error:
+            raise CorruptionError(f"index {self._what}: a key is not UTF-8: {error}") from error
+
+    def tensor_keys(self) -> list[str]:
+        """All tensor keys, in the order of their rows."""
+        return self._texts("tensor")
+
+    def object_keys(self) -> list[str]:
+        """All object keys, in the order of their rows."""
+        return self._texts("object")
+
+    def tensor(self, row: int) -> TensorEntry:
+        """One tensor with its chunks."""
+        key = self._key_bytes("tensor", row).decode("utf-8", "replace")
+        dtype = BY_CODE.get(self._ints("tensor_dtype", row, row + 1)[0])
+        if dtype is None:
+            raise CorruptionError(f"index {self._what}: tensor {key!r} has an unknown dtype; a newer library may know it")
+        shape = tuple(self._ints("tensor_dims", *self._ints("tensor_dims_ends", row, row + 2)))
+        first, last = self._ints("tensor_chunk_ends", row, row + 2)
+        base = self._ints("chunk_coordinate_ends", row, row + 1)[0]
+        dims = len(shape)
+        coordinates = (base, base + (last - first) * dims)
+        offset, size = self._ints("chunk_offset", *coordinates), self._ints("chunk_size", *coordinates)
+        columns = [self._ints(name, first, last) for name in ("chunk_file", "chunk_start", "chunk_bytes")]
+        chunks = []
+        for position, (file, start, length) in enumerate(zip(*columns, strict=True)):
+            low, high = position * dims, (position + 1) * dims
+            region = Region(tuple(offset[low:high]), tuple(size[low:high]))
+            self._check_extent(file, start, length, key)
+            if not region.fits(shape) or region.elements * dtype.item_bytes != length:
+                raise CorruptionError(f"index {self._what}: chunk {region} of tensor {key!r} does not fit its tensor")
+            chunks.append(Chunk(region, file, start, length))
+        return TensorEntry(key, dtype, shape, tuple(chunks))
+
+    def _check_extent(self, file: int, start: int, length: int, key: str) -> None:
+        files = self._record.files
+        if not 0 <= file < len(files) or start < 0 or length < 0 or start + length > files[file].bytes:
+            raise CorruptionError(f"index {self._what}: a chunk of {key!r} lies outside the data files")
+
+    def find_object(self, key: str) -> tuple[int, int, int] | None:
+        """(file, first byte, length) of an object; None if there is none."""
+        row = self._find("object", self.object_count, key)
+        if row is None:
+            return None
+        file, start, size = (self._ints(f"object_{name}", row, row + 1)[0] for name in ("file", "start", "bytes"))
+        self._check_extent(file, start, size, key)
+        return file, start, size
+
+    def block_checksums(self, file: int, first: int, last: int) -> NDArray[np.uint64]:
+        """Checksums of blocks [first, last) of a file."""
+        base, end = self._ints("file_block_ends", file, file + 2)
+        if not base <= base + first <= base + last <= end:
+            raise CorruptionError(f"index {self._what}: file {file} has {end - base} blocks, not {last}")
+        return self._column("block_checksum", base + first, base + last).astype(np.uint64)
+
+    def load_all(self) -> Index:
+        """Every column, checked against each other and the commit record."""
+        columns = {name: self._column(name) for name in COLUMNS}
+        index = Index(**columns)  # type: ignore[arg-type]
+        sizes = np.array([file.bytes for file in self._record.files], dtype=np.int64)
+        check_index(index, len(sizes), sizes, self._record.block_bytes, self._what)
+        return index

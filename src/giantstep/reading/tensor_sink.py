@@ -1,0 +1,48 @@
+"""Sinks that fill torch tensors: straight into host memory where possible, else by way of torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from giantstep.reading.array_sink import ArraySink
+from giantstep.reading.fetch import WORDS, Bits, Sink
+from giantstep.shards.dtypes import DType
+
+_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sink_for(view: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> Sink:
+    """The sink that fills `view` with stored elements of dtype `stored`.
+
+    Args:
+        view: tensor of the wanted region's shape, any device and strides; owned by the caller.
+        stored: dtype in the checkpoint; if it is not the view's, elements are cast as `Tensor.copy_` does.
+        origin: offset of the region in its global tensor.
+    """
+    same = str(view.dtype) == f"torch.{stored.torch_name}"
+    if same and view.device.type == "cpu" and not view.is_conj() and not view.is_neg():
+        words = view.view(_INTS[stored.item_bytes]) if stored.item_bytes in _INTS else view
+        return ArraySink(words.numpy(), origin)
+    return TensorSink(view, stored, origin)
+
+
+class TensorSink:
+    """Copies boxes into a tensor of another device or dtype; see `sink_for`."""
+
+    def __init__(self, target: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> None:
+        self._target = target
+        self._stored: torch.dtype = getattr(torch, stored.torch_name)
+        self._words = WORDS[stored.item_bytes]
+        self._origin = origin
+
+    def put(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> None:
+        skip = len(offset) - len(self._origin)
+        box = size[skip:]
+        where = tuple(
+            slice(start - zero, start - zero + count)
+            for start, zero, count in zip(offset[skip:], self._origin, box, strict=True)
+        )
+        # The buffer is reused when this returns, and copies to a device may be asynchronous: copy first.
+        plain = torch.from_numpy(np.array(bits.reshape(box), dtype=self._words, order="C").reshape(-1))
+        self._target[where].copy_(plain.view(self._stored).reshape(box))

@@ -1,0 +1,98 @@
+"""What `save` and `load` say about what they did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _secs(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{phase} {secs:.2f} s" for phase, secs in seconds.items())
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """A committed save.
+
+    Attributes:
+        location: path or URL.
+        save_id: id of the save.
+        tensors, objects: stored by all ranks together.
+        bytes: payload stored by all ranks together, each byte once.
+        bytes_written: payload that this rank wrote.
+        seconds: per phase, on this rank.
+        removed: files of superseded saves that rank 0 deleted after the commit; empty on other ranks.
+    """
+
+    location: str
+    save_id: str
+    tensors: int
+    objects: int
+    bytes: int
+    bytes_written: int
+    seconds: dict[str, float]
+    removed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"saved {self.tensors} tensors and {self.objects} objects, {_size(self.bytes)}, to {self.location} "
+            f"(this rank wrote {_size(self.bytes_written)}; {_secs(self.seconds)})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """A finished load.
+
+    Attributes:
+        location: path or URL.
+        save_id: id of the save that was loaded.
+        tensors: distinct keys that this rank loaded.
+        missing: keys in the checkpoint that no rank requested.
+        unexpected: keys that some rank requested and the checkpoint has not; their tensors are unchanged.
+        cast: keys that this rank loaded into another dtype, as "key: stored -> loaded".
+        bytes_filled: bytes of this rank's tensors that were filled.
+        bytes_read: bytes that this rank read from the store.
+        seconds: per phase, on this rank.
+    """
+
+    location: str
+    save_id: str
+    tensors: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    cast: tuple[str, ...]
+    bytes_filled: int
+    bytes_read: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"loaded {self.tensors} tensors, {_size(self.bytes_filled)}, from {self.location} "
+            f"(read {_size(self.bytes_read)}; {_secs(self.seconds)})"
+        ]
+        for title, names in (("not requested", self.missing), ("not in the checkpoint", self.unexpected), ("cast", self.cast)):
+            if names:
+                lines.append(f"  {title}: {len(names)}: " + ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""))
+        return "\n".join(lines)
+
+
+class LoadedState(dict[Any, Any]):
+    """The loaded state: a dict of the structure given to `load`, with the common state laid over it.
+
+    Attributes:
+        report: what was loaded and what was not.
+    """
+
+    def __init__(self, values: dict[Any, Any], report: LoadReport) -> None:
+        super().__init__(values)
+        self.report = report

@@ -1,0 +1,300 @@
+"""`save`: the flow from a state dict to a committed checkpoint, one call per stage.
+
+state -describe-> leaves -plan_save-> part -host_pieces-> bytes -write-> data files -publish-> checkpoint
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from giantstep.codecs import OBJECT_CODEC
+from giantstep.commit.clean import discard, remove_superseded
+from giantstep.commit.publish import current_record, publish
+from giantstep.errors import DisagreementError, GiantstepError
+from giantstep.format.data_file import chunk_entry, object_entry
+from giantstep.format.digests import ContentDigest
+from giantstep.format.names import DATA_DIR
+from giantstep.format.record import CommitRecord, Json, check_content_metadata
+from giantstep.group.base import Group, consult
+from giantstep.group.torch_group import group_of
+from giantstep.mapping.common_state import describe_differences, fingerprints
+from giantstep.mapping.describe import Described, TensorLeaf, describe
+from giantstep.options import SaveOptions
+from giantstep.phases import Stopwatch, same_call, with_call
+from giantstep.planning.description import IMPLICIT, Description
+from giantstep.planning.index_plan import WriteReport, build_index
+from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
+from giantstep.reading.checkpoint import COMMON_KEY
+from giantstep.reports import SaveReport
+
+from giantstep.staging.host import content_digest, host_pieces
+from giantstep.storage.base import Store
+from giantstep.storage.locate import StoreLike, store_at
+from giantstep.writing.write import Source, Written, write
+
+_LOG = logging.getLogger("giantstep")
+_SAVE_ID_BYTES = len("20260101T000000-0123456789abcdef")
+
+
+def save(
+    state_dict: dict[Any, Any],
+    path: StoreLike,
+    *,
+    process_group: Any = None,
+    options: SaveOptions | None = None,
+    content_metadata: Json = None,
+) -> SaveReport:
+    """Save the state of all ranks as one checkpoint; return when it is committed and durable.
+
+    Collective: every rank of the group calls it with the same path and options.
+
+    Args:
+        state_dict: nested dicts and lists. Leaves may be `ShardedTensor`, `DTensor`, plain tensors (the same
+            on all ranks that have the key), objects with `state_dict`/`load_state_dict`, and plain values
+            (common state, the same on all ranks). Only read; must not change during the call.
+        path: where the checkpoint is to be: a directory, a `file://` or `memory://` URL, or a `Store`. An
+            earlier checkpoint there stays loadable until the new one is committed, and is then deleted.
+        process_group: ranks that save together; default: the default group, or one process alone.
+        options: see `SaveOptions`.
+        content_metadata: a JSON value of the user's, kept in the commit record; rank 0's is stored.
+
+    Raises (the same on all ranks):
+        BadArgumentError, UnsupportedTypeError: something cannot be saved; nothing was written.
+        CoverageError, DisagreementError: the ranks' shards do not fit together; nothing was written.
+        StoreError: a storage operation failed. An earlier checkpoint at the path is untouched.
+        PeerError: a rank died or did not report in time. Likewise.
+    """
+    run = _Save(state_dict, path, process_group, options, content_metadata)
+    with run.watch.phase("plan"):
+        run.plan()
+    with run.watch.phase("write"):
+        run.write_and_commit()
+    with run.watch.phase("clean"):
+        removed = run.clean()
+    return run.report(removed)
+
+
+@dataclass(slots=True)
+class _RootState:
+    """What only rank 0 knows between planning and commit."""
+
+    plan: SavePlan | None = None
+    before: bytes | None = None
+
+
+class _Save:
+    """One save in progress on one rank."""
+
+    def __init__(
+        self, state_dict: dict[Any, Any], path: StoreLike, process_group: Any, options: SaveOptions | None, metadata: Json
+    ) -> None:
+        self.watch = Stopwatch()
+        self._state_dict = state_dict
+        self._path = path
+        self._options = options or SaveOptions()
+        self._metadata = metadata
+        self._group: Group = group_of(process_group)
+        self._root = _RootState()
+        self._written_bytes = 0
+        self._totals = (0, 0, 0)
+
+    # Stage 1 and 2: describe, plan.
+
+    def plan(self) -> None:
+        """Describe this rank's state; learn what to write. Nothing is written."""
+        answer = consult(self._group, "describe", self._options.timeout_secs, self._describe, self._decide_plan, "plan")
+        self._save_id = answer[:_SAVE_ID_BYTES].decode("ascii")
+        self._part = WritePart.decode(answer[_SAVE_ID_BYTES:])
+        if self._part.common_differs:
+            self._meet_differing_common_state()
+
+    def _describe(self) -> bytes:
+        self._store: Store = store_at(self._path)
+        check_content_metadata(self._metadata)
+        self._described: Described = describe(self._state_dict, for_load=False)
+        self._common = OBJECT_CODEC.encode(self._described.common) if self._described.common else b""
+        self._views = [view for leaf in self._described.leaves for _, view in leaf.pieces if view is not None]
+        self._description = _description(self._described.leaves, self._common, self._group.size, self._options)
+        call = {"call": "save", "path": self._store.location, "options": asdict(self._options)}
+        return with_call(call, self._description.encode())
+
+    def _decide_plan(self, reports: Sequence[bytes]) -> list[bytes]:
+        descriptions = [Description.decode(report) for report in same_call(reports)]
+        # A file holds at least one chunk, so a chunk must leave room for the header.
+        max_chunk_bytes = max(1, self._options.max_file_bytes - (64 << 10))
+        plan = plan_save(descriptions, split_bytes=self._options.split_bytes, max_chunk_bytes=max_chunk_bytes)
+        self._store.prepare(DATA_DIR)
+        self._root = _RootState(plan, current_record(self._store))
+        now = datetime.datetime.now(datetime.UTC)
+        save_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(8)}".encode("ascii")
+        return [save_id + plan.part_of(rank).encode() for rank in range(self._group.size)]
+
+    def _meet_differing_common_state(self) -> None:
+        def work() -> bytes:
+            return fingerprints(self._described.common, OBJECT_CODEC)
+
+        def decide(reports: Sequence[bytes]) -> list[bytes]:
+            message = describe_differences(reports)
+            if self._options.on_common_difference == "raise":
+                raise DisagreementError(message + ". Make it equal, or store it per rank in ShardedTensors.")
+            _LOG.warning("%s; rank 0's is stored", message)
+            return [b""] * len(reports)
+
+        consult(self._group, "describe", self._options.timeout_secs, work, decide)
+
+    # Stages 3 to 5: stage, write, commit.
+
+    def write_and_commit(self) -> None:
+        """Write this rank's part; rank 0 commits once all have."""
+        try:
+            answer = consult(self._group, "write", self._options.timeout_secs, self._write, self._decide_commit, "commit")
+        except GiantstepError as error:
+            # Only an agreement on a failed write proves that rank 0 has not published.
+            if error.agreed and error.phase == "write":
+                self._discard()
+            raise
+        tensors, objects, total = (int(part) for part in answer.split())
+        self._totals = (tensors, objects, total)
+
+    def _write(self) -> bytes:
+        sources = self._sources()
+        self._store.prepare(DATA_DIR)
+        written = write(self._store, self._save_id, self._group.rank, sources, self._options)
+        self._written_bytes = sum(source.entry.bytes for source in sources)
+        return _write_report(written, sources, len(self._part.row)).encode()
+
+    def _sources(self) -> list[Source]:
+        """This rank's chunks, in the order of its part, then its objects."""
+        pieces = [(leaf, region) for leaf in self._described.leaves for region, _ in leaf.pieces]
+        sources = []
+        for row, region in zip(self._part.row.tolist(), regions_of_part(self._part, self._description), strict=True):
+            leaf, held = pieces[row]
+            view = self._views[row][region.relative_to(held.offset).slices()]
+            entry = chunk_entry(leaf.key, leaf.dtype, region)
+            sources.append(Source(entry, leaf.dtype.item_bytes, partial(host_pieces, view, self._options.buffer_bytes)))
+        if self._group.rank == 0 and self._common:
+            sources.append(Source(object_entry(COMMON_KEY, len(self._common)), 1, self._common_pieces))
+        return sources
+
+    def _common_pieces(self) -> Iterable[NDArray[np.uint8]]:
+        return [np.frombuffer(self._common, dtype=np.uint8)]
+
+    def _decide_commit(self, reports: Sequence[bytes]) -> list[bytes]:
+        if self._root.plan is None:
+            raise DisagreementError("no plan was made")
+        index, files = build_index(self._root.plan, [WriteReport.decode(report) for report in reports])
+        record: CommitRecord = publish(
+            self._store,
+            self._save_id,
+            index,
+            files,
+            world_size=self._group.size,
+            block_bytes=self._options.block_bytes,
+            content_metadata=self._metadata,
+            before=self._root.before,
+        )
+        totals = record.totals
+        return [f"{totals.tensors} {totals.objects} {totals.bytes}".encode("ascii")] * len(reports)
+
+    # After the commit point.
+
+    def clean(self) -> list[str]:
+        """Rank 0 deletes what the commit made superfluous. A failure here is logged: the checkpoint exists."""
+        if self._group.rank != 0:
+            return []
+        try:
+            return remove_superseded(self._store, self._save_id)
+        except OSError as error:
+            _LOG.warning("%s: files of superseded saves could not be deleted: %s", self._store.location, error)
+            return []
+
+    def _discard(self) -> None:
+        try:
+            discard(self._store, self._save_id, self._group.rank)
+        except OSError as error:
+            _LOG.warning("%s: files of a failed save could not be deleted: %s", self._store.location, error)
+
+    def report(self, removed: list[str]) -> SaveReport:
+        """The report of this rank."""
+        tensors, objects, total = self._totals
+        return SaveReport(
+            location=self._store.location,
+            save_id=self._save_id,
+            tensors=tensors,
+            objects=objects,
+            bytes=total,
+            bytes_written=self._written_bytes,
+            seconds=self.watch.seconds,
+            removed=tuple(removed),
+        )
+
+
+def _description(leaves: Sequence[TensorLeaf], common: bytes, ranks: int, options: SaveOptions) -> Description:
+    """The columns that the planner needs, digests of replicas included."""
+    numbers: dict[str, int] = {}
+    tensors: list[TensorLeaf] = []
+    for leaf in leaves:
+        if leaf.key not in numbers:
+            numbers[leaf.key] = len(tensors)
+            tensors.append(leaf)
+    shards = [(leaf, region, view) for leaf in leaves for region, view in leaf.pieces]
+    digests = [_replica_digest(leaf, view, ranks, options) for leaf, _, view in shards]
+    common_digest = ContentDigest()
+    common_digest.update(common)
+    dims_ends = np.zeros(len(tensors) + 1, dtype=np.int64)
+    np.cumsum([len(leaf.global_shape) for leaf in tensors], out=dims_ends[1:])
+    return Description(
+        keys=[leaf.key for leaf in tensors],
+        dtype=np.array([leaf.dtype.code for leaf in tensors], dtype=np.uint8),
+        dims_ends=dims_ends,
+        dims=_ints(leaf.global_shape for leaf in tensors),
+        shard_tensor=np.array([numbers[leaf.key] for leaf, _, _ in shards], dtype=np.int64),
+        shard_role=np.array([leaf.role for leaf, _, _ in shards], dtype=np.uint8),
+        shard_mesh=np.array([leaf.mesh for leaf, _, _ in shards], dtype=np.int64),
+        shard_offset=_ints(region.offset for _, region, _ in shards),
+        shard_size=_ints(region.size for _, region, _ in shards),
+        shard_digest=np.array(digests, dtype=np.uint64).reshape(len(shards), 2),
+        common_digest=np.array(common_digest.halves(), dtype=np.uint64),
+    )
+
+
+def _ints(parts: Iterable[tuple[int, ...]]) -> NDArray[np.int64]:
+    return np.array([number for part in parts for number in part], dtype=np.int64)
+
+
+def _replica_digest(leaf: TensorLeaf, view: torch.Tensor | None, ranks: int, options: SaveOptions) -> tuple[int, int]:
+    """Digest of a shard whose replicas nobody vouches for; zeros for all others.
+
+    A DTensor's mesh vouches for its own ranks; if it spans all ranks, no other can hold the key.
+    """
+    if view is None or leaf.role != IMPLICIT or ranks == 1 or leaf.mesh_size == ranks:
+        return 0, 0
+    return content_digest(view, options.buffer_bytes)
+
+
+def _write_report(written: Written, sources: Sequence[Source], chunks: int) -> WriteReport:
+    file, start = np.array(written.file, dtype=np.int64), np.array(written.start, dtype=np.int64)
+    checksums = [found.checksums for found in written.files]
+    return WriteReport(
+        file_names=[found.name for found in written.files],
+        file_bytes=np.array([found.bytes for found in written.files], dtype=np.int64),
+        file_blocks=np.array([len(found) for found in checksums], dtype=np.int64),
+        block_checksum=np.concatenate([np.empty(0, np.uint64), *checksums]),
+        chunk_file=file[:chunks],
+        chunk_start=start[:chunks],
+        object_keys=[source.entry.name[1:-1] for source in sources[chunks:]],
+        object_file=file[chunks:],
+        object_start=start[chunks:],
+        object_bytes=np.array([source.entry.bytes for source in sources[chunks:]], dtype=np.int64),
+    )

@@ -1,0 +1,1 @@
+"""Stores: names to bytes. A protocol with declared capabilities, and the stores that implement it."""

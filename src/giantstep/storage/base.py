@@ -1,0 +1,141 @@
+"""What giantstep asks of a place that keeps bytes.
+
+A store holds files under relative names with `/` between parts. The promises, which
+`giantstep.testing.store_contract` checks for any store:
+
+* A file made by `create` is readable at the latest after `sync` of its handle and `sync_names` return, and
+  then survives a crash. Until then it may be missing, short or torn.
+* `publish` is atomic: readers see the old bytes or the new ones, also after a crash at any moment, and once
+  it returns the new ones are durable.
+* `delete` of a name that is not there succeeds. Every other operation may be retried only by its caller.
+
+Failures are `OSError`; `CheckpointNotFoundError` and other meanings are given by the callers. Methods are
+called from several threads at once.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+Buffer = bytes | bytearray | memoryview | NDArray[Any]
+
+
+class WriteHandle(Protocol):
+    """A new file being written by one rank, at any offsets, by several threads."""
+
+    @property
+    def direct_bytes(self) -> int:
+        """0, or the alignment that makes writes bypass the page cache.
+
+        A write whose offset, length and buffer address are multiples of it goes straight to the device; others are
+        written all the same.
+        """
+        ...
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`, which must stay unchanged until the call returns."""
+        ...
+
+    def sync(self) -> None:
+        """Return when the file's bytes and size are durable; its name is not until `Store.sync_names`."""
+        ...
+
+    def close(self) -> None:
+        """Release the handle; idempotent."""
+        ...
+
+
+class ReadHandle(Protocol):
+    """An open file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file when it was opened."""
+        ...
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target`; raises `OSError` (errno EIO) where the file ends earlier."""
+        ...
+
+    def close(self) -> None:
+        """Release the handle; idempotent."""
+        ...
+
+
+class Store(Protocol):
+    """A place that keeps files under names."""
+
+    @property
+    def location(self) -> str:
+        """Path or URL, for people."""
+        ...
+
+    def exists(self) -> bool:
+        """Whether the place itself is there, whatever it holds."""
+        ...
+
+    def prepare(self, folder: str) -> None:
+        """Make the place and a folder in it, durably; succeeds where they are there already."""
+        ...
+
+    def create(self, name: str, size: int, *, direct: bool) -> WriteHandle:
+        """A new file of `size` bytes; raises `FileExistsError` if the name is taken.
+
+        `direct` asks for writes past the page cache where the store can.
+        """
+        ...
+
+    def sync_names(self, folder: str) -> None:
+        """Return when creations and deletions in the folder ("" for the place itself) are durable."""
+        ...
+
+    def publish(self, name: str, data: bytes, temporary: str) -> None:
+        """Atomically and durably make `name` hold `data`; `temporary` is a name free for use until then."""
+        ...
+
+    def open_read(self, name: str) -> ReadHandle:
+        """Open for reading; raises `FileNotFoundError`."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises `FileNotFoundError`."""
+        ...
+
+    def names(self) -> Iterator[str]:
+        """Names of all files in the place, in any order, folders included in the name."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a file; succeeds where there is none."""
+        ...
+
+
+def reading(store: Store, name: str) -> AbstractContextManager[ReadHandle]:
+    """`store.open_read(name)` as a context manager that closes."""
+    return _Closing(store.open_read(name))
+
+
+class _Closing(AbstractContextManager[ReadHandle]):
+    def __init__(self, handle: ReadHandle) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> ReadHandle:
+        return self._handle
+
+    def __exit__(self, *_exc: object) -> None:
+        self._handle.close()
+
+
+def read_all(store: Store, name: str, max_bytes: int) -> bytes:
+    """A whole small file; raises `OSError` (errno EFBIG) if it is larger than `max_bytes`."""
+    with reading(store, name) as handle:
+        if handle.size > max_bytes:
+            raise OSError(errno.EFBIG, f"{name} has {handle.size} bytes, more than the {max_bytes} that it may have")
+        data = bytearray(handle.size)
+        handle.read_into(0, memoryview(data))
+    return bytes(data)

@@ -1,0 +1,175 @@
+"""A directory of a local or shared POSIX file system as a store. The only module that touches files.
+
+Durability is by `fsync` of the file, then of the directory that names it; publication by `rename` after the
+bytes are durable, as POSIX allows no other order to be relied upon after a power loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from giantstep.storage.base import Buffer
+
+# Alignment that O_DIRECT needs on every file system in use (logical block size is 512 or 4096).
+_DIRECT_ALIGNMENT = 4096
+# Errors by which file systems say that they have no such operation.
+_NOT_SUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
+
+
+class LocalStore:
+    """Files under `root`. Makes nothing until `prepare`."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(root).absolute()
+
+    @property
+    def location(self) -> str:
+        return str(self._root)
+
+    def _path(self, name: str) -> Path:
+        return self._root / name
+
+    def exists(self) -> bool:
+        return self._root.exists()
+
+    def prepare(self, folder: str) -> None:
+        wanted = self._root / folder
+        missing = [path for path in (wanted, *wanted.parents) if not path.exists()]
+        wanted.mkdir(parents=True, exist_ok=True)
+        # A directory is durable when its parent is synced after its creation.
+        for path in missing:
+            _sync_directory(path.parent)
+
+    def create(self, name: str, size: int, *, direct: bool) -> LocalWriteHandle:
+        path = self._path(name)
+        handle = LocalWriteHandle(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+        try:
+            handle.reserve(size)
+            if direct:
+                handle.open_direct(path)
+        except OSError:
+            handle.close()
+            raise
+        return handle
+
+    def sync_names(self, folder: str) -> None:
+        _sync_directory(self._root / folder)
+
+    def publish(self, name: str, data: bytes, temporary: str) -> None:
+        handle = self.create(temporary, len(data), direct=False)
+        try:
+            handle.write_at(0, data)
+            # Invariant: the bytes are durable before the name points to them.
+            handle.sync()
+        finally:
+            handle.close()
+        os.rename(self._path(temporary), self._path(name))
+        _sync_directory(self._root)
+
+    def open_read(self, name: str) -> LocalReadHandle:
+        return LocalReadHandle(os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC), name)
+
+    def size(self, name: str) -> int:
+        return self._path(name).stat().st_size
+
+    def names(self) -> Iterator[str]:
+        for folder, _, files in os.walk(self._root):
+            for file in files:
+                yield os.path.relpath(os.path.join(folder, file), self._root)
+
+    def delete(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no directory flush: their servers make names durable themselves.
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class LocalWriteHandle:
+    """A file open for writing, through the page cache and, once `open_direct` was called, past it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._direct: int | None = None
+
+    @property
+    def direct_bytes(self) -> int:
+        return 0 if self._direct is None else _DIRECT_ALIGNMENT
+
+    def reserve(self, size: int) -> None:
+        """Allocate the blocks now: a full disk is noticed before the first byte, and writes need no allocation."""
+        if size:
+            try:
+                os.posix_fallocate(self._descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in _NOT_SUPPORTED:
+                    raise
+                os.ftruncate(self._descriptor, size)
+
+    def open_direct(self, path: Path) -> None:
+        """Open a second descriptor past the page cache, if the file system knows that."""
+        try:
+            self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        aligned = self._direct is not None and not (offset | len(view)) % _DIRECT_ALIGNMENT
+        descriptor = self._direct if aligned and self._direct is not None else self._descriptor
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            offset += written
+            view = view[written:]
+            if written % _DIRECT_ALIGNMENT:
+                descriptor = self._descriptor
+
+    def sync(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        for descriptor in (self._direct, self._descriptor):
+            if descriptor is not None and descriptor >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        self._direct, self._descriptor = None, -1
+
+
+class LocalReadHandle:
+    """A file open for reading."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor = descriptor
+        self._name = name
+        self._size = os.fstat(descriptor).st_size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        view = target.cast("B")
+        while view:
+            count = os.preadv(self._descriptor, [view], offset)
+            if count == 0:
+                raise OSError(errno.EIO, f"{self._name} ends at byte {offset}, {len(view)} bytes too early")
+            offset += count
+            view = view[count:]
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

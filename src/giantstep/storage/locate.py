@@ -1,0 +1,41 @@
+"""From what a caller passes as `path` to a store."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import unquote, urlsplit
+
+from giantstep.errors import BadArgumentError
+from giantstep.storage.base import Store
+from giantstep.storage.local import LocalStore
+from giantstep.storage.memory import MemoryStore
+
+StoreLike = str | os.PathLike[str] | Store
+
+
+def store_at(path: StoreLike) -> Store:
+    """The store at a path, a `file://` or `memory://` URL, or the given store itself.
+
+    Raises:
+        BadArgumentError: the path is empty or of a scheme that this version does not know.
+    """
+    if not isinstance(path, str | os.PathLike):
+        if not all(hasattr(path, name) for name in ("create", "publish", "open_read", "names")):
+            raise BadArgumentError(f"path must be a str, os.PathLike or Store, not {type(path).__name__}")
+        return path
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text:
+        raise BadArgumentError(f"path {text!r} cannot be: expected a non-empty str")
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return LocalStore(text)
+    if scheme == "memory" and rest:
+        return MemoryStore(rest)
+    if scheme == "file":
+        parts = urlsplit(text)
+        if parts.netloc in ("", "localhost") and parts.path:
+            return LocalStore(unquote(parts.path))
+    raise BadArgumentError(
+        f"path {text!r} cannot be opened: expected a path, file:///absolute/path or memory://name; "
+        "object stores are not supported in this version"
+    )

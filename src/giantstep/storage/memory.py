@@ -1,0 +1,106 @@
+"""A store in this process's memory: `memory://name`. For tests, and for state that need not outlive a process.
+
+Stores of one name share their files. Not durable, and not visible to other processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Iterator
+
+from giantstep.storage.base import Buffer
+
+# The medium itself, as a disk is for `LocalStore`: files by the name of the store.
+_MEDIA: dict[str, dict[str, bytearray]] = {}
+_LOCK = threading.Lock()
+
+
+class MemoryStore:
+    """Files of the in-process medium `name`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def location(self) -> str:
+        return f"memory://{self._name}"
+
+    def _files(self) -> dict[str, bytearray]:
+        with _LOCK:
+            found = _MEDIA.get(self._name)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, f"{self.location} does not exist")
+        return found
+
+    def exists(self) -> bool:
+        with _LOCK:
+            return self._name in _MEDIA
+
+    def prepare(self, folder: str) -> None:
+        with _LOCK:
+            _MEDIA.setdefault(self._name, {})
+
+    def create(self, name: str, size: int, *, direct: bool) -> MemoryHandle:
+        files = self._files()
+        data = bytearray(size)
+        if files.setdefault(name, data) is not data:
+            raise FileExistsError(errno.EEXIST, f"{name} exists in {self.location}")
+        return MemoryHandle(data)
+
+    def sync_names(self, folder: str) -> None:
+        self._files()
+
+    def publish(self, name: str, data: bytes, temporary: str) -> None:
+        self._files()[name] = bytearray(data)
+
+    def open_read(self, name: str) -> MemoryHandle:
+        found = self._files().get(name)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, f"{name} is not in {self.location}")
+        return MemoryHandle(found)
+
+    def size(self, name: str) -> int:
+        return self.open_read(name).size
+
+    def names(self) -> Iterator[str]:
+        yield from list(self._files())
+
+    def delete(self, name: str) -> None:
+        self._files().pop(name, None)
+
+    def clear(self) -> None:
+        """Forget the medium and all its files."""
+        with _LOCK:
+            _MEDIA.pop(self._name, None)
+
+
+class MemoryHandle:
+    """A file of a `MemoryStore`, for reading and writing."""
+
+    direct_bytes = 0
+
+    def __init__(self, data: bytearray) -> None:
+        self._data = data
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        if offset + len(view) > len(self._data):
+            raise OSError(errno.EFBIG, f"write of {len(view)} bytes at {offset} into a file of {len(self._data)}")
+        memoryview(self._data)[offset : offset + len(view)] = view
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        view = target.cast("B")
+        if offset + len(view) > len(self._data):
+            raise OSError(errno.EIO, f"file ends at byte {len(self._data)}")
+        view[:] = memoryview(self._data)[offset : offset + len(view)]
+
+    def sync(self) -> None:
+        """Nothing outlives the process."""
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,38 @@
+"""Reading the commit record of a store, with an error for everything that may be found instead."""
+
+from __future__ import annotations
+
+from giantstep.errors import CheckpointNotFoundError, IncompleteError, NotACheckpointError
+from giantstep.format.names import RECORD_NAME, save_id_of
+from giantstep.format.record import MAX_RECORD_BYTES, CommitRecord, decode_record
+from giantstep.storage.base import Store, read_all
+
+
+def read_record_bytes(store: Store) -> bytes:
+    """The bytes of the commit record.
+
+    Raises:
+        CheckpointNotFoundError, NotACheckpointError, IncompleteError: there is no record; says what there is.
+        OSError: reading failed.
+    """
+    try:
+        return read_all(store, RECORD_NAME, MAX_RECORD_BYTES)
+    except NotADirectoryError as error:
+        raise NotACheckpointError(
+            f"{store.location} is a file; a checkpoint is a directory that holds {RECORD_NAME}"
+        ) from error
+    except FileNotFoundError as error:
+        if not store.exists():
+            raise CheckpointNotFoundError(f"{store.location} does not exist") from error
+    saves = sorted({found for found in map(save_id_of, store.names()) if found})
+    if saves:
+        raise IncompleteError(
+            f"{store.location} holds no {RECORD_NAME}, only files of saves that never committed ({', '.join(saves[:3])}). "
+            "The save was interrupted, or is still running: load another step, or save again to this path."
+        )
+    raise NotACheckpointError(f"{store.location} holds no {RECORD_NAME}: it is not a checkpoint")
+
+
+def read_record(store: Store) -> CommitRecord:
+    """The decoded commit record; raises as `read_record_bytes` and `decode_record`."""
+    return decode_record(read_record_bytes(store), f"{store.location}/{RECORD_NAME}")

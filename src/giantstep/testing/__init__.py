@@ -1,0 +1,1 @@
+"""What giantstep's own tests use and users' tests may: ranks as threads, faulty stores, contract suites."""

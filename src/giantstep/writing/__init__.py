@@ -1,0 +1,1 @@
+"""Stage 4: from host bytes to data files, checksummed on the way."""
