@@ -8,8 +8,8 @@ from giantstep.format.codec import BASE_KINDS, Codec, Kind
 
 
 def _torch_kinds() -> Iterable[Kind]:
-    # Imported only here, so that looking into a checkpoint needs torch only where torch's values are.
-    from giantstep.mapping.torch_kinds import torch_kinds
+    # Looking into a checkpoint needs torch only where torch's values are.
+    from giantstep.mapping.torch_kinds import torch_kinds  # noqa: PLC0415 - imports torch
 
     return torch_kinds()
 

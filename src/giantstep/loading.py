@@ -23,9 +23,9 @@ from giantstep.mapping.describe import Described, TensorLeaf, describe
 from giantstep.mapping.tree import map_leaves, merge
 from giantstep.options import LoadOptions, StrictHandling
 from giantstep.phases import Stopwatch, same_call, with_call
-from giantstep.planning.load_plan import ChunkTable, Read, WantedTable, plan_load
+from giantstep.planning.load_plan import ChunkTable, WantedTable, plan_load
 from giantstep.planning.matching import KeyDifferences, Requests, judge
-from giantstep.reading.checkpoint import COMMON_KEY, Checkpoint
+from giantstep.reading.checkpoint import Checkpoint
 from giantstep.reading.fetch import Fetched, Sink, Source, fetch
 from giantstep.reading.tensor_sink import sink_for
 from giantstep.reports import LoadedState, LoadReport
@@ -34,6 +34,7 @@ from giantstep.shards.region import Region, ragged_to_padded
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
+from giantstep.words import words_of
 
 
 def load(
@@ -181,7 +182,7 @@ class _Load:
     def _fill(self) -> bytes:
         self._common = self._checkpoint.common
         wanted = self._wanted()
-        chunks, table = self._chunk_table(wanted), self._wanted_table(wanted)
+        chunks, table = self._chunk_table(), self._wanted_table(wanted)
         reads = plan_load(chunks, table, block_bytes=self._record.block_bytes, buffer_bytes=self._options.buffer_bytes)
         threads = self._options.reader_threads
         if self._options.verify == "before":
@@ -203,7 +204,7 @@ class _Load:
         return found
 
     def _width(self) -> int:
-        return int(np.diff(self._index.tensor_dims_ends).max(initial=0))
+        return int(np.diff(self._index.tensor_dims_ends).max(initial=1))
 
     def _wanted_table(self, wanted: Sequence[_Wanted]) -> WantedTable:
         width = self._width()
@@ -220,7 +221,7 @@ class _Load:
             partial=np.array([item.leaf.allow_shape_mismatch for item in wanted], dtype=bool),
         )
 
-    def _chunk_table(self, wanted: Sequence[_Wanted]) -> ChunkTable:
+    def _chunk_table(self) -> ChunkTable:
         index, width = self._index, self._width()
         dims = np.diff(index.tensor_dims_ends)
         counts = np.diff(index.tensor_chunk_ends)
@@ -253,7 +254,7 @@ class _Load:
             if view is None:
                 raise BadArgumentError(f"tensor {item.leaf.key!r} has no memory")
             if item.leaf.allow_shape_mismatch:
-                view.zero_()
+                words_of(view).zero_()
             self._filled_bytes += view.numel() * view.element_size()
             stored = BY_CODE[int(self._index.tensor_dtype[item.row])]
             sinks.append(sink_for(view, stored, item.region.offset))
@@ -267,7 +268,7 @@ class _Load:
         for leaf in loaded:
             leaf.allocate()
         results = {leaf.path: leaf.result for leaf in self._described.leaves}
-        tree = map_leaves(self._described.tree, lambda path, leaf: results.get(path, leaf))
+        tree = map_leaves(self._described.tree, results.get)
         tree = merge(tree, self._common)
         for path, stateful in self._described.statefuls:
             tree = _with_stateful(tree, path, stateful)

@@ -47,8 +47,9 @@ def same_call(reports: Sequence[bytes]) -> list[bytes]:
     for rank, head in enumerate(heads):
         for name in {**heads[0], **head}:
             if heads[0].get(name) != head.get(name):
+                first, other = heads[0].get(name), head.get(name)
                 raise DisagreementError(
-                    f"ranks make different calls: {name} is {heads[0].get(name)!r} on rank 0 and {head.get(name)!r} on rank {rank}. "
+                    f"ranks make different calls: {name} is {first!r} on rank 0 and {other!r} on rank {rank}. "
                     "All ranks of the group must make the same call."
                 )
     return payloads

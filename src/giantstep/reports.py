@@ -10,7 +10,8 @@ def _secs(seconds: dict[str, float]) -> str:
     return ", ".join(f"{phase} {secs:.2f} s" for phase, secs in seconds.items())
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
@@ -44,8 +45,8 @@ class SaveReport:
 
     def __str__(self) -> str:
         return (
-            f"saved {self.tensors} tensors and {self.objects} objects, {_size(self.bytes)}, to {self.location} "
-            f"(this rank wrote {_size(self.bytes_written)}; {_secs(self.seconds)})"
+            f"saved {self.tensors} tensors and {self.objects} objects, {size_text(self.bytes)}, to {self.location} "
+            f"(this rank wrote {size_text(self.bytes_written)}; {_secs(self.seconds)})"
         )
 
 
@@ -76,10 +77,8 @@ class LoadReport:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [
-            f"loaded {self.tensors} tensors, {_size(self.bytes_filled)}, from {self.location} "
-            f"(read {_size(self.bytes_read)}; {_secs(self.seconds)})"
-        ]
+        filled, read = size_text(self.bytes_filled), size_text(self.bytes_read)
+        lines = [f"loaded {self.tensors} tensors, {filled}, from {self.location} (read {read}; {_secs(self.seconds)})"]
         for title, names in (("not requested", self.missing), ("not in the checkpoint", self.unexpected), ("cast", self.cast)):
             if names:
                 lines.append(f"  {title}: {len(names)}: " + ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""))

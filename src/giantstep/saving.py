@@ -5,9 +5,8 @@ state -describe-> leaves -plan_save-> part -host_pieces-> bytes -write-> data fi
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import logging
-
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +36,6 @@ from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
 from giantstep.reading.checkpoint import COMMON_KEY
 from giantstep.reports import SaveReport
-
 from giantstep.staging.host import content_digest, host_pieces
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
@@ -136,7 +134,7 @@ class _Save:
         plan = plan_save(descriptions, split_bytes=self._options.split_bytes, max_chunk_bytes=max_chunk_bytes)
         self._store.prepare(DATA_DIR)
         self._root = _RootState(plan, current_record(self._store))
-        now = datetime.datetime.now(datetime.UTC)
+        now = dt.datetime.now(dt.UTC)
         save_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(8)}".encode("ascii")
         return [save_id + plan.part_of(rank).encode() for rank in range(self._group.size)]
 
@@ -278,7 +276,7 @@ def _replica_digest(leaf: TensorLeaf, view: torch.Tensor | None, ranks: int, opt
 
     A DTensor's mesh vouches for its own ranks; if it spans all ranks, no other can hold the key.
     """
-    if view is None or leaf.role != IMPLICIT or ranks == 1 or leaf.mesh_size == ranks:
+    if view is None or leaf.role != IMPLICIT or ranks in (1, leaf.mesh_size):
         return 0, 0
     return content_digest(view, options.buffer_bytes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from importlib.metadata import PackageNotFoundError, version
 
 from giantstep.errors import IncompleteError, StoreError
@@ -67,7 +67,7 @@ def publish(
     record = CommitRecord(
         save_id=save_id,
         library=library_name(),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         world_size=world_size,
         block_bytes=block_bytes,
         index=IndexEntry(name, len(encoded.data), encoded.head_bytes, encoded.head_digest),

@@ -1,6 +1,6 @@
-"""The object codec: Python values as bytes, closed and typed, so that decoding never runs anything stored.
+r"""The object codec: Python values as bytes, closed and typed, so that decoding never runs anything stored.
 
-An encoded object is `GSOBJ1\\n`, the length of a JSON text (8 bytes, little endian), the JSON text, and binary
+An encoded object is `GSOBJ1\n`, the length of a JSON text (8 bytes, little endian), the JSON text, and binary
 attachments that it refers to by offset. None, booleans, integers, finite floats, strings and lists are plain
 JSON; every other value is `{"$": tag, "v": payload}` with a tag from the table below or one that the caller's
 `Codec` was given. Not here: torch types (`mapping.torch_kinds`).
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
+import datetime as dt
 import json
 import math
 import pathlib
@@ -125,7 +125,7 @@ class Reader:
     def attachment(self, reference: Json) -> bytes:
         """The bytes that `Writer.attach` stored."""
         start, size = reference
-        if not (type(start) is int and type(size) is int and 0 <= start and 0 <= size <= len(self._attachments) - start):
+        if not (type(start) is int and type(size) is int and start >= 0 and 0 <= size <= len(self._attachments) - start):
             raise ValueError(f"attachment {reference} lies outside the {len(self._attachments)} bytes attached")
         return bytes(self._attachments[start : start + size])
 
@@ -222,7 +222,7 @@ def _unordered(value: Iterable[Any], writer: Writer, path: Path) -> Json:
 
 def _read_items(payload: Json, reader: Reader) -> list[Any]:
     if not isinstance(payload, list):
-        raise ValueError("expected a list")
+        raise TypeError("expected a list")
     return [reader.value(item) for item in payload]
 
 
@@ -235,7 +235,7 @@ def _read_pairs(payload: Json, reader: Reader) -> list[tuple[Any, Any]]:
 
 def _read_str(payload: Json) -> str:
     if not isinstance(payload, str):
-        raise ValueError("expected a string")
+        raise TypeError("expected a string")
     return payload
 
 
@@ -304,13 +304,13 @@ BASE_KINDS: tuple[Kind, ...] = (
     Kind(
         "argparse.Namespace",
         argparse.Namespace,
-        lambda v, w, p: _pairs(vars(v), w, p),
+        lambda v, w, p: _pairs(dict(vars(v)), w, p),
         lambda j, r: _namespace(argparse.Namespace, j, r),
     ),
     Kind(
         "types.SimpleNamespace",
         types.SimpleNamespace,
-        lambda v, w, p: _pairs(vars(v), w, p),
+        lambda v, w, p: _pairs(dict(vars(v)), w, p),
         lambda j, r: _namespace(types.SimpleNamespace, j, r),
     ),
     Kind(
@@ -322,16 +322,16 @@ BASE_KINDS: tuple[Kind, ...] = (
     Kind("pure_path", pathlib.PurePosixPath, lambda v, w, p: str(v), lambda j, r: pathlib.PurePosixPath(_read_str(j))),
     Kind(
         "datetime",
-        datetime.datetime,
+        dt.datetime,
         lambda v, w, p: v.isoformat(),
-        lambda j, r: datetime.datetime.fromisoformat(_read_str(j)),
+        lambda j, r: dt.datetime.fromisoformat(_read_str(j)),
     ),
-    Kind("date", datetime.date, lambda v, w, p: v.isoformat(), lambda j, r: datetime.date.fromisoformat(_read_str(j))),
+    Kind("date", dt.date, lambda v, w, p: v.isoformat(), lambda j, r: dt.date.fromisoformat(_read_str(j))),
     Kind(
         "timedelta",
-        datetime.timedelta,
+        dt.timedelta,
         lambda v, w, p: [v.days, v.seconds, v.microseconds],
-        lambda j, r: datetime.timedelta(j[0], j[1], j[2]),
+        lambda j, r: dt.timedelta(j[0], j[1], j[2]),
     ),
     Kind(
         "range",

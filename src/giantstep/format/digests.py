@@ -7,14 +7,14 @@ stranger's reader can check a commit record with nothing else. Neither defends a
 from __future__ import annotations
 
 import hashlib
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 Checksums: TypeAlias = NDArray[np.uint64]
-Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 def block_checksums(data: memoryview, block_bytes: int) -> Checksums:

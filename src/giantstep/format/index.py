@@ -8,6 +8,7 @@ files and stores (`reading.index_reader`).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,7 +97,7 @@ def encode_texts(texts: list[bytes]) -> tuple[Int64s, NDArray[np.uint8]]:
 def decode_texts(ends: Int64s, data: NDArray[np.uint8]) -> list[str]:
     """Inverse of `encode_texts` after UTF-8; raises UnicodeDecodeError on bytes that are not."""
     blob, positions = data.tobytes(), ends.tolist()
-    return [blob[start:stop].decode("utf-8") for start, stop in zip(positions, positions[1:], strict=False)]
+    return [blob[start:stop].decode("utf-8") for start, stop in itertools.pairwise(positions)]
 
 
 @dataclass(frozen=True, slots=True)

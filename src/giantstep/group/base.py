@@ -59,7 +59,7 @@ def consult(
     failure: GiantstepError | None = None
     try:
         report = _OK + work()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
         failure = located(error, group.rank, phase)
         report = _ERROR + _pack(failure)
 
@@ -69,7 +69,7 @@ def consult(
             try:
                 decided = decide([report[1:] for report in reports]) if decide else [b""] * group.size
                 return [_OK + part for part in decided]
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 verdict = located(error, None, decide_phase or phase)
         return [_ERROR + _pack(verdict)] * group.size
 
@@ -79,7 +79,8 @@ def consult(
     agreed = _unpack(received[1:])
     agreed.agreed = True
     if failure is not None and failure.rank == agreed.rank:
-        # This rank's own error: the message agreed upon, with the local cause and traceback.
+        # This rank's own error: the message agreed upon, with the local traceback instead of its copy.
+        agreed.__notes__ = []
         raise agreed from failure
     raise agreed
 

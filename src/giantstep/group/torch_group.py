@@ -10,7 +10,7 @@ fault the group is not used again; the next call makes a new one.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import json
 import threading
 import time
@@ -34,7 +34,7 @@ from giantstep.group.base import Answer, Group
 from giantstep.group.single import SingleGroup
 
 # What gloo is told to wait: for ever, as far as we are concerned. Our own clock ends every wait.
-_GLOO_PATIENCE = datetime.timedelta(days=7)
+_GLOO_PATIENCE = dt.timedelta(days=7)
 _FIRST_LOOK_SECS = 0.5
 _LOOK_EVERY_SECS = 1.0
 _CONFIRM_SECS = 1.0
@@ -92,9 +92,11 @@ class TorchGroup:
                 answers = answer(self._collect(report, phase, timeout_secs))
                 self._distribute(answers, phase, timeout_secs)
                 return bytes(answers[0])
-            self._send(report, 0, phase, timeout_secs)
-            # Rank 0 waits up to the timeout for the last report and then speaks, if only to name who is late.
-            return self._receive(0, phase, 2 * timeout_secs + 10 * _CONFIRM_SECS)
+            # Rank 0 waits up to the timeout for the last report and then speaks, if only to name who is late; it may
+            # not take this rank's report before.
+            patience_secs = 2 * timeout_secs + 10 * _CONFIRM_SECS
+            self._send(report, 0, phase, patience_secs)
+            return self._receive(0, phase, patience_secs)
         except GiantstepError:
             self._abandon()
             raise
@@ -107,12 +109,12 @@ class TorchGroup:
         prefix = (
             f"giantstep/{'.'.join(map(str, self._ranks[:2]))}.{len(self._ranks)}.{hash(tuple(self._ranks))}/{self._generation}"
         )
-        self._board = dist.PrefixStore(prefix, c10d._get_default_store())
+        self._board = c10d.PrefixStore(prefix, c10d._get_default_store())
         try:
             self._gloo = dist.new_group(
                 self._ranks,
                 backend="gloo",
-                timeout=datetime.timedelta(seconds=timeout_secs),
+                timeout=dt.timedelta(seconds=timeout_secs),
                 use_local_synchronization=True,
             )
         except (RuntimeError, ValueError) as error:

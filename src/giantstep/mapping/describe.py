@@ -211,7 +211,7 @@ def _check_keys(leaves: Sequence[TensorLeaf]) -> None:
         other = first.setdefault(leaf.key, leaf)
         if other is leaf:
             continue
-        if leaf.role == IMPLICIT or other.role == IMPLICIT:
+        if IMPLICIT in (leaf.role, other.role):
             raise BadArgumentError(f"two tensors of the state dict have the key {leaf.key!r}: at {other.path} and {leaf.path}")
         if (leaf.dtype, leaf.global_shape) != (other.dtype, other.global_shape):
             raise BadArgumentError(

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-
 import torch
 
 from giantstep.errors import BadArgumentError

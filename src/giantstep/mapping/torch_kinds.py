@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+
 import torch
 
 from giantstep.errors import UnsupportedTypeError
 from giantstep.format.codec import Json, Kind, Reader, Writer
 from giantstep.shards.dtypes import BY_TORCH_NAME, dtype_of_torch_name
 from giantstep.shards.paths import Path, dotted
+from giantstep.words import bytes_of, words_of
 
 
 def _encode_tensor(value: torch.Tensor, writer: Writer, path: Path) -> Json:
     if value.layout != torch.strided:
         raise UnsupportedTypeError(f"tensor at {dotted(path)!r} has layout {value.layout}: expected a dense tensor")
     dtype = dtype_of_torch_name(str(value.dtype))
-    plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    plain = words_of(value.detach().resolve_conj().resolve_neg()).cpu().contiguous()
+    data = bytes_of(plain).tobytes() if plain.numel() else b""
     return [dtype.torch_name, list(value.shape), writer.attach(data)]
 
 

@@ -63,11 +63,11 @@ def _gap_message(table: ShardTable, tensor: int, missing: int, tensors: np.ndarr
         {int(table.rank[row]) for row in held if any(_region(table, int(row)).intersect(part).elements for part in parts)}
     )
     hint = (
-        f" Rank {', '.join(map(str, copies[:20]))} holds part of it, but with a replica_id other than 0: one holder of each region must "
-        "have replica_id 0."
+        f" Rank {', '.join(map(str, copies[:20]))} holds part of it, but with a replica_id other than 0: one holder of "
+        "each region must have replica_id 0."
         if copies
         else " The ranks that hold the tensor: "
-        + (", ".join(sorted({str(int(table.rank[row])) for row in mine})[:20]) or "none")
+        + (", ".join(map(str, sorted({int(table.rank[row]) for row in mine})[:20])) or "none")
         + "."
     )
     more = f" {short - 1} more tensors have gaps." if short > 1 else ""

@@ -71,8 +71,8 @@ def _check_single_main(table: ShardTable, rows: Int64s, group: Int64s, groups: i
         ranks = sorted({int(rank) for rank in table.rank[chosen]})
         raise CoverageError(
             f"tensor {table.keys[int(table.tensor[chosen[0]])]!r}: region {table.region_text(int(chosen[0]))} has "
-            f"{len(chosen)} main replicas, on rank {', '.join(map(str, ranks[:20]))}. Give all but one of them a replica_id other "
-            "than 0, or different regions." + _more(len(doubled) - 1)
+            f"{len(chosen)} main replicas, on rank {', '.join(map(str, ranks[:20]))}. Give all but one of them a replica_id "
+            "other than 0, or different regions." + _more(len(doubled) - 1)
         )
 
 

@@ -121,7 +121,8 @@ def _hinted(unexpected: Sequence[str], stored_keys: list[str], missing: set[str]
 
 def _remedy(kinds: Sequence[type[MismatchError]]) -> str:
     remedies = {
-        KeyMismatchError: "pass strict=StrictHandling.RAISE_UNEXPECTED for a partial load, or IGNORE_ALL to load what both have",
+        KeyMismatchError: "pass strict=StrictHandling.RAISE_UNEXPECTED for a partial load, or IGNORE_ALL to load "
+        "what both have",
         ShapeMismatchError: "build the model with the stored shapes, or set allow_shape_mismatch on a padded ShardedTensor",
         DtypeMismatchError: "pass LoadOptions(cast='floating') or 'any' to convert",
     }

@@ -113,18 +113,16 @@ def _shares_to_plan(table: ShardTable, holders: Holders, ranks: int, split_bytes
     first = holders.first_rows
     tensor, offset, size = table.tensor[first], table.offset[first], table.size[first]
     groups = np.arange(len(first))
-    # The axis to cut along: the first one longer than 1, or the last one if there is none.
-    width = size.shape[1]
-    axis = np.argmax(size > 1, axis=1) if width else np.zeros(len(first), dtype=np.int64)
-    slices = size[groups, axis] if width else np.ones(len(first), dtype=np.int64)
+    # The axis to cut along: the first one longer than 1, or any if there is none.
+    axis = np.argmax(size > 1, axis=1)
+    slices = size[groups, axis]
     slice_bytes = size.prod(axis=1) // slices * table.item_bytes[tensor]
     shares = balance(Regions(slices, slice_bytes), table.rank[holders.rows], holders.starts, holders.counts, ranks, split_bytes)
     source = holders.rows[holders.starts[shares.group] + shares.holder]
     chunk_offset, chunk_size = offset[shares.group].copy(), size[shares.group].copy()
-    if width:
-        rows = np.arange(len(shares.group))
-        chunk_offset[rows, axis[shares.group]] += shares.first
-        chunk_size[rows, axis[shares.group]] = shares.count
+    rows = np.arange(len(shares.group))
+    chunk_offset[rows, axis[shares.group]] += shares.first
+    chunk_size[rows, axis[shares.group]] = shares.count
     return SavePlan(
         table.keys,
         table.dtype,

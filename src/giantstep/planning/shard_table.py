@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,12 +65,13 @@ def tabulate(descriptions: Sequence[Description]) -> ShardTable:
     """
     keys = sorted({key for description in descriptions for key in description.keys}, key=lambda key: key.encode("utf-8"))
     number = {key: position for position, key in enumerate(keys)}
-    width = max((int(d.tensor_ndim.max()) for d in descriptions if len(d.keys)), default=0)
+    # At least one column, so that 0-d tensors are boxes of one element like all others.
+    width = max([1, *(int(d.tensor_ndim.max()) for d in descriptions if len(d.keys))])
     global_rows = [np.array([number[key] for key in d.keys], dtype=np.int64) for d in descriptions]
     tensor_rank = np.repeat(np.arange(len(descriptions)), [len(d.keys) for d in descriptions])
-    tensor = _concatenated(global_rows)
-    dtype = _concatenated([d.dtype for d in descriptions], np.uint8)
-    ndim = _concatenated([d.tensor_ndim for d in descriptions])
+    tensor = _ints(global_rows)
+    dtype = _codes(d.dtype for d in descriptions)
+    ndim = _ints([d.tensor_ndim for d in descriptions])
     shape = np.concatenate(
         [np.empty((0, width), np.int64)]
         + [ragged_to_padded(d.dims, d.dims_ends[:-1], d.tensor_ndim, 1, width) for d in descriptions]
@@ -92,18 +94,22 @@ def tabulate(descriptions: Sequence[Description]) -> ShardTable:
         ndim=ndim[first],
         shape=shape[first],
         rank=np.repeat(np.arange(len(descriptions)), counts),
-        row=_concatenated([np.arange(count) for count in counts]),
-        tensor=_concatenated([rows[d.shard_tensor] for rows, d in zip(global_rows, descriptions, strict=True)]),
-        role=_concatenated([d.shard_role for d in descriptions], np.uint8),
-        mesh=_concatenated([d.shard_mesh for d in descriptions]),
+        row=_ints([np.arange(count) for count in counts]),
+        tensor=_ints([rows[d.shard_tensor] for rows, d in zip(global_rows, descriptions, strict=True)]),
+        role=_codes(d.shard_role for d in descriptions),
+        mesh=_ints([d.shard_mesh for d in descriptions]),
         digest=np.concatenate([np.empty((0, 2), np.uint64), *(d.shard_digest for d in descriptions)]),
         offset=padded("shard_offset", 0),
         size=padded("shard_size", 1),
     )
 
 
-def _concatenated(parts: Sequence[NDArray[np.generic]], dtype: type[np.generic] = np.int64) -> NDArray[np.generic]:
-    return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype, copy=False)
+def _ints(parts: Iterable[NDArray[Any]]) -> Int64s:
+    return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)
+
+
+def _codes(parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    return np.concatenate([np.empty(0, np.uint8), *parts])
 
 
 def _check_agreement(

@@ -25,4 +25,5 @@ class ArraySink:
             slice(start - zero, start - zero + count)
             for start, zero, count in zip(offset[skip:], self._origin, size[skip:], strict=True)
         )
-        np.copyto(self._target[where], bits.reshape(size[skip:]), casting="no")
+        # With `...` the result is an array even where the target has no dimensions.
+        np.copyto(self._target[(*where, ...)], bits.reshape(size[skip:]), casting="no")

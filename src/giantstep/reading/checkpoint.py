@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.errors import BadArgumentError, CorruptionError, KeyMismatchError
+from giantstep.errors import BadArgumentError, KeyMismatchError
 from giantstep.format.codec import Codec
 from giantstep.format.record import CommitRecord, Json
 from giantstep.planning.load_plan import ChunkTable, Piece, Read, WantedTable, plan_load
@@ -20,6 +20,7 @@ from giantstep.reading.fetch import WORDS, Source, fetch
 from giantstep.reading.index_reader import IndexReader, TensorEntry
 from giantstep.reading.lazy_array import LazyArray
 from giantstep.reading.verify import Progress, VerifyReport, verify_files
+from giantstep.shards.dtypes import BY_CODE
 from giantstep.shards.region import Region
 from giantstep.storage.base import Store
 
@@ -41,12 +42,19 @@ class ChunkInfo:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A stored tensor: key, torch's name of its dtype, global shape, size in bytes, and its chunks."""
+    """A stored tensor.
+
+    Attributes:
+        key, dtype, shape, bytes: the global tensor; `dtype` is torch's name.
+        chunk_count: number of chunks.
+        chunks: where they lie; empty where only an overview was asked for (`Checkpoint.infos`).
+    """
 
     key: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    chunk_count: int
     chunks: tuple[ChunkInfo, ...]
 
 
@@ -113,17 +121,17 @@ class Checkpoint:
             ChunkInfo(chunk.region, files[chunk.file].name, files[chunk.file].rank, chunk.start, chunk.bytes)
             for chunk in entry.chunks
         )
-        return TensorInfo(entry.key, entry.dtype.torch_name, entry.shape, entry.bytes, chunks)
+        return TensorInfo(entry.key, entry.dtype.torch_name, entry.shape, entry.bytes, len(chunks), chunks)
 
     def infos(self) -> Iterator[TensorInfo]:
         """`info` of every tensor, without its chunks' places: fast for many tensors."""
         index = self._index.load_all()
-        from giantstep.shards.dtypes import BY_CODE
-
         ends, dims = index.tensor_dims_ends.tolist(), index.tensor_dims.tolist()
+        counts = np.diff(index.tensor_chunk_ends).tolist()
         for row, (key, code) in enumerate(zip(self.keys(), index.tensor_dtype.tolist(), strict=True)):
             dtype, shape = BY_CODE[code], tuple(dims[ends[row] : ends[row + 1]])
-            yield TensorInfo(key, dtype.torch_name, shape, Region.whole(shape).elements * dtype.item_bytes, ())
+            size = Region.whole(shape).elements * dtype.item_bytes
+            yield TensorInfo(key, dtype.torch_name, shape, size, counts[row], ())
 
     def __getitem__(self, key: str) -> LazyArray:
         return LazyArray(self._entry(key), self._read_region)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +110,7 @@ class OpenFiles:
                 self._open[file] = handle
             return self._open[file]
 
-    def __enter__(self) -> OpenFiles:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -163,7 +163,7 @@ def _carry_out(source: Source, files: OpenFiles, read: Read, sinks: Sequence[Sin
     entry = source.record.files[read.file]
     stop = min(read.stop, entry.bytes)
     data = buffer[: stop - read.start]
-    files.get(read.file).read_into(read.start, memoryview(data))
+    files.get(read.file).read_into(read.start, data.data)
     if source.checksums is not None:
         _verify(source, read, data)
     if sinks is not None:
@@ -188,7 +188,7 @@ def _verify(source: Source, read: Read, data: NDArray[np.uint8]) -> None:
         return
     size = source.record.block_bytes
     first = read.start // size
-    found = block_checksums(memoryview(data), size)
+    found = block_checksums(data.data, size)
     expected = source.checksums(read.file, first, first + len(found))
     wrong = np.flatnonzero(found != expected)
     if len(wrong):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass
 
@@ -83,7 +84,7 @@ class IndexReader:
 
     def _read(self, start: int, stop: int) -> None:
         with reading(self._store, self._record.index.name) as handle:
-            handle.read_into(start, memoryview(self._data)[start:stop])
+            handle.read_into(start, self._data[start:stop].data)
 
     def _bytes(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Verified bytes [start, stop) of the file."""
@@ -104,7 +105,7 @@ class IndexReader:
                 self._read(low, high)
                 for block in run.tolist():
                     begin = head + block * size
-                    found = xxhash.xxh3_64_intdigest(self._data[begin : min(begin + size, high)])
+                    found = xxhash.xxh3_64_intdigest(self._data[begin : min(begin + size, high)].data)
                     if found != int(self._head.rest_checksums[block]):
                         raise CorruptionError(
                             f"index {self._what} is damaged in bytes {begin} to {min(begin + size, high)}. "
@@ -159,7 +160,7 @@ class IndexReader:
         ends = self._ints(f"{kind}_key_ends")
         blob = self._column(f"{kind}_key_bytes").tobytes()
         try:
-            return [blob[start:stop].decode("utf-8") for start, stop in zip(ends, ends[1:], strict=False)]
+            return [blob[start:stop].decode("utf-8") for start, stop in itertools.pairwise(ends)]
         except UnicodeDecodeError as error:
             raise CorruptionError(f"index {self._what}: a key is not UTF-8: {error}") from error
 

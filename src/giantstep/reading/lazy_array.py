@@ -20,8 +20,10 @@ ReadRegion = Callable[[TensorEntry, Region], NDArray[Any]]
 
 
 class LazyArray:
-    """A global tensor of a checkpoint. Indexing with integers, slices and `...` reads those elements into a new
-    NumPy array; only blocks that hold them are read.
+    """A global tensor of a checkpoint, read when it is indexed.
+
+    Indexing with integers, slices and `...` reads those elements into a new NumPy array; only blocks that hold
+    them are read.
 
     bf16 and fp8 come as ml_dtypes; packed fp4 as uint8, two values per element; complex32 as float16 pairs in a
     last dimension of 2.
@@ -48,7 +50,7 @@ class LazyArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """dtype of the arrays that indexing returns."""
+        """Dtype of the arrays that indexing returns."""
         return numpy_dtype(self._entry.dtype)
 
     @property
@@ -65,7 +67,8 @@ class LazyArray:
         region, within = _resolve(index, self._entry.shape, self._entry.key)
         bits = self._read(self._entry, region)
         array = view_as(bits, self._entry.dtype)
-        return array[within]
+        found: NDArray[Any] = array[within]
+        return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -79,9 +82,10 @@ class LazyArray:
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     """The NumPy dtype that shows elements of `dtype`."""
     if not hasattr(np, dtype.numpy_name):
-        import ml_dtypes
+        import ml_dtypes  # noqa: PLC0415 - only bf16 and fp8 need it
 
-        return np.dtype(getattr(ml_dtypes, dtype.numpy_name))
+        extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.numpy_name))
+        return extended
     return np.dtype(dtype.numpy_name)
 
 
@@ -90,7 +94,7 @@ def view_as(bits: NDArray[Any], dtype: DType) -> NDArray[Any]:
     shown = numpy_dtype(dtype)
     if shown.itemsize == dtype.item_bytes:
         return bits.view(shown)
-    return bits.reshape(-1).view(shown).reshape(*bits.shape, -1)
+    return bits.reshape(-1).view(shown).reshape(*bits.shape, dtype.item_bytes // shown.itemsize)
 
 
 def _resolve(index: Any, shape: tuple[int, ...], key: str) -> tuple[Region, tuple[Any, ...]]:
@@ -102,7 +106,9 @@ def _resolve(index: Any, shape: tuple[int, ...], key: str) -> tuple[Region, tupl
         items.append(Ellipsis)
     place = items.index(Ellipsis)
     items[place : place + 1] = [slice(None)] * (len(shape) - len(items) + 1)
-    offset, size, within = [], [], []
+    offset: list[int] = []
+    size: list[int] = []
+    within: list[int | slice] = []
     for axis, (item, length) in enumerate(zip(items, shape, strict=True)):
         if isinstance(item, slice):
             first, count, step = _slice_extent(item, length)

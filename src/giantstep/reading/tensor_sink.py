@@ -8,8 +8,7 @@ import torch
 from giantstep.reading.array_sink import ArraySink
 from giantstep.reading.fetch import WORDS, Bits, Sink
 from giantstep.shards.dtypes import DType
-
-_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from giantstep.words import words_of
 
 
 def sink_for(view: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> Sink:
@@ -22,8 +21,7 @@ def sink_for(view: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> Sink
     """
     same = str(view.dtype) == f"torch.{stored.torch_name}"
     if same and view.device.type == "cpu" and not view.is_conj() and not view.is_neg():
-        words = view.view(_INTS[stored.item_bytes]) if stored.item_bytes in _INTS else view
-        return ArraySink(words.numpy(), origin)
+        return ArraySink(words_of(view).numpy(), origin)
     return TensorSink(view, stored, origin)
 
 

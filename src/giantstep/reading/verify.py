@@ -96,7 +96,7 @@ def _verify_file(
     step = max(1, _READ_BYTES // size) * size
     buffer = np.empty(min(step, max(entry.bytes, 1)), dtype=np.uint8)
     for low in range(0, entry.bytes, step):
-        data = memoryview(buffer)[: min(step, entry.bytes - low)]
+        data = buffer[: min(step, entry.bytes - low)].data
         handle.read_into(low, data)
         found = block_checksums(data, size)
         first = low // size

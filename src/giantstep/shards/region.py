@@ -136,7 +136,8 @@ def ragged_to_padded(values: Int64s, starts: Int64s, dims: Int64s, pad: int, wid
 def padded_to_ragged(table: Int64s, dims: Int64s) -> Int64s:
     """Inverse of `ragged_to_padded`: the last `dims[i]` values of each row, one after another."""
     keep = np.arange(table.shape[1])[None, :] >= (table.shape[1] - dims)[:, None]
-    return table[keep]
+    values: Int64s = table[keep]
+    return values
 
 
 def overlapping_pair(tensors: Int64s, offsets: Int64s, sizes: Int64s) -> tuple[int, int] | None:

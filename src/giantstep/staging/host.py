@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from giantstep.format.digests import ContentDigest
 from giantstep.shards.region import Region, split_region
+from giantstep.words import bytes_of, words_of
 
 Bytes = NDArray[np.uint8]
 
@@ -32,21 +33,16 @@ def host_pieces(tensor: torch.Tensor, piece_bytes: int) -> Iterator[Bytes]:
         return
     tensor = tensor.detach()
     if tensor.is_contiguous() and tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg():
-        yield _bytes_of(tensor)
+        yield bytes_of(tensor)
         return
+    words = words_of(tensor.resolve_conj().resolve_neg())
     for part in split_region(Region.whole(tuple(tensor.shape)), max(1, piece_bytes // tensor.element_size())):
-        yield _bytes_of(tensor[part.slices()].resolve_conj().resolve_neg().cpu().contiguous())
-
-
-def _bytes_of(tensor: torch.Tensor) -> Bytes:
-    # A 0-d tensor cannot be viewed as another dtype, a 1-d one can.
-    array: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
-    return array
+        yield bytes_of(words[part.slices()].cpu().contiguous())
 
 
 def content_digest(tensor: torch.Tensor, piece_bytes: int) -> tuple[int, int]:
     """128-bit digest of the tensor's bytes in row-major order."""
     digest = ContentDigest()
     for piece in host_pieces(tensor, piece_bytes):
-        digest.update(piece)
+        digest.update(piece.data)
     return digest.halves()

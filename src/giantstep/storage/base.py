@@ -18,11 +18,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
-from numpy.typing import NDArray
-
-Buffer = bytes | bytearray | memoryview | NDArray[Any]
+Buffer = bytes | bytearray | memoryview
 
 
 class WriteHandle(Protocol):

@@ -67,7 +67,7 @@ class LocalStore:
             handle.sync()
         finally:
             handle.close()
-        os.rename(self._path(temporary), self._path(name))
+        self._path(temporary).rename(self._path(name))
         _sync_directory(self._root)
 
     def open_read(self, name: str) -> LocalReadHandle:
@@ -79,7 +79,7 @@ class LocalStore:
     def names(self) -> Iterator[str]:
         for folder, _, files in os.walk(self._root):
             for file in files:
-                yield os.path.relpath(os.path.join(folder, file), self._root)
+                yield str(Path(folder, file).relative_to(self._root))
 
     def delete(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)

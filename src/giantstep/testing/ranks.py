@@ -11,7 +11,7 @@ from giantstep.group.threads import ThreadGroup, ThreadGroups
 Result = TypeVar("Result")
 
 
-class RankErrors(AssertionError):
+class RanksFailedError(AssertionError):
     """Some ranks raised.
 
     Attributes:
@@ -35,7 +35,7 @@ def run_ranks_collecting(
     def run(rank: int) -> None:
         try:
             results[rank] = function(groups.rank(rank))
-        except BaseException as error:  # every way in which a rank can end is a result here
+        except BaseException as error:  # noqa: BLE001 - every way in which a rank can end is a result here
             errors[rank] = error
         finally:
             groups.leave(rank)
@@ -49,11 +49,11 @@ def run_ranks_collecting(
 
 
 def run_ranks(size: int, function: Callable[[ThreadGroup], Result]) -> list[Result]:
-    """As `run_ranks_collecting`; raises `RankErrors` if any rank raised.
+    """As `run_ranks_collecting`; raises `RanksFailedError` if any rank raised.
 
     Pass the group to `giantstep.save` and `giantstep.load` as `process_group`.
     """
     results, errors = run_ranks_collecting(size, function)
     if any(error is not None for error in errors):
-        raise RankErrors(errors) from next(error for error in errors if error is not None)
+        raise RanksFailedError(errors) from next(error for error in errors if error is not None)
     return results  # type: ignore[return-value]

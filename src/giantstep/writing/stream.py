@@ -11,6 +11,7 @@ import queue
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ class BufferPool:
         """Return a buffer taken."""
         self._free.put(buffer)
 
-    def __enter__(self) -> BufferPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -95,7 +96,7 @@ class BlockStream:
 
     def _write(self, buffer: NDArray[np.uint8], count: int, offset: int) -> Checksums:
         try:
-            data = memoryview(buffer)[:count]
+            data = buffer.data[:count]
             checksums = block_checksums(data, self._block_bytes)
             direct = self._handle.direct_bytes
             whole = count // direct * direct if direct else 0
@@ -113,7 +114,7 @@ class BlockStream:
         parts = [write.result() for write in self._writes]
         return np.concatenate([np.empty(0, np.uint64), *parts])
 
-    def __enter__(self) -> BlockStream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

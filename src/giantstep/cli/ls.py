@@ -1,0 +1,66 @@
+"""`giantstep ls`: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from giantstep.cli.text import print_table, shape_text
+from giantstep.reports import size_text
+
+if TYPE_CHECKING:
+    from giantstep.reading.checkpoint import Checkpoint, TensorInfo
+
+
+@click.command("ls")
+@click.argument("path")
+@click.option("--match", metavar="PATTERN", help="Only keys that match this shell pattern, as 'decoder.*.weight'.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def command(path: str, match: str | None, as_json: bool) -> None:
+    """List the tensors and objects of the checkpoint at PATH."""
+    from giantstep.opening import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    infos = [info for info in checkpoint.infos() if match is None or fnmatch.fnmatchcase(info.key, match)]
+    if as_json:
+        click.echo(json.dumps(_as_json(checkpoint, infos), indent=1))
+    else:
+        _print(checkpoint, infos)
+
+
+def _as_json(checkpoint: Checkpoint, infos: list[TensorInfo]) -> dict[str, object]:
+    record = checkpoint.record
+    return {
+        "location": checkpoint.location,
+        "save_id": record.save_id,
+        "created": record.created,
+        "library": record.library,
+        "world_size": record.world_size,
+        "content_metadata": record.content_metadata,
+        "tensors": [
+            {"key": info.key, "dtype": info.dtype, "shape": info.shape, "bytes": info.bytes, "chunks": info.chunk_count}
+            for info in infos
+        ],
+        "objects": checkpoint.object_keys(),
+    }
+
+
+def _print(checkpoint: Checkpoint, infos: list[TensorInfo]) -> None:
+    record = checkpoint.record
+    rows = [(info.key, info.dtype, shape_text(info.shape), size_text(info.bytes), str(info.chunk_count)) for info in infos]
+    if rows:
+        print_table(("tensor", "dtype", "shape", "size", "chunks"), rows, right=(3, 4))
+        click.echo()
+    objects = checkpoint.object_keys()
+    if objects:
+        click.echo(f"objects: {', '.join(objects)}")
+    if record.content_metadata is not None:
+        click.echo(f"content metadata: {json.dumps(record.content_metadata)}")
+    shown = "" if len(infos) == record.totals.tensors else f"{len(infos)} of "
+    click.echo(
+        f"{shown}{record.totals.tensors} tensors, {size_text(record.totals.bytes)} in {len(record.files)} data files; saved by "
+        f"{record.world_size} ranks at {record.created} with {record.library} (format {record.version})"
+    )
