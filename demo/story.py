@@ -41,6 +41,10 @@ class Story:
         for line in shown:
             print(f"   | {line}".rstrip(), flush=True)
 
+    def row(self, title: str, cells: Iterable[object]) -> None:
+        """A row of a table."""
+        print(f"   {title:<24}" + "".join(f"{cell!s:>11}" for cell in cells), flush=True)
+
     def check(self, claim: bool, text: str) -> None:
         """A claim, and whether it is true."""
         self.claims += 1

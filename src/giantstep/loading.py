@@ -23,14 +23,15 @@ from giantstep.mapping.describe import Described, TensorLeaf, describe
 from giantstep.mapping.tree import map_leaves, merge
 from giantstep.options import LoadOptions, StrictHandling
 from giantstep.phases import Stopwatch, same_call, with_call
-from giantstep.planning.load_plan import ChunkTable, WantedTable, plan_load
+from giantstep.planning.load_plan import plan_load, tabulate_chunks, tabulate_wanted
 from giantstep.planning.matching import KeyDifferences, Requests, judge
 from giantstep.reading.checkpoint import Checkpoint
+from giantstep.reading.data_files import check_data_files
 from giantstep.reading.fetch import Fetched, Sink, Source, fetch
 from giantstep.reading.tensor_sink import sink_for
 from giantstep.reports import LoadedState, LoadReport
-from giantstep.shards.dtypes import BY_CODE, ITEM_BYTES, DType
-from giantstep.shards.region import Region, ragged_to_padded
+from giantstep.shards.dtypes import BY_CODE, DType
+from giantstep.shards.region import Region
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
@@ -171,28 +172,43 @@ class _Load:
     def _judge(self, reports: Sequence[bytes]) -> list[bytes]:
         requests = [Requests.decode(report) for report in reports]
         differences = judge(requests, self._keys, self._strict, self._store.location)
+        check_data_files(self._store, self._record)
         return [differences.encode()] * len(reports)
 
     # Read: plan, fetch, verify, fill.
 
     def read(self) -> None:
         """Fill this rank's tensors; agree that all ranks have."""
+        consult(self._group, "plan", self._options.timeout_secs, self._plan)
+        if self._options.verify == "before":
+            consult(self._group, "verify", self._options.timeout_secs, self._verify)
         consult(self._group, "read", self._options.timeout_secs, self._fill)
 
-    def _fill(self) -> bytes:
+    def _plan(self) -> bytes:
         self._common = self._checkpoint.common
-        wanted = self._wanted()
-        chunks, table = self._chunk_table(), self._wanted_table(wanted)
-        reads = plan_load(chunks, table, block_bytes=self._record.block_bytes, buffer_bytes=self._options.buffer_bytes)
-        threads = self._options.reader_threads
-        if self._options.verify == "before":
-            fetch(self._source(chunks, verify=True), reads, None, threads)
-        source = self._source(chunks, verify=self._options.verify == "reading")
-        self._fetched = fetch(source, reads, self._sinks(wanted), threads)
+        self._wanted = self._find_wanted()
+        self._chunks = tabulate_chunks(self._index)
+        rows, regions = [item.row for item in self._wanted], [item.region for item in self._wanted]
+        partial = [item.leaf.allow_shape_mismatch for item in self._wanted]
+        self._reads = plan_load(
+            self._chunks,
+            tabulate_wanted(rows, regions, partial, self._chunks.width),
+            block_bytes=self._record.block_bytes,
+            buffer_bytes=self._options.buffer_bytes,
+        )
         return b""
 
-    def _wanted(self) -> list[_Wanted]:
-        """Non-empty regions of leaves that the checkpoint has; cut to the stored shape where it may differ."""
+    def _verify(self) -> bytes:
+        fetch(self._source(verify=True), self._reads, None, self._options.reader_threads)
+        return b""
+
+    def _fill(self) -> bytes:
+        source = self._source(verify=self._options.verify == "reading")
+        self._fetched = fetch(source, self._reads, self._sinks(), self._options.reader_threads)
+        return b""
+
+    def _find_wanted(self) -> list[_Wanted]:
+        """Non-empty regions of leaves that the checkpoint has."""
         found = []
         for leaf in self._described.leaves:
             row = self._row.get(leaf.key)
@@ -203,40 +219,9 @@ class _Load:
                     found.append(_Wanted(leaf, piece, row, region))
         return found
 
-    def _width(self) -> int:
-        return int(np.diff(self._index.tensor_dims_ends).max(initial=1))
+    def _source(self, *, verify: bool) -> Source:
+        chunks = self._chunks
 
-    def _wanted_table(self, wanted: Sequence[_Wanted]) -> WantedTable:
-        width = self._width()
-        rows = len(wanted)
-        offset, size = np.zeros((rows, width), dtype=np.int64), np.ones((rows, width), dtype=np.int64)
-        for number, item in enumerate(wanted):
-            dims = len(item.region.size)
-            offset[number, width - dims :] = item.region.offset
-            size[number, width - dims :] = item.region.size
-        return WantedTable(
-            tensor=np.array([item.row for item in wanted], dtype=np.int64),
-            offset=offset,
-            size=size,
-            partial=np.array([item.leaf.allow_shape_mismatch for item in wanted], dtype=bool),
-        )
-
-    def _chunk_table(self) -> ChunkTable:
-        index, width = self._index, self._width()
-        dims = np.diff(index.tensor_dims_ends)
-        counts = np.diff(index.tensor_chunk_ends)
-        chunk_dims = np.repeat(dims, counts)
-        starts = np.cumsum(chunk_dims) - chunk_dims
-        return ChunkTable(
-            ends=index.tensor_chunk_ends,
-            item_bytes=np.array(ITEM_BYTES, dtype=np.int64)[index.tensor_dtype],
-            file=index.chunk_file,
-            start=index.chunk_start,
-            offset=ragged_to_padded(index.chunk_offset, starts, chunk_dims, 0, width),
-            size=ragged_to_padded(index.chunk_size, starts, chunk_dims, 1, width),
-        )
-
-    def _source(self, chunks: ChunkTable, *, verify: bool) -> Source:
         def key_of(chunk: int) -> str:
             return self._keys[int(np.searchsorted(chunks.ends, chunk, side="right")) - 1]
 
@@ -246,9 +231,9 @@ class _Load:
 
         return Source(self._store, self._record, checksums if verify else None, chunks, key_of)
 
-    def _sinks(self, wanted: Sequence[_Wanted]) -> list[Sink]:
+    def _sinks(self) -> list[Sink]:
         sinks = []
-        for item in wanted:
+        for item in self._wanted:
             item.leaf.allocate()
             view = item.leaf.pieces[item.piece][1]
             if view is None:

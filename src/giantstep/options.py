@@ -128,7 +128,8 @@ class LoadOptions:
 
     verify: Verify = "reading"
     """`reading` checks every block as it is read: a corrupt block raises when some tensors may already
-    be filled. `before` reads and checks everything first and fills afterwards (reads twice). `never` does not check."""
+    be filled. `before` reads and checks everything on all ranks first and fills afterwards (reads twice). `never`
+    does not check tensors; objects always are."""
 
     reader_threads: int = 2
     """Threads per rank that read, check and copy."""

@@ -42,9 +42,7 @@ def test_of_several_errors_the_lowest_rank_is_named_and_the_others_counted() -> 
             consult(group, "write", 10, work)
         return str(caught.value)
 
-    assert set(run_ranks(4, rank)) == {
-        "[rank 1, phase write] OSError: [Errno 5] broken disk (ranks 2, 3 failed likewise)"
-    }
+    assert set(run_ranks(4, rank)) == {"[rank 1, phase write] OSError: [Errno 5] broken disk (ranks 2, 3 failed likewise)"}
 
 
 def test_a_rank_that_ends_is_named_on_all_others() -> None:

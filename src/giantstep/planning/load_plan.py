@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.errors import CorruptionError
-from giantstep.shards.region import Int64s
+from giantstep.format.index import Index
+from giantstep.shards.dtypes import ITEM_BYTES
+from giantstep.shards.region import Int64s, Region, ragged_to_padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,11 @@ class ChunkTable:
     start: Int64s
     offset: Int64s
     size: Int64s
+
+    @property
+    def width(self) -> int:
+        """Number of columns of a region."""
+        return int(self.offset.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,33 @@ class Read:
     start: int
     stop: int
     pieces: tuple[Piece, ...]
+
+
+def tabulate_chunks(index: Index) -> ChunkTable:
+    """All chunks of an index."""
+    dims = np.diff(index.tensor_dims_ends)
+    width = int(dims.max(initial=1))
+    chunk_dims = np.repeat(dims, np.diff(index.tensor_chunk_ends))
+    starts = np.cumsum(chunk_dims) - chunk_dims
+    return ChunkTable(
+        ends=index.tensor_chunk_ends,
+        item_bytes=np.array(ITEM_BYTES, dtype=np.int64)[index.tensor_dtype],
+        file=index.chunk_file,
+        start=index.chunk_start,
+        offset=ragged_to_padded(index.chunk_offset, starts, chunk_dims, 0, width),
+        size=ragged_to_padded(index.chunk_size, starts, chunk_dims, 1, width),
+    )
+
+
+def tabulate_wanted(tensors: Sequence[int], regions: Sequence[Region], partial: Sequence[bool], width: int) -> WantedTable:
+    """Regions of tensors (rows of the chunk table), padded to `width` columns."""
+    offset = np.zeros((len(regions), width), dtype=np.int64)
+    size = np.ones((len(regions), width), dtype=np.int64)
+    for row, region in enumerate(regions):
+        dims = len(region.size)
+        offset[row, width - dims :] = region.offset
+        size[row, width - dims :] = region.size
+    return WantedTable(np.array(tensors, dtype=np.int64), offset, size, np.array(partial, dtype=bool))
 
 
 def plan_load(chunks: ChunkTable, wanted: WantedTable, *, block_bytes: int, buffer_bytes: int) -> list[Read]:

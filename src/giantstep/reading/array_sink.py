@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from giantstep.reading.fetch import Bits
@@ -21,7 +23,7 @@ class ArraySink:
 
     def put(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> None:
         skip = len(offset) - len(self._origin)
-        where = tuple(
+        where: tuple[Any, ...] = tuple(
             slice(start - zero, start - zero + count)
             for start, zero, count in zip(offset[skip:], self._origin, size[skip:], strict=True)
         )

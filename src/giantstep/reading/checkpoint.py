@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from giantstep.errors import BadArgumentError, KeyMismatchError
 from giantstep.format.codec import Codec
 from giantstep.format.record import CommitRecord, Json
-from giantstep.planning.load_plan import ChunkTable, Piece, Read, WantedTable, plan_load
+from giantstep.planning.load_plan import ChunkTable, Piece, Read, plan_load, tabulate_wanted
 from giantstep.reading.array_sink import ArraySink
 from giantstep.reading.fetch import WORDS, Source, fetch
 from giantstep.reading.index_reader import IndexReader, TensorEntry
@@ -150,12 +150,7 @@ class Checkpoint:
             offset=np.array([chunk.region.offset for chunk in chunks], dtype=np.int64).reshape(len(chunks), dims),
             size=np.array([chunk.region.size for chunk in chunks], dtype=np.int64).reshape(len(chunks), dims),
         )
-        wanted = WantedTable(
-            tensor=np.zeros(1, dtype=np.int64),
-            offset=np.array([region.offset], dtype=np.int64).reshape(1, dims),
-            size=np.array([region.size], dtype=np.int64).reshape(1, dims),
-            partial=np.zeros(1, dtype=bool),
-        )
+        wanted = tabulate_wanted([0], [region], [False], dims)
         reads = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
         source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: entry.key)
         fetch(source, reads, [ArraySink(target, region.offset)], _THREADS)
@@ -200,7 +195,7 @@ class Checkpoint:
                 for low in range(0, size, _BUFFER_BYTES)
             ]
             reads = [Read(file, p.start // block * block, -(-p.stop // block) * block, (p,)) for p in pieces]
-            source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: key)
+            source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: key, "object")
             fetch(source, reads, [ArraySink(data, (0,))], _THREADS)
         return data.tobytes()
 

@@ -11,16 +11,17 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.errors import CorruptionError, GiantstepError, IncompleteError
+from giantstep.errors import CorruptionError
 from giantstep.format.digests import block_checksums
 from giantstep.format.record import CommitRecord
 from giantstep.planning.load_plan import ChunkTable, Piece, Read
-from giantstep.storage.base import ReadHandle, Store
+from giantstep.reading.data_files import DataFiles
+from giantstep.storage.base import Store
 
 Bits = NDArray[Any]
 """An array of elements as plain words of their size, whatever they mean."""
@@ -58,7 +59,8 @@ class Source:
         store, record: the checkpoint.
         checksums: where block checksums come from; None reads without verifying.
         chunks: chunk table that the pieces of the reads refer to.
-        key_of: key of the tensor to which a chunk belongs, for errors.
+        key_of: key of the tensor or object to which a chunk belongs, for errors.
+        noun: what such a key names, for errors.
     """
 
     store: Store
@@ -66,6 +68,7 @@ class Source:
     checksums: ChecksumsOf | None
     chunks: ChunkTable
     key_of: Callable[[int], str]
+    noun: str = "tensor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,49 +76,6 @@ class Fetched:
     """Bytes read from the store."""
 
     bytes_read: int
-
-
-class OpenFiles:
-    """Data files of a checkpoint, opened once and kept; closing closes them all. Thread-safe."""
-
-    def __init__(self, store: Store, record: CommitRecord) -> None:
-        self._store = store
-        self._record = record
-        self._lock = threading.Lock()
-        self._open: dict[int, ReadHandle] = {}
-
-    def get(self, file: int) -> ReadHandle:
-        """The handle of a file, its size checked.
-
-        Raises:
-            IncompleteError: the file is missing.
-            CorruptionError: it is shorter or longer than it was written.
-        """
-        entry = self._record.files[file]
-        with self._lock:
-            if file not in self._open:
-                try:
-                    handle = self._store.open_read(entry.name)
-                except FileNotFoundError as error:
-                    raise IncompleteError(
-                        f"data file {entry.name}, written by rank {entry.rank}, is missing in {self._store.location}. "
-                        "Restore it from a copy, or load another step."
-                    ) from error
-                if handle.size != entry.bytes:
-                    handle.close()
-                    raise CorruptionError(
-                        f"data file {entry.name}, written by rank {entry.rank}, has {handle.size} bytes, expected "
-                        f"{entry.bytes}. Restore it from a copy, or load another step."
-                    )
-                self._open[file] = handle
-            return self._open[file]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        for handle in self._open.values():
-            handle.close()
 
 
 def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, threads: int) -> Fetched:
@@ -141,7 +101,7 @@ def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, t
         buffers.put(np.empty(largest, dtype=np.uint8))
     failed = threading.Event()
 
-    with OpenFiles(source.store, source.record) as files:
+    with DataFiles(source.store, source.record) as files:
 
         def run(read: Read) -> int:
             if failed.is_set():
@@ -159,7 +119,7 @@ def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, t
             return Fetched(sum(pool.map(run, reads)))
 
 
-def _carry_out(source: Source, files: OpenFiles, read: Read, sinks: Sequence[Sink] | None, buffer: NDArray[np.uint8]) -> int:
+def _carry_out(source: Source, files: DataFiles, read: Read, sinks: Sequence[Sink] | None, buffer: NDArray[np.uint8]) -> int:
     entry = source.record.files[read.file]
     stop = min(read.stop, entry.bytes)
     data = buffer[: stop - read.start]
@@ -193,17 +153,16 @@ def _verify(source: Source, read: Read, data: NDArray[np.uint8]) -> None:
     wrong = np.flatnonzero(found != expected)
     if len(wrong):
         start = (first + int(wrong[0])) * size
-        raise block_error(source, read, start, min(start + size, read.start + len(data)), len(wrong))
+        raise _block_error(source, read, start, min(start + size, read.start + len(data)), len(wrong))
 
 
-def block_error(source: Source, read: Read, start: int, stop: int, count: int) -> GiantstepError:
-    """The error for a damaged block [start, stop) of a file."""
+def _block_error(source: Source, read: Read, start: int, stop: int, count: int) -> CorruptionError:
     entry = source.record.files[read.file]
     keys = sorted({source.key_of(piece.chunk) for piece in read.pieces if piece.start < stop and piece.stop > start})
     shown = ", ".join(repr(key) for key in keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
     return CorruptionError(
-        f"tensor {shown or '(header)'}: bytes {start} to {stop} of {source.store.location}/{entry.name}, written by rank "
-        f"{entry.rank}, are not what was written (checksum differs"
+        f"{source.noun} {shown or '(header)'}: bytes {start} to {stop} of {source.store.location}/{entry.name}, written by "
+        f"rank {entry.rank}, are not what was written (checksum differs"
         + (f"; {count} blocks of this read" if count > 1 else "")
         + "). Restore the file from a copy, or load another step."
     )

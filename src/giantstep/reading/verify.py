@@ -11,7 +11,7 @@ from giantstep.errors import GiantstepError
 from giantstep.format.digests import block_checksums
 from giantstep.format.index import Index, decode_texts
 from giantstep.format.record import CommitRecord
-from giantstep.reading.fetch import OpenFiles
+from giantstep.reading.data_files import DataFiles
 from giantstep.reading.index_reader import IndexReader
 from giantstep.storage.base import Store
 
@@ -69,7 +69,7 @@ def verify_files(store: Store, record: CommitRecord, reader: IndexReader, progre
     report.files, report.bytes = 1, record.index.bytes
     if progress:
         progress(record.index.bytes)
-    with OpenFiles(store, record) as files:
+    with DataFiles(store, record) as files:
         for number, entry in enumerate(record.files):
             try:
                 _verify_file(record, index, names, files, number, report, progress)
@@ -85,7 +85,7 @@ def _verify_file(
     record: CommitRecord,
     index: Index,
     names: _Names,
-    files: OpenFiles,
+    files: DataFiles,
     number: int,
     report: VerifyReport,
     progress: Progress | None,

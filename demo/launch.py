@@ -23,32 +23,29 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished job: exit code and result by rank. A rank killed by a signal has minus its number as exit code."""
+    """A finished job and what its ranks have to tell, by rank."""
 
     job: Job
-    exit_codes: list[int]
     results: list[Result]
 
 
 class Started:
-    """A job whose processes run; `finish` must be called."""
+    """A job whose processes run; `stop` must be called at the end."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._processes: list[subprocess.Popen[bytes]] = []
         script, file = Path(__file__).parent / "train.py", job.write()
-        self._processes = []
         for rank in range(job.world_size):
             with job.log(rank).open("wb") as log:
                 command = [sys.executable, str(script), str(file), str(rank)]
-                # Our own script with our own arguments.
-                process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)  # noqa: S603
-            self._processes.append(process)
+                self._processes.append(subprocess.Popen(command, env=environment(), stdout=log, stderr=log))
 
-    def finish(self, expected: Sequence[int] | None = None) -> Run:
+    def finish(self, expected: Sequence[int]) -> Run:
         """Wait for all processes.
 
         Args:
-            expected: exit codes by rank; default: 0 for all.
+            expected: exit codes by rank.
 
         Raises:
             RunError: other exit codes, or a process ran for too long; shows the end of its log.
@@ -58,16 +55,14 @@ class Started:
             codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in self._processes]
         except subprocess.TimeoutExpired as error:
             raise RunError(f"run {self._job.name!r} did not end within {_LIMIT_SECS:g} s") from error
-        finally:
-            self._stop()
-        wanted = list(expected or [0] * self._job.world_size)
-        if codes != wanted:
-            rank = next(rank for rank, code in enumerate(codes) if code != wanted[rank])
+        if codes != list(expected):
+            rank = next(rank for rank, code in enumerate(codes) if code != expected[rank])
             tail = "\n".join(self._job.log(rank).read_text(errors="replace").splitlines()[-30:])
-            raise RunError(f"run {self._job.name!r} ended with {codes}, expected {wanted}; rank {rank} said:\n{tail}")
-        return Run(self._job, codes, [Result.read(self._job.result(rank)) for rank in range(self._job.world_size)])
+            raise RunError(f"run {self._job.name!r} ended with {codes}, expected {expected}; rank {rank} said:\n{tail}")
+        return Run(self._job, [Result.read(self._job.result(rank)) for rank in range(self._job.world_size)])
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Kill what still runs."""
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
@@ -75,15 +70,28 @@ class Started:
 
 
 def run(job: Job, expected: Sequence[int] | None = None) -> Run:
-    """Start a job and wait for its end; see `Started.finish`."""
-    return Started(job).finish(expected)
+    """Run a job to its end; see `Started.finish`. Without `expected` all exit codes must be 0."""
+    started = Started(job)
+    try:
+        return started.finish(expected or [0] * job.world_size)
+    finally:
+        started.stop()
+
+
+def run_side_by_side(jobs: Sequence[Job]) -> list[Run]:
+    """Run several jobs at once to their ends."""
+    started = [Started(job) for job in jobs]
+    try:
+        return [each.finish([0] * job.world_size) for each, job in zip(started, jobs, strict=True)]
+    finally:
+        for each in started:
+            each.stop()
 
 
 def command_line(work: Path, *arguments: str) -> tuple[int, list[str]]:
     """Run `giantstep ARGUMENTS` in `work`; return its exit code and the lines it printed."""
     command = [sys.executable, "-m", "giantstep.cli.main", *arguments]
-    # Our own program with our own arguments.
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         command, cwd=work, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     return done.returncode, done.stdout.splitlines()
