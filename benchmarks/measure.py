@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -55,31 +54,8 @@ def _cpu_secs() -> float:
     return spent.user + spent.system
 
 
-def _touch(size: int) -> None:
-    """Use memory and free it at once, so that the system has pages at hand that cost nothing extra.
-
-    A virtual machine gives free pages back to its host. Getting one again is slow, which would be charged to
-    whoever happens to fill the page cache first.
-    """
-    with mmap.mmap(-1, size) as memory:
-        for page in range(0, size, mmap.PAGESIZE):
-            memory[page] = 1
-
-
-def measure(
-    work: Callable[[], Any],
-    barrier: Callable[[], None],
-    operation: str,
-    method: str,
-    repetition: int,
-    *,
-    touch_bytes: int,
-) -> Measurement:
-    """Run `work` on all ranks at once. If it returns a report of giantstep's, its figures are kept.
-
-    `touch_bytes` of memory are touched beforehand: what `work` may use, page cache included.
-    """
-    _touch(touch_bytes)
+def measure(work: Callable[[], Any], barrier: Callable[[], None], operation: str, method: str, repetition: int) -> Measurement:
+    """Run `work` on all ranks at once. If it returns a report of giantstep's, its figures are kept."""
     gc.collect()
     # Memory that an earlier operation left in the heap would hide what this one needs.
     ctypes.CDLL(None).malloc_trim(0)

@@ -162,7 +162,7 @@ class Rank:
         self._clear()
 
     def _measure(self, operation: str, method: str, work: Callable[[], Any]) -> None:
-        found = measure(work, dist.barrier, operation, method, self._repetition, touch_bytes=self._source.nbytes * 5 // 4)
+        found = measure(work, dist.barrier, operation, method, self._repetition)
         self._results.append(found)
         if self._rank == 0:
             print(f"  {self._repetition} {operation} {method}: {found.end - found.begin:.2f} s", file=sys.stderr, flush=True)

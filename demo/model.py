@@ -54,9 +54,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, context, width) to the same."""
-        heads = [part(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in (self.query, self.key, self.value)]
-        mixed = functional.scaled_dot_product_attention(*heads, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        query, key, value = (
+            part(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 class Mlp(nn.Module):
@@ -69,7 +72,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, context, width) to the same."""
-        return self.down(functional.gelu(self.up(x)))
+        out: Tensor = self.down(functional.gelu(self.up(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -85,7 +89,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, context, width) to the same."""
         x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
 
 
 class Gpt(nn.Module):
@@ -105,7 +110,8 @@ class Gpt(nn.Module):
         x = self.token(tokens) + self.position(positions)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 def build(shape: GptShape, seed: int) -> Gpt:
@@ -131,19 +137,18 @@ def cut_tensor_parallel(model: Gpt, mesh: DeviceMesh) -> None:
         },
     )
     for block in model.blocks:
-        gather = {"input_layouts": Shard(1), "desired_input_layouts": Replicate()}
         parallelize_module(
             block,
             mesh,
             {
                 "attention_norm": SequenceParallel(),
-                "attention": PrepareModuleInput(**gather),
+                "attention": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
                 "attention.query": ColwiseParallel(),
                 "attention.key": ColwiseParallel(),
                 "attention.value": ColwiseParallel(),
                 "attention.out": RowwiseParallel(output_layouts=Shard(1)),
                 "mlp_norm": SequenceParallel(),
-                "mlp": PrepareModuleInput(**gather),
+                "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
                 "mlp.up": ColwiseParallel(),
                 "mlp.down": RowwiseParallel(output_layouts=Shard(1)),
             },

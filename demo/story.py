@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _WIDTH = 116
+# Wider, for the tables of other programs.
+_QUOTE_WIDTH = 124
 
 
 class Story:
@@ -29,17 +31,17 @@ class Story:
 
     def say(self, text: str, indent: str = "   ") -> None:
         """A paragraph."""
-        print(textwrap.fill(self._relative(text), _WIDTH, initial_indent=indent, subsequent_indent=indent), flush=True)
+        self._fill(text, indent, indent)
 
     def quote(self, lines: Iterable[str], most: int) -> None:
         """Lines as another program printed them; from the middle of long texts some are left out."""
-        shown = [self._relative(line).rstrip() for line in lines]
+        shown = [line.rstrip() for line in lines]
         if len(shown) > most:
             last = 2
             left_out = f"... {len(shown) - most + 1} more lines ..."
             shown = [*shown[: most - last - 1], left_out, *shown[-last:]]
         for line in shown:
-            print(f"   | {line}".rstrip(), flush=True)
+            self._fill(line, "   | ", "   |       ", _QUOTE_WIDTH)
 
     def row(self, title: str, cells: Iterable[object]) -> None:
         """A row of a table."""
@@ -50,7 +52,10 @@ class Story:
         self.claims += 1
         self.failed += not claim
         mark = "[ok]    " if claim else "[FAILED]"
-        print(textwrap.fill(self._relative(text), _WIDTH, initial_indent=f"   {mark} ", subsequent_indent=" " * 12), flush=True)
+        self._fill(text, f"   {mark} ", " " * 12)
 
-    def _relative(self, text: str) -> str:
-        return text.replace(f"{self._work}/", "")
+    def _fill(self, text: str, first: str, rest: str, width: int = _WIDTH) -> None:
+        """Print, broken at spaces, with one indent for the first line and one for the others."""
+        text = text.replace(f"{self._work}/", "")
+        filled = textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+        print(filled or first.rstrip(), flush=True)

@@ -225,5 +225,6 @@ def error_from_wire(wire: dict[str, Any]) -> GiantstepError:
     error = kind(str(wire.get("message")), rank=wire.get("rank"), phase=wire.get("phase"))
     error.remote_traceback = str(wire.get("traceback", ""))
     if error.remote_traceback:
-        error.add_note(f"Raised on rank {error.rank}:\n{error.remote_traceback}")
+        # An error of no particular rank was found where decisions are made.
+        error.add_note(f"Raised on rank {error.rank or 0}:\n{error.remote_traceback}")
     return error

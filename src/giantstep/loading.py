@@ -68,7 +68,8 @@ def load(
         MismatchError: keys, shapes or dtypes do not fit. No tensor was changed.
         CorruptionError: stored bytes are damaged. With `verify="before"` no tensor was changed; otherwise
             some may be: the state must not be used.
-        BadArgumentError: a leaf cannot be described, or the ranks' calls differ. No tensor was changed.
+        BadArgumentError, DisagreementError: a leaf cannot be described, or the ranks' calls differ. No tensor
+            was changed.
         StoreError, PeerError: reading failed, or a rank did; the state must not be used.
     """
     run = _Load(state_dict, path, strict, process_group, options)
@@ -78,7 +79,8 @@ def load(
         run.match()
     with run.watch.phase("read"):
         run.read()
-    return run.result()
+    with run.watch.phase("restore"):
+        return run.restore()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,20 +249,28 @@ class _Load:
 
     # After all ranks are done.
 
-    def result(self) -> LoadedState:
-        """The loaded state; gives Stateful objects theirs."""
-        loaded = [leaf for leaf in self._described.leaves if leaf.key in self._row]
-        for leaf in loaded:
-            leaf.allocate()
+    def restore(self) -> LoadedState:
+        """The loaded state, once all ranks have given their Stateful objects theirs."""
+        consult(self._group, "restore", self._options.timeout_secs, self._give_to_statefuls)
+        return LoadedState(self._tree, self._report())
+
+    def _give_to_statefuls(self) -> bytes:
+        for leaf in self._described.leaves:
+            if leaf.key in self._row:
+                leaf.allocate()
         results = {leaf.path: leaf.result for leaf in self._described.leaves}
         tree = map_leaves(self._described.tree, results.get)
         tree = merge(tree, self._common)
         for path, stateful in self._described.statefuls:
             tree = _with_stateful(tree, path, stateful)
-        report = LoadReport(
+        self._tree = tree
+        return b""
+
+    def _report(self) -> LoadReport:
+        return LoadReport(
             location=self._store.location,
             save_id=self._record.save_id,
-            tensors=len({leaf.key for leaf in loaded}),
+            tensors=len({leaf.key for leaf in self._described.leaves if leaf.key in self._row}),
             missing=self._differences.missing,
             unexpected=self._differences.unexpected,
             cast=tuple(sorted(set(self._cast))),
@@ -268,7 +278,6 @@ class _Load:
             bytes_read=self._fetched.bytes_read,
             seconds=self.watch.seconds,
         )
-        return LoadedState(tree, report)
 
 
 def _with_stateful(tree: Any, path: Sequence[Any], stateful: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from giantstep.errors import BadArgumentError
@@ -15,8 +15,6 @@ from giantstep.errors import BadArgumentError
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
-
-DEFAULT_TIMEOUT_SECS = float(os.environ.get("GIANTSTEP_TIMEOUT_SECS", "1800"))
 
 DirectIo = Literal["auto", "never"]
 OnCommonDifference = Literal["warn", "raise"]
@@ -62,11 +60,20 @@ def _require_secs(field: str, value: object) -> None:
     )
 
 
+def default_timeout_secs() -> float:
+    """GIANTSTEP_TIMEOUT_SECS, else 1800."""
+    text = os.environ.get("GIANTSTEP_TIMEOUT_SECS", "1800")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise BadArgumentError(f"GIANTSTEP_TIMEOUT_SECS={text!r} cannot be: expected a number of seconds") from error
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveOptions:
     """Settings of `save`."""
 
-    timeout_secs: float = DEFAULT_TIMEOUT_SECS
+    timeout_secs: float = field(default_factory=default_timeout_secs)
     """How long a rank may keep the others waiting in one phase before all of them raise
     `PhaseTimeoutError` naming it. Default: GIANTSTEP_TIMEOUT_SECS, else 1800."""
 
@@ -119,7 +126,7 @@ class SaveOptions:
 class LoadOptions:
     """Settings of `load`."""
 
-    timeout_secs: float = DEFAULT_TIMEOUT_SECS
+    timeout_secs: float = field(default_factory=default_timeout_secs)
     """As in `SaveOptions`."""
 
     cast: Cast = "never"

@@ -51,9 +51,9 @@ def publish(
         OSError: a storage operation failed: if it was the last one, the new checkpoint may or may not be
             there after a power loss; either way the one in force is complete.
     """
-    _check_files(store, files)
     if current_record(store) != before:
         raise StoreError(f"another save was committed to {store.location} while this one was writing; this one is given up")
+    _check_files(store, files)
     encoded = encode_index(index, save_id, block_bytes)
     name = index_file_name(save_id)
     handle = store.create(name, len(encoded.data), direct=False)

@@ -90,6 +90,10 @@ class Writer:
         finally:
             self._depth -= 1
 
+    def encode_alone(self, value: Any, path: Path) -> bytes:
+        """The value as an encoded object of its own."""
+        return self._codec.encode(value, path)
+
     def attach(self, data: bytes) -> list[int]:
         """Reference to bytes stored behind the JSON text."""
         reference = [self._attached_bytes, len(data)]
@@ -216,8 +220,10 @@ def _pairs(value: dict[Any, Any], writer: Writer, path: Path) -> Json:
 
 
 def _unordered(value: Iterable[Any], writer: Writer, path: Path) -> Json:
-    # Sorted by their encoding, so that equal sets give equal bytes in every process.
-    return sorted(_items(value, writer, path), key=json.dumps)
+    # In the order of their own encodings, so that equal sets give equal bytes in every process.
+    ordered = sorted((writer.encode_alone(item, (*path, "<item>")), n) for n, item in enumerate(value))
+    items = list(value)
+    return [writer.value(items[n], (*path, "<item>")) for _, n in ordered]
 
 
 def _read_items(payload: Json, reader: Reader) -> list[Any]:
@@ -250,7 +256,8 @@ _ARRAY_KINDS = "biufc"
 
 
 def _encode_array(value: Any, writer: Writer, path: Path) -> Json:
-    if value.dtype.kind not in _ARRAY_KINDS or value.dtype.itemsize > 16:
+    # Extended precision means different bytes on different machines.
+    if value.dtype.kind not in _ARRAY_KINDS or value.dtype.itemsize > (16 if value.dtype.kind == "c" else 8):
         raise UnsupportedTypeError(
             f"array at {dotted(path)!r} has dtype {value.dtype}: expected bool, integer, float or complex numbers. "
             "Convert it before saving."
@@ -279,6 +286,15 @@ def _encode_float(value: float, _writer: Writer, _path: Path) -> Json:
 def _decode_float(payload: Json, _reader: Reader) -> float:
     result: float = struct.unpack(">d", bytes.fromhex(_read_str(payload)))[0]
     return result
+
+
+def _encode_datetime(value: dt.datetime, _writer: Writer, path: Path) -> Json:
+    if value.tzinfo is not None and type(value.tzinfo) is not dt.timezone:
+        raise UnsupportedTypeError(
+            f"datetime at {dotted(path)!r} is in time zone {value.tzinfo}, whose rules cannot be stored. "
+            "Convert it with astimezone(datetime.UTC) before saving."
+        )
+    return [value.isoformat(), value.fold]
 
 
 def _encode_slot(value: TensorSlot, _writer: Writer, _path: Path) -> Json:
@@ -323,8 +339,8 @@ BASE_KINDS: tuple[Kind, ...] = (
     Kind(
         "datetime",
         dt.datetime,
-        lambda v, w, p: v.isoformat(),
-        lambda j, r: dt.datetime.fromisoformat(_read_str(j)),
+        _encode_datetime,
+        lambda j, r: dt.datetime.fromisoformat(_read_str(j[0])).replace(fold=j[1]),
     ),
     Kind("date", dt.date, lambda v, w, p: v.isoformat(), lambda j, r: dt.date.fromisoformat(_read_str(j))),
     Kind(
@@ -342,7 +358,7 @@ BASE_KINDS: tuple[Kind, ...] = (
     Kind("slice", slice, lambda v, w, p: _items((v.start, v.stop, v.step), w, p), lambda j, r: slice(*_read_items(j, r))),
     Kind("ndarray", np.ndarray, _encode_array, _decode_array),
     *(
-        Kind(f"numpy.{scalar.__name__}", scalar, _encode_array, lambda j, r: _decode_array(j, r)[()])
+        Kind(f"numpy.{np.dtype(scalar).name}", scalar, _encode_array, lambda j, r: _decode_array(j, r)[()])
         for scalar in (
             *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
             *(np.float16, np.float32, np.float64, np.complex64, np.complex128),

@@ -9,7 +9,9 @@ files and stores (`reading.index_reader`).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from giantstep.format.container import DATA_ALIGNMENT, Entry, PlacedEntry, lay_o
 from giantstep.format.digests import Checksums, anchor_digest, block_checksums
 from giantstep.format.versions import CURRENT, check_version
 from giantstep.shards.dtypes import ITEM_BYTES
-from giantstep.shards.region import Int64s
+from giantstep.shards.region import MAX_DIMS, MAX_ELEMENTS, Int64s
 
 REST_CHECKSUMS = "rest_checksums"
 HEAD_FILLER = "head_filler"
@@ -181,7 +183,7 @@ def check_index(index: Index, files: int, file_bytes: Int64s, block_bytes: int, 
     wrote them: every row range, shape, region and byte range is inside what it refers to.
     """
 
-    def require(condition: bool | np.bool_, problem: str) -> None:
+    def require(condition: bool, problem: str) -> None:
         if not condition:
             raise CorruptionError(f"index {what}: {problem}")
 
@@ -210,31 +212,48 @@ def check_index(index: Index, files: int, file_bytes: Int64s, block_bytes: int, 
     _check_regions(index, require)
 
 
-def _check_regions(index: Index, require: object) -> None:
-    if not callable(require):
-        raise TypeError("require must be callable")
+def _check_regions(index: Index, require: Callable[[bool, str], None]) -> None:
     item_bytes = np.array(ITEM_BYTES, dtype=np.int64)[index.tensor_dtype]
     require(bool((item_bytes > 0).all()), "a tensor has an unknown dtype")
     require(bool((index.tensor_dims >= 0).all()), "a tensor has a negative dimension")
     dims = np.diff(index.tensor_dims_ends)
-    require(bool((dims <= 64).all()), "a tensor has more than 64 dimensions")
+    require(bool((dims <= MAX_DIMS).all()), f"a tensor has more than {MAX_DIMS} dimensions")
+    # Products in float64 first: they tell what is too large for int64 without overflowing themselves.
+    bound = _products(index.tensor_dims.astype(np.float64), dims) * np.maximum(item_bytes, 1)
+    require(bool((bound <= MAX_ELEMENTS).all()), "a tensor has more elements than any can")
     per_tensor = np.diff(index.tensor_chunk_ends)
     fits = (np.diff(index.chunk_coordinate_ends) == per_tensor * dims).all()
     require(bool(fits), "chunk coordinates do not fit the tensors' dimensions")
-    if not len(index.chunk_file):
-        return
     # Dimension size that each coordinate must stay within: the tensor's dims repeated for each chunk.
     position = np.arange(len(index.chunk_offset)) - np.repeat(index.chunk_coordinate_ends[:-1], per_tensor * dims)
     within = position % np.repeat(np.maximum(dims, 1), per_tensor * dims)
-    bound = index.tensor_dims[np.repeat(index.tensor_dims_ends[:-1], per_tensor * dims) + within]
-    inside = (index.chunk_offset >= 0) & (index.chunk_size > 0) & (index.chunk_offset <= bound - index.chunk_size)
+    limit = index.tensor_dims[np.repeat(index.tensor_dims_ends[:-1], per_tensor * dims) + within]
+    inside = (index.chunk_offset >= 0) & (index.chunk_size > 0) & (index.chunk_offset <= limit - index.chunk_size)
     require(bool(inside.all()), "a chunk lies outside its tensor")
-    chunk_dims = np.repeat(dims, per_tensor)
-    # float64 is exact enough to tell a wrong size and cannot overflow as int64 products could.
-    elements = np.ones(len(chunk_dims))
-    nonzero = chunk_dims > 0
-    if nonzero.any():
-        starts = np.concatenate(([0], np.cumsum(chunk_dims)))[:-1]
-        elements[nonzero] = np.multiply.reduceat(index.chunk_size.astype(np.float64), starts[nonzero])
-    expected = elements * np.repeat(item_bytes, per_tensor)
+    expected = _products(index.chunk_size, np.repeat(dims, per_tensor)) * np.repeat(item_bytes, per_tensor)
     require(bool((expected == index.chunk_bytes).all()), "a chunk's length does not fit its region")
+    stored = np.zeros(len(dims), dtype=np.int64)
+    np.add.at(stored, np.repeat(np.arange(len(dims)), per_tensor), index.chunk_bytes)
+    whole = _products(index.tensor_dims, dims) * item_bytes
+    require(bool((stored == whole).all()), "the chunks of a tensor do not add up to its size")
+    _check_disjoint(index, require)
+
+
+def _products(values: NDArray[Any], counts: Int64s) -> NDArray[Any]:
+    """Product of each run of `counts[i]` values; 1 for an empty run."""
+    result = np.ones(len(counts), dtype=values.dtype)
+    filled = counts > 0
+    if filled.any():
+        result[filled] = np.multiply.reduceat(values, (np.cumsum(counts) - counts)[filled])
+    return result
+
+
+def _check_disjoint(index: Index, require: Callable[[bool, str], None]) -> None:
+    """No byte of a file belongs to two entries: an index cannot claim more data than there is."""
+    file = np.concatenate((index.chunk_file, index.object_file))
+    start = np.concatenate((index.chunk_start, index.object_start))
+    size = np.concatenate((index.chunk_bytes, index.object_bytes))
+    order = np.lexsort((start, file))
+    file, start, size = file[order], start[order], size[order]
+    overlaps = (file[1:] == file[:-1]) & (start[1:] < start[:-1] + size[:-1])
+    require(not overlaps.any(), "two entries share bytes of a file")

@@ -57,6 +57,7 @@ def consult(
     counted. Without `decide` the answer is empty: an agreement that all succeeded.
     """
     failure: GiantstepError | None = None
+    undecided: GiantstepError | None = None
     try:
         report = _OK + work()
     except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
@@ -64,13 +65,14 @@ def consult(
         report = _ERROR + _pack(failure)
 
     def answer(reports: Sequence[bytes]) -> Sequence[bytes]:
+        nonlocal undecided
         verdict = _first_failure(reports)
         if verdict is None:
             try:
                 decided = decide([report[1:] for report in reports]) if decide else [b""] * group.size
                 return [_OK + part for part in decided]
             except Exception as error:  # noqa: BLE001 - as above
-                verdict = located(error, None, decide_phase or phase)
+                verdict = undecided = located(error, None, decide_phase or phase)
         return [_ERROR + _pack(verdict)] * group.size
 
     received = group.exchange(report, answer, phase, timeout_secs)
@@ -78,10 +80,11 @@ def consult(
         return received[1:]
     agreed = _unpack(received[1:])
     agreed.agreed = True
-    if failure is not None and failure.rank == agreed.rank:
+    mine = undecided or (failure if failure is not None and failure.rank == agreed.rank else None)
+    if mine is not None:
         # This rank's own error: the message agreed upon, with the local traceback instead of its copy.
         agreed.__notes__ = []
-        raise agreed from failure
+        raise agreed from mine
     raise agreed
 
 

@@ -66,11 +66,15 @@ class DataFiles:
             handle = self._store.open_read(entry.name)
         except FileNotFoundError as error:
             raise _missing(self._store, entry) from error
+        try:
+            _check_size(self._store, entry, handle.size)
+        except CorruptionError:
+            handle.close()
+            raise
         with self._lock:
             self._open[thread] = (file, handle)
         if held is not None:
             held[1].close()
-        _check_size(self._store, entry, handle.size)
         return handle
 
     def __enter__(self) -> Self:

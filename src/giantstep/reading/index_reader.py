@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from giantstep.errors import CorruptionError, IncompleteError
 from giantstep.format.index import COLUMNS, NUMPY_DTYPES, Index, check_index, decode_head
 from giantstep.format.record import CommitRecord
 from giantstep.shards.dtypes import BY_CODE, DType
-from giantstep.shards.region import Region
+from giantstep.shards.region import MAX_DIMS, MAX_ELEMENTS, Region
 from giantstep.storage.base import Store, reading
 
 
@@ -159,8 +160,11 @@ class IndexReader:
     def _texts(self, kind: str) -> list[str]:
         ends = self._ints(f"{kind}_key_ends")
         blob = self._column(f"{kind}_key_bytes").tobytes()
+        keys = [blob[start:stop] for start, stop in itertools.pairwise(ends)]
+        if any(left >= right for left, right in itertools.pairwise(keys)):
+            raise CorruptionError(f"index {self._what}: {kind} keys are not sorted or not distinct")
         try:
-            return [blob[start:stop].decode("utf-8") for start, stop in itertools.pairwise(ends)]
+            return [key.decode("utf-8") for key in keys]
         except UnicodeDecodeError as error:
             raise CorruptionError(f"index {self._what}: a key is not UTF-8: {error}") from error
 
@@ -177,8 +181,17 @@ class IndexReader:
         key = self._key_bytes("tensor", row).decode("utf-8", "replace")
         dtype = BY_CODE.get(self._ints("tensor_dtype", row, row + 1)[0])
         if dtype is None:
-            raise CorruptionError(f"index {self._what}: tensor {key!r} has an unknown dtype; a newer library may know it")
-        shape = tuple(self._ints("tensor_dims", *self._ints("tensor_dims_ends", row, row + 2)))
+            raise CorruptionError(f"index {self._what}: tensor {key!r} has an unknown dtype")
+        dims = self._ints("tensor_dims", *self._ints("tensor_dims_ends", row, row + 2))
+        if len(dims) > MAX_DIMS or min(dims, default=0) < 0 or math.prod(dims) * dtype.item_bytes > MAX_ELEMENTS:
+            raise CorruptionError(f"index {self._what}: tensor {key!r} cannot have shape {dims[:MAX_DIMS]}")
+        shape = tuple(dims)
+        chunks = self._chunks(row, key, shape, dtype)
+        if sum(chunk.bytes for chunk in chunks) != math.prod(shape) * dtype.item_bytes:
+            raise CorruptionError(f"index {self._what}: the chunks of tensor {key!r} do not add up to its size")
+        return TensorEntry(key, dtype, shape, chunks)
+
+    def _chunks(self, row: int, key: str, shape: tuple[int, ...], dtype: DType) -> tuple[Chunk, ...]:
         first, last = self._ints("tensor_chunk_ends", row, row + 2)
         base = self._ints("chunk_coordinate_ends", row, row + 1)[0]
         dims = len(shape)
@@ -188,12 +201,14 @@ class IndexReader:
         chunks = []
         for position, (file, start, length) in enumerate(zip(*columns, strict=True)):
             low, high = position * dims, (position + 1) * dims
-            region = Region(tuple(offset[low:high]), tuple(size[low:high]))
             self._check_extent(file, start, length, key)
+            if min(offset[low:high] + size[low:high], default=0) < 0:
+                raise CorruptionError(f"index {self._what}: a chunk of tensor {key!r} has a negative offset or size")
+            region = Region(tuple(offset[low:high]), tuple(size[low:high]))
             if not region.fits(shape) or region.elements * dtype.item_bytes != length:
                 raise CorruptionError(f"index {self._what}: chunk {region} of tensor {key!r} does not fit its tensor")
             chunks.append(Chunk(region, file, start, length))
-        return TensorEntry(key, dtype, shape, tuple(chunks))
+        return tuple(chunks)
 
     def _check_extent(self, file: int, start: int, length: int, key: str) -> None:
         files = self._record.files

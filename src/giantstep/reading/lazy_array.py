@@ -100,11 +100,13 @@ def view_as(bits: NDArray[Any], dtype: DType) -> NDArray[Any]:
 def _resolve(index: Any, shape: tuple[int, ...], key: str) -> tuple[Region, tuple[Any, ...]]:
     """The region to read, and how to index what was read to get what was asked for."""
     items = list(index) if isinstance(index, tuple) else [index]
-    if sum(item is Ellipsis for item in items) > 1 or len(items) - (Ellipsis in items) > len(shape):
+    ellipses = [place for place, item in enumerate(items) if item is Ellipsis]
+    if len(ellipses) > 1 or len(items) - len(ellipses) > len(shape):
         raise BadArgumentError(f"index {index!r} has too many parts for tensor {key!r} of shape {shape}")
-    if Ellipsis not in items:
+    if not ellipses:
+        ellipses.append(len(items))
         items.append(Ellipsis)
-    place = items.index(Ellipsis)
+    (place,) = ellipses
     items[place : place + 1] = [slice(None)] * (len(shape) - len(items) + 1)
     offset: list[int] = []
     size: list[int] = []

@@ -38,11 +38,14 @@ class LocalStore:
 
     def prepare(self, folder: str) -> None:
         wanted = self._root / folder
-        missing = [path for path in (wanted, *wanted.parents) if not path.exists()]
+        made = [path for path in (wanted, *wanted.parents) if not path.exists()]
         wanted.mkdir(parents=True, exist_ok=True)
-        # A directory is durable when its parent is synced after its creation.
-        for path in missing:
-            _sync_directory(path.parent)
+        # A directory is durable when its parent is synced after its creation. Ours are synced also if they were there:
+        # a save that was killed may have made them and no more.
+        for path in dict.fromkeys((wanted, self._root, *made)):
+            # Where a parent may not be read, this process has made nothing in it either.
+            with contextlib.suppress(PermissionError):
+                _sync_directory(path.parent)
 
     def create(self, name: str, size: int, *, direct: bool) -> LocalWriteHandle:
         path = self._path(name)

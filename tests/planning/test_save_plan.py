@@ -1,0 +1,182 @@
+"""Who writes what: once, balanced, whatever the layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from giantstep.planning.balance import Regions, _quotas, balance
+from giantstep.planning.description import COPY, IMPLICIT, MAIN, Description
+from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
+from giantstep.shards.region import Region
+
+F32 = 12
+
+
+def description(shards: Sequence[tuple[str, tuple[int, ...], Region, int]]) -> Description:
+    """One rank's description from (key, global shape, region, role)."""
+    keys = list(dict.fromkeys(key for key, *_ in shards))
+    shapes = {key: shape for key, shape, *_ in shards}
+    return Description(
+        keys=keys,
+        dtype=np.full(len(keys), F32, dtype=np.uint8),
+        dims_ends=np.cumsum([0, *(len(shapes[key]) for key in keys)]),
+        dims=np.array([size for key in keys for size in shapes[key]], dtype=np.int64),
+        shard_tensor=np.array([keys.index(key) for key, *_ in shards], dtype=np.int64),
+        shard_role=np.array([role for *_, role in shards], dtype=np.uint8),
+        shard_mesh=np.ones(len(shards), dtype=np.int64),
+        shard_offset=np.array([n for _, _, region, _ in shards for n in region.offset], dtype=np.int64),
+        shard_size=np.array([n for _, _, region, _ in shards for n in region.size], dtype=np.int64),
+        shard_digest=np.zeros((len(shards), 2), dtype=np.uint64),
+        common_digest=np.zeros(2, dtype=np.uint64),
+    )
+
+
+def plan(descriptions: Sequence[Description], split_bytes: int = 1 << 20, max_chunk_bytes: int = 1 << 60) -> SavePlan:
+    decoded = [Description.decode(found.encode()) for found in descriptions]
+    return plan_save(decoded, split_bytes=split_bytes, max_chunk_bytes=max_chunk_bytes)
+
+
+def bytes_per_rank(found: SavePlan, ranks: int) -> list[int]:
+    return np.bincount(found.writer, weights=found.bytes, minlength=ranks).astype(int).tolist()
+
+
+def imbalance(found: SavePlan, ranks: int) -> float:
+    loads = bytes_per_rank(found, ranks)
+    return max(loads) / (sum(loads) / ranks)
+
+
+def test_data_parallel_replicas_are_written_once_in_equal_shares() -> None:
+    """Eight ranks hold everything: one huge embedding, 100 layers of unequal size."""
+    shapes = {"embedding": (50_000, 512), **{f"layer{n}": (64 + 32 * (n % 7), 512) for n in range(100)}}
+    state = [(key, shape, Region.whole(shape), IMPLICIT) for key, shape in shapes.items()]
+    found = plan([description(state)] * 8)
+    assert sum(bytes_per_rank(found, 8)) == sum(math.prod(shape) * 4 for shape in shapes.values())
+    assert imbalance(found, 8) <= 1.05
+
+
+def test_tensor_parallel_times_data_parallel_is_balanced() -> None:
+    """TP 4 x DP 8: shards on all DP ranks, norms on all ranks."""
+    descriptions = []
+    for rank in range(32):
+        tp, dp = rank % 4, rank // 4
+        shards = [(f"layer{n}", (4096, 512), Region((1024 * tp, 0), (1024, 512)), MAIN if dp == 0 else COPY) for n in range(20)]
+        shards += [(f"norm{n}", (512,), Region.whole((512,)), MAIN if rank == 0 else COPY) for n in range(40)]
+        descriptions.append(description(shards))
+    found = plan(descriptions)
+    assert imbalance(found, 32) <= 1.05
+    for row in range(len(found.tensor)):
+        if found.keys[found.tensor[row]].startswith("layer"):
+            assert found.offset[row, 0] // 1024 == found.writer[row] % 4
+
+
+def test_who_holds_more_of_its_own_writes_less_of_what_is_shared() -> None:
+    """Rank 0 has 40 MiB of its own, rank 1 has 8; 32 MiB are on both."""
+    own = [(f"own{rank}", (mib, 1 << 18), Region.whole((mib, 1 << 18)), MAIN) for rank, mib in ((0, 40), (1, 8))]
+    shared = ("shared", (32, 1 << 18), Region.whole((32, 1 << 18)), IMPLICIT)
+    found = plan([description([own[0], shared]), description([own[1], shared])])
+    assert bytes_per_rank(found, 2) == [40 << 20, 40 << 20]
+
+
+def test_small_replicas_are_not_divided() -> None:
+    state = [(f"w{n}", (100,), Region.whole((100,)), IMPLICIT) for n in range(10)]
+    found = plan([description(state)] * 4)
+    assert len(found.tensor) == 10
+    assert max(bytes_per_rank(found, 4)) <= 3 * 400
+
+
+def test_chunks_larger_than_allowed_are_divided_along_any_dimension() -> None:
+    found = plan([description([("w", (1, 7, 100), Region.whole((1, 7, 100)), MAIN)])], max_chunk_bytes=160)
+    assert int(found.bytes.max()) <= 160
+    assert int(found.bytes.sum()) == 2800
+    assert found.offset[:3].tolist() == [[0, 0, 0], [0, 0, 40], [0, 0, 80]]
+
+
+def test_each_rank_gets_its_part_and_finds_its_regions_in_it() -> None:
+    shards = [("a", (6, 5), Region((0, 0), (6, 5)), IMPLICIT), ("s", (), Region((), ()), IMPLICIT)]
+    descriptions = [description(shards)] * 3
+    found = plan(descriptions, split_bytes=1)
+    total = 0
+    for rank in range(3):
+        part = WritePart.decode(found.part_of(rank).encode())
+        regions = regions_of_part(part, descriptions[rank])
+        assert len(regions) == len(found.chunks_of(rank))
+        for row, region in zip(part.row.tolist(), regions, strict=True):
+            assert region.fits(shards[row][1])
+            total += region.elements
+    assert total == 31
+
+
+def test_nothing_and_empty_tensors_can_be_planned() -> None:
+    assert len(plan([description([])] * 3).tensor) == 0
+    found = plan([description([("e", (0, 3), Region((0, 0), (0, 3)), MAIN)]), description([])])
+    assert found.keys == ["e"]
+    assert len(found.tensor) == 0
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(1, 6),
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 50), st.lists(st.integers(0, 5), min_size=1, unique=True)), max_size=12
+    ),
+    st.integers(1, 60),
+)
+def test_shares_partition_all_slices_and_level_the_loads(
+    ranks: int, drawn: list[tuple[int, int, list[int]]], split_bytes: int
+) -> None:
+    groups = [(slices, size, sorted({rank % ranks for rank in holders})) for slices, size, holders in drawn]
+    counts = np.array([len(holders) for *_, holders in groups], dtype=np.int64)
+    starts = np.cumsum(counts) - counts
+    holder_rank = np.array([rank for *_, holders in groups for rank in holders], dtype=np.int64)
+    regions = Regions(
+        np.array([slices for slices, *_ in groups], dtype=np.int64), np.array([size for _, size, _ in groups], dtype=np.int64)
+    )
+    shares = balance(regions, holder_rank, starts, counts, ranks, split_bytes)
+    taken: dict[int, list[int]] = {}
+    for group, holder, first, count in zip(
+        *(column.tolist() for column in (shares.group, shares.holder, shares.first, shares.count)), strict=True
+    ):
+        assert 0 <= holder < counts[group]
+        assert count > 0
+        taken.setdefault(group, []).extend(range(first, first + count))
+    assert {group: sorted(found) for group, found in taken.items()} == {
+        number: list(range(slices)) for number, (slices, *_) in enumerate(groups)
+    }
+    if groups and all(len(holders) == ranks for *_, holders in groups) and split_bytes == 1:
+        loads = np.zeros(ranks)
+        np.add.at(loads, holder_rank[starts[shares.group] + shares.holder], shares.count * regions.slice_bytes[shares.group])
+        assert loads.max() - loads.min() <= 2 * max(size for _, size, _ in groups)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=8), st.integers(1, 5000))
+def test_quotas_level_the_lowest_loads(loads: list[int], total: int) -> None:
+    quotas = _quotas(np.array(loads, dtype=np.int64), total)
+    assert int(quotas.sum()) == total
+    assert int(quotas.min()) >= 0
+    filled = np.array(loads) + quotas
+    level = filled[quotas > 0].max()
+    assert (filled[quotas == 0] >= level - 1).all()
+    assert filled[quotas > 0].min() >= level - 1
+
+
+@pytest.mark.parametrize("ranks", [64, 256])
+def test_a_thousand_tensors_on_many_ranks_are_planned_and_balanced(ranks: int) -> None:
+    """Shards, replicas and a dominating embedding on an HSDP-like grid of two replicas."""
+    half = ranks // 2
+    descriptions = []
+    for rank in range(ranks):
+        row = rank % half
+        shards = [
+            (f"w{n:04d}", (half * 4, 64), Region((row * 4, 0), (4, 64)), MAIN if rank < half else COPY) for n in range(900)
+        ]
+        shards += [(f"n{n:04d}", (256,), Region.whole((256,)), IMPLICIT) for n in range(99)]
+        shards.append(("embedding", (32_000, 256), Region.whole((32_000, 256)), IMPLICIT))
+        descriptions.append(description(shards))
+    found = plan_save(descriptions, split_bytes=1 << 10, max_chunk_bytes=1 << 60)
+    assert imbalance(found, ranks) <= 1.05

@@ -1,0 +1,129 @@
+"""All stores keep the contract; the local one really flushes, and uses O_DIRECT where it can."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import giantstep as gs
+from giantstep.storage.base import Store, read_all
+from giantstep.storage.local import LocalStore
+from giantstep.storage.locate import store_at
+from giantstep.storage.memory import MemoryStore
+from giantstep.testing import store_contract
+from giantstep.testing.faults import CrashingStore
+
+_NAMES = itertools.count()
+
+
+def make(kind: str, tmp_path: Path) -> Store:
+    if kind == "shm":
+        return LocalStore(Path("/dev/shm", f"giantstep-{os.getpid()}-{next(_NAMES)}"))
+    return {
+        "local": lambda: LocalStore(tmp_path / "a" / "b"),
+        "memory": lambda: MemoryStore(f"contract-{next(_NAMES)}"),
+        "crashing": CrashingStore,
+    }[kind]()
+
+
+@pytest.mark.parametrize("check", store_contract.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("kind", ["local", "shm", "memory", "crashing"])
+def test_contract(kind: str, check: Any, tmp_path: Path) -> None:
+    if kind == "shm" and not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no /dev/shm here")
+    store = make(kind, tmp_path)
+    try:
+        check(store)
+    finally:
+        if kind == "shm" and store.exists():
+            for name in list(store.names()):
+                store.delete(name)
+            for folder in ("data", ""):
+                if Path(store.location, folder).exists():
+                    Path(store.location, folder).rmdir()
+
+
+def test_a_contract_that_is_broken_is_noticed() -> None:
+    class Forgetful(CrashingStore):
+        def delete(self, name: str) -> None:
+            """Forgets to."""
+
+    with pytest.raises(store_contract.ContractError, match="deleted file is not listed"):
+        store_contract.check_files(Forgetful())
+
+
+def test_aligned_and_unaligned_writes_past_the_page_cache(tmp_path: Path) -> None:
+    import mmap
+
+    store = LocalStore(tmp_path)
+    store.prepare("")
+    handle = store.create("f", 3 * 4096 + 100, direct=True)
+    buffer = mmap.mmap(-1, 4 * 4096)
+    buffer[:] = os.urandom(4 * 4096)
+    view = memoryview(buffer)
+    handle.write_at(0, view[:8192])
+    handle.write_at(8192, view[8192:12288])
+    handle.write_at(12288, view[12288 : 12288 + 100])
+    handle.sync()
+    handle.close()
+    assert read_all(store, "f", 1 << 20) == bytes(view[: 3 * 4096 + 100])
+    view.release()
+    buffer.close()
+
+
+def test_flushes_reach_the_files_and_their_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    import torch
+
+    path = tmp_path / "new" / "step"
+    gs.save({"w": torch.zeros(3)}, path)
+    names = [str(Path(name).relative_to(tmp_path)) for name in synced]
+    assert names[:3] == ["new/step", "new", "."]
+    data, index = (next(n for n in names if part in n and "safetensors" in n) for part in ("data/", ".index."))
+    record = next(name for name in names if "checkpoint.json" in name)
+    order = [names.index(name) for name in (data, "new/step/data", index, record)]
+    assert order == sorted(order)
+    assert names[-1] == "new/step"
+
+
+def test_write_errors_name_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def full(fd: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(gs.StoreError, match=r"\[rank 0, phase write\].*No space left"):
+        gs.save({"w": torch.zeros(3)}, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_short_writes_and_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, memoryview(data)[:1000], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [memoryview(views[0])[:777]], offset))
+    value = torch.arange(20_000)
+    gs.save({"w": value}, tmp_path)
+    assert torch.equal(gs.load({"w": torch.zeros_like(value)}, tmp_path)["w"], value)
+
+
+@pytest.mark.parametrize(
+    ("path", "location"),
+    [("/a/b", "/a/b"), (Path("/a/b"), "/a/b"), ("file:///a/b%20c", "/a/b c"), ("memory://x/y", "memory://x/y")],
+)
+def test_paths_and_urls(path: Any, location: str) -> None:
+    assert store_at(path).location == location
+
+
+def test_a_store_is_taken_as_it_is() -> None:
+    store = CrashingStore()
+    assert store_at(store) is store
