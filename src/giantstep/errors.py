@@ -17,8 +17,10 @@
     │   └── VersionError            written by a newer major version of the format
     ├── CorruptionError             restore another copy or an older step: bytes are not what was written
     ├── StoreError                  look at the disk or the network: a storage operation failed
+    ├── UnexpectedError             read the traceback: an exception that is none of ours, from an object of the
+    │                               caller's or from a mistake in this library
     └── PeerError                   look at another rank
-        ├── PeerFailureError        a rank died, or failed with an error of its own
+        ├── PeerFailureError        a rank is gone
         └── PhaseTimeoutError       a rank did not report in time
 
 On several ranks everybody raises an error of the same class with the same message, naming the rank and
@@ -163,6 +165,12 @@ class StoreError(GiantstepError):
     code = "store"
 
 
+class UnexpectedError(GiantstepError):
+    """An exception that is none of ours, raised by an object of the caller's or by a mistake in this library."""
+
+    code = "unexpected"
+
+
 class PeerError(GiantstepError):
     """Another rank is at fault."""
 
@@ -170,7 +178,7 @@ class PeerError(GiantstepError):
 
 
 class PeerFailureError(PeerError):
-    """A rank died, or failed with an error that is none of ours."""
+    """A rank is gone, or does not speak our language."""
 
     code = "peer_failure"
 
@@ -193,8 +201,8 @@ def error_classes() -> dict[str, type[GiantstepError]]:
 def located(error: Exception, rank: int | None, phase: str) -> GiantstepError:
     """The error as one of ours that says where it began.
 
-    An error of ours keeps its class; an `OSError` becomes a `StoreError`; anything else a
-    `PeerFailureError`, since to the other ranks that is what it is. The original is chained as the cause.
+    An error of ours keeps its class; an `OSError` becomes a `StoreError`; anything else an `UnexpectedError`. The
+    original is chained as the cause.
     """
     if isinstance(error, GiantstepError):
         if error.rank is None:
@@ -202,7 +210,7 @@ def located(error: Exception, rank: int | None, phase: str) -> GiantstepError:
         if error.phase is None:
             error.phase = phase
         return error
-    kind = StoreError if isinstance(error, OSError) else PeerFailureError
+    kind = StoreError if isinstance(error, OSError) else UnexpectedError
     ours = kind(f"{type(error).__name__}: {error}", rank=rank, phase=phase)
     ours.__cause__ = error
     return ours

@@ -74,6 +74,35 @@ def _one_dies(rank: int, victim: int) -> tuple[str, str, float]:
     return "", "", 0.0
 
 
+def test_survivors_exit_as_python_does_after_an_exception() -> None:
+    """No thread of ours is inside gloo when the interpreter ends: that would be a SIGABRT."""
+    import subprocess
+    import sys
+    import tempfile
+
+    program = """if True:
+        import os, signal, sys, torch.distributed as dist
+        from giantstep.group.base import consult
+        from giantstep.group.torch_group import group_of
+        rank = int(sys.argv[1])
+        dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=4)
+        consult(group_of(), "first", 30, lambda: b"")
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        consult(group_of(), "write", 30, lambda: b"")
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", program, str(rank), f"{folder}/store"], stderr=subprocess.PIPE, text=True)
+            for rank in range(4)
+        ]
+        told = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1, -signal.SIGKILL, 1], told
+    for rank in (0, 1, 3):
+        assert "PeerFailureError: [rank 2, phase write] rank 2 is gone: its connection broke (" in told[rank]
+        assert "pair.cc" not in told[rank].splitlines()[-1]
+
+
 def test_a_killed_rank_is_named_on_all_others_long_before_the_timeout() -> None:
     for victim in (2, 0):
         found = run_processes(4, _one_dies, victim)

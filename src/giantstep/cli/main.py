@@ -39,7 +39,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="giantstep")
+@click.version_option(package_name="giantstep", prog_name="giantstep")
 def cli() -> None:
     """Look into giantstep checkpoints. Needs no GPU and no process group."""
 

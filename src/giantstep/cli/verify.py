@@ -73,4 +73,4 @@ def _print(checkpoint: Checkpoint, report: VerifyReport) -> None:
     if len(report.damages) > _SHOWN:
         click.echo(f"... and {len(report.damages) - _SHOWN} more")
     files = len({damage.file for damage in report.damages})
-    click.echo(f"{len(report.damages)} damages in {files} files. Restore them from a copy, or load another step.")
+    click.echo(f"broken places: {len(report.damages)}, files: {files}. Restore them from a copy, or load another step.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import re
 import threading
 import time
 import weakref
@@ -38,6 +39,7 @@ _GLOO_PATIENCE = dt.timedelta(days=7)
 _FIRST_LOOK_SECS = 0.5
 _LOOK_EVERY_SECS = 1.0
 _CONFIRM_SECS = 1.0
+_JOIN_SECS = 5.0
 
 # Our group for each of the user's, so that its connections are made once. Forgotten with the user's group.
 _OURS: weakref.WeakKeyDictionary[Any, TorchGroup] = weakref.WeakKeyDictionary()
@@ -73,6 +75,7 @@ class TorchGroup:
         self._ranks = dist.get_process_group_ranks(process_group)
         self._rank = dist.get_rank(process_group)
         self._gloo: Any = None
+        self._waits: list[_Wait] = []
         self._generation = 0
 
     @property
@@ -121,8 +124,18 @@ class TorchGroup:
             raise PeerFailureError(f"no gloo group could be made: {error}", phase=phase) from error
 
     def _abandon(self) -> None:
-        """Give up the connections; threads that still wait on them end when they break."""
-        self._gloo = None
+        """Give up the connections, and end the threads that still wait on them.
+
+        A thread inside gloo when the interpreter exits would end the process with SIGABRT.
+        """
+        gloo, self._gloo = self._gloo, None
+        abort = getattr(gloo, "abort", None)
+        if abort is not None:
+            with contextlib.suppress(RuntimeError):
+                abort()
+        waits, self._waits = self._waits, []
+        for wait in waits:
+            wait.join(_JOIN_SECS)
 
     # Rank 0's side.
 
@@ -142,7 +155,7 @@ class TorchGroup:
         for rank, target in targets.items():
             try:
                 work = dist.irecv(target, src=self._ranks[rank], group=self._gloo)
-                waits[rank] = _Wait(work)
+                waits[rank] = self._wait_for(work)
             except RuntimeError as error:
                 gone[rank] = str(error)
         for rank, wait in waits.items():
@@ -155,7 +168,7 @@ class TorchGroup:
             first = min(gone)
             self._announce(
                 PeerFailureError(
-                    f"rank {_listed(gone)} is gone: its connection broke ({gone[first].splitlines()[0]}). "
+                    f"rank {_listed(gone)} is gone: its connection broke ({_cause(gone[first])}). "
                     "Look for its own error, or for a kill by the system (out of memory).",
                     rank=first,
                     phase=phase,
@@ -180,6 +193,13 @@ class TorchGroup:
 
     # Both sides.
 
+    def _wait_for(self, work: Any) -> _Wait:
+        """A wait that `_abandon` knows of."""
+        self._waits = [wait for wait in self._waits if not wait.finished]
+        wait = _Wait(work)
+        self._waits.append(wait)
+        return wait
+
     def _send(self, data: bytes, to: int, phase: str, timeout_secs: float) -> None:
         deadline = time.monotonic() + timeout_secs
         parts = [torch.tensor([len(data)], dtype=torch.int64)]
@@ -200,7 +220,7 @@ class TorchGroup:
     def _transfer(self, start: Callable[[], Any], other: int, phase: str, deadline: float) -> None:
         """Run one send or receive with `other` to its end, watching clock and notice board."""
         try:
-            wait = _Wait(start())
+            wait = self._wait_for(start())
         except RuntimeError as error:
             raise self._lost(other, phase, str(error)) from error
         wait.until(min(deadline, time.monotonic() + _FIRST_LOOK_SECS))
@@ -222,7 +242,7 @@ class TorchGroup:
             if notice is not None:
                 return notice
             time.sleep(0.1)
-        return PeerFailureError(f"rank {other} is gone: its connection broke ({why.splitlines()[0]})", rank=other, phase=phase)
+        return PeerFailureError(f"rank {other} is gone: its connection broke ({_cause(why)})", rank=other, phase=phase)
 
     # The notice board.
 
@@ -236,10 +256,14 @@ class TorchGroup:
         try:
             if not self._board.check(["fault"]):
                 return None
-            return error_from_wire(json.loads(self._board.get("fault")))
+            wire = json.loads(self._board.get("fault"))
         except RuntimeError:
             # The board is gone with its host: the connections will tell.
             return None
+        notice = error_from_wire(wire)
+        # Whoever put it up has no traceback that would help here.
+        notice.__notes__ = []
+        return notice
 
 
 class _Wait:
@@ -250,7 +274,8 @@ class _Wait:
         self.finished = False
         self._done = threading.Event()
         self._work = work
-        threading.Thread(target=self._run, name="giantstep-wait", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="giantstep-wait", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         try:
@@ -260,9 +285,18 @@ class _Wait:
         self.finished = True
         self._done.set()
 
+    def join(self, patience_secs: float) -> None:
+        """Return when the thread ended, or its patience did."""
+        self._thread.join(patience_secs)
+
     def until(self, deadline: float) -> None:
         """Return when the transfer ended or the deadline passed."""
         self._done.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _cause(message: str) -> str:
+    """A message of gloo's without its source file and advice."""
+    return re.sub(r"^\[[^\]]*\] *", "", message.splitlines()[0]).split(". ")[0]
 
 
 def _listed(ranks: Any) -> str:

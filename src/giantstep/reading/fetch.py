@@ -161,8 +161,8 @@ def _block_error(source: Source, read: Read, start: int, stop: int, count: int) 
     keys = sorted({source.key_of(piece.chunk) for piece in read.pieces if piece.start < stop and piece.stop > start})
     shown = ", ".join(repr(key) for key in keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
     return CorruptionError(
-        f"{source.noun} {shown or '(header)'}: bytes {start} to {stop} of {source.store.location}/{entry.name}, written by "
-        f"rank {entry.rank}, are not what was written (checksum differs"
+        f"{source.noun}{'s' if len(keys) > 1 else ''} {shown or '(header)'}: bytes {start} to {stop} of "
+        f"{source.store.location}/{entry.name}, written by rank {entry.rank}, are not what was written (checksum differs"
         + (f"; {count} blocks of this read" if count > 1 else "")
         + "). Restore the file from a copy, or load another step."
     )

@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from giantstep.storage.base import Buffer
 
 # Alignment that O_DIRECT needs on every file system in use (logical block size is 512 or 4096).
@@ -131,7 +133,7 @@ class LocalWriteHandle:
 
     def write_at(self, offset: int, data: Buffer) -> None:
         view = memoryview(data).cast("B")
-        aligned = self._direct is not None and not (offset | len(view)) % _DIRECT_ALIGNMENT
+        aligned = bool(view) and not (offset | len(view) | _address(view)) % _DIRECT_ALIGNMENT
         descriptor = self._direct if aligned and self._direct is not None else self._descriptor
         while view:
             written = os.pwrite(descriptor, view, offset)
@@ -149,6 +151,11 @@ class LocalWriteHandle:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
         self._direct, self._descriptor = None, -1
+
+
+def _address(view: memoryview) -> int:
+    """Where the bytes lie in memory."""
+    return int(np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0])
 
 
 class LocalReadHandle:

@@ -1,7 +1,6 @@
-"""The promises of a `Store`, as functions that check one. Run them all on a store of your own:
+"""The promises of a `Store`, as functions that check one.
 
-for check in store_contract.CHECKS:
-    check(make_empty_store())
+Run all of `CHECKS` on a store of your own, each on a new and empty one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,101 @@
+"""The house: layers, what each may import, and what may happen only in one place."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "giantstep"
+
+# From the highest layer to the lowest; a module may import only from layers below its own, or from its own package.
+LAYERS: list[set[str]] = [
+    {"cli", "testing", "__init__"},
+    {"opening", "saving", "loading"},
+    {"codecs", "reports", "phases"},
+    {"mapping", "staging", "writing", "reading", "commit"},
+    {"words"},
+    {"planning", "storage", "group"},
+    {"format"},
+    {"shards"},
+    {"options"},
+    {"errors"},
+]
+PURE = {"shards", "format", "planning"}
+EFFECTS = {"torch", "os", "io", "time", "threading", "socket", "subprocess", "pathlib", "tempfile", "shutil"}
+
+
+def modules() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def house_of(path: Path) -> str:
+    """Top-level package or module of a file."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, wherever in the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def layer_of(house: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if house in layer)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_one_way(path: Path) -> None:
+    house = house_of(path)
+    for name in imports_of(path):
+        if not name.startswith("giantstep"):
+            continue
+        other = (name.split(".") + ["__init__"])[1]
+        if other != house:
+            assert layer_of(other) > layer_of(house), f"{path} ({house}) imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_effects_happen_where_they_may(path: Path) -> None:
+    house, names = house_of(path), imports_of(path)
+    relative = str(path.relative_to(SOURCE))
+    tops = {name.split(".")[0] for name in names}
+    assert not tops & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, "pickle nowhere"
+    if house in PURE:
+        # pathlib is a type to the codec, not a way to files.
+        allowed = {"pathlib"} if relative == "format/codec.py" else set()
+        assert not tops & (EFFECTS - allowed), f"{relative} is pure"
+    if any(name.startswith("torch.distributed") for name in names):
+        assert house == "group" or relative in ("mapping/dtensor.py", "mapping/describe.py")
+    if "os" in tops:
+        assert relative in ("storage/local.py", "storage/locate.py", "options.py"), "files and environment"
+    text = path.read_text()
+    assert "os.environ" not in text or relative == "options.py"
+    assert "torch.load" not in text
+    assert "torch.save" not in text
+    assert "os.fork" not in text
+    if relative != "storage/local.py":
+        calls = {
+            node.func.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert "open" not in calls, "file calls only in storage/local.py"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_assert_checks_input_and_every_module_says_what_it_is(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+    assert ast.get_docstring(tree)
+
+
+def test_no_module_is_a_drawer() -> None:
+    names = {path.stem for path in modules()}
+    assert not names & {"utils", "util", "helpers", "common", "core", "misc"}
+    sizes = {str(path.relative_to(SOURCE)): len(path.read_text().splitlines()) for path in modules()}
+    assert {name: size for name, size in sizes.items() if size > 400} == {}
