@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from independent_reader import StoredCheckpoint, read_checkpoint
 
 import giantstep.saving
 from giantstep.storage.base import Store, read_all
+from independent_reader import StoredCheckpoint, read_checkpoint
 
 
 def files_of(store: Store, names: list[str]) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ format promises on the way, except xxh3 checksums, for which NumPy has no functi
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ def read_columns(record: dict, data: bytes) -> dict[str, np.ndarray]:
 
 def texts(columns: Mapping[str, np.ndarray], name: str) -> list[str]:
     ends, blob = columns[f"{name}_ends"].tolist(), columns[f"{name}_bytes"].tobytes()
-    return [blob[low:high].decode("utf-8") for low, high in zip(ends, ends[1:], strict=False)]
+    return [blob[low:high].decode("utf-8") for low, high in itertools.pairwise(ends)]
 
 
 def read_checkpoint(files: Mapping[str, bytes]) -> StoredCheckpoint:

@@ -56,7 +56,7 @@ def test_imports_go_one_way(path: Path) -> None:
     for name in imports_of(path):
         if not name.startswith("giantstep"):
             continue
-        other = (name.split(".") + ["__init__"])[1]
+        other = [*name.split("."), "__init__"][1]
         if other != house:
             assert layer_of(other) > layer_of(house), f"{path} ({house}) imports {name}"
 

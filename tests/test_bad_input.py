@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -368,13 +367,13 @@ def test_a_plain_tensor_that_differs_between_ranks_says_wrap_it(tmp_path: Path) 
 
 def test_an_earlier_checkpoint_survives_every_refused_save(tmp_path: Path) -> None:
     save_rows(tmp_path)
-    before = sorted(os.listdir(tmp_path / "data"))
+    before = sorted((tmp_path / "data").iterdir())
 
     def gap(group: Any) -> None:
         gs.save({"w": shards(group, (0, 3), (5, 10))}, tmp_path, process_group=group)
 
     all_raise(2, gap, CoverageError)
-    assert sorted(os.listdir(tmp_path / "data")) == before
+    assert sorted((tmp_path / "data").iterdir()) == before
     assert gs.open_checkpoint(tmp_path).verify().ok
 
 

@@ -59,7 +59,7 @@ def broken_by(store: MemoryStore) -> tuple[str, tuple[str, ...]] | None:
 def test_every_single_byte_of_every_file_is_guarded(store: MemoryStore) -> None:
     checkpoint = gs.open_checkpoint(store)
     places = {}
-    for key in checkpoint.keys():
+    for key in checkpoint:
         for chunk in checkpoint.info(key).chunks:
             places.update({(chunk.file, position): key for position in range(chunk.start, chunk.start + chunk.bytes)})
     total = 0

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from independent_reader import StoredCheckpoint
-from layouts import Case, bits, cases, cut, strided, zeros_like
 
 import giantstep as gs
 from giantstep.storage.memory import MemoryStore
 from giantstep.testing.ranks import run_ranks
+from independent_reader import StoredCheckpoint
+from layouts import Case, bits, cases, cut, strided, zeros_like
 
 _NAMES = itertools.count()
 

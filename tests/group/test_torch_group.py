@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from processes import DIED, results, run_processes
 
 import giantstep as gs
 from giantstep.group.base import consult
 from giantstep.group.torch_group import group_of
+from processes import DIED, results, run_processes
 
 
 def _sum_of_reports(rank: int) -> bytes:

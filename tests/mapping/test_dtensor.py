@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from processes import results, run_processes
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import giantstep as gs
 from giantstep.mapping.dtensor import splits_per_dimension
 from giantstep.shards.splits import Split, runs_after
+from processes import results, run_processes
 
 
 def torch_parts(length: int, placements: list[Any], mesh_shape: tuple[int, ...], coordinate: tuple[int, ...]) -> list[int]:
@@ -185,7 +185,7 @@ def train_fsdp_over_tp(rank: int, folder: str) -> dict[str, str]:
 def test_fsdp2_over_tensor_parallel_as_torch_makes_it(tmp_path: Path) -> None:
     (expected, *_) = results(run_processes(4, train_fsdp_over_tp, str(tmp_path)))
     checkpoint = gs.open_checkpoint(tmp_path / "c")
-    assert {key.removeprefix("model."): checkpoint[key][...].tobytes().hex() for key in checkpoint.keys()} == expected
+    assert {key.removeprefix("model."): checkpoint[key][...].tobytes().hex() for key in checkpoint} == expected
     plain = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.ReLU(), torch.nn.Linear(10, 6))
     loaded = gs.load({"model": plain}, tmp_path / "c")
     assert loaded["model"] is plain

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import partitions, regions
 
 from giantstep.errors import CorruptionError
 from giantstep.planning.load_plan import ChunkTable, Read, WantedTable, plan_load, tabulate_wanted
 from giantstep.shards.region import Region
+from layouts import partitions, regions
 
 
 def chunk_table(chunks: list[Region], item: int, gap: int = 0) -> ChunkTable:

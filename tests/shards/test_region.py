@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import partitions, regions
 
 from giantstep.errors import BadArgumentError
 from giantstep.shards import region as module
@@ -21,6 +20,7 @@ from giantstep.shards.region import (
     split_region,
     subtract,
 )
+from layouts import partitions, regions
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 

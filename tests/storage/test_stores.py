@@ -79,7 +79,7 @@ def test_aligned_and_unaligned_writes_past_the_page_cache(tmp_path: Path) -> Non
 def test_flushes_reach_the_files_and_their_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())), fsync(fd))[1])
     import torch
 
     path = tmp_path / "new" / "step"
