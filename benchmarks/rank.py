@@ -132,7 +132,9 @@ class Rank:
     # One method after another: save, load in all layouts, delete.
 
     def _raw(self) -> None:
-        for direct in (False, True) if self._direct else (False,):
+        paths = [False, True] if self._direct else [False]
+        # Whoever comes first may find memory and disk in another state: take turns.
+        for direct in paths if self._repetition % 2 else reversed(paths):
             how = "raw direct" if direct else "raw buffered"
             path = self._folder / f"{self._rank}.raw"
             self._measure(SAVE, how, partial(write_file, path, self._source, direct=direct))
@@ -190,7 +192,7 @@ def main() -> None:
     job, rank = Job.read(Path(sys.argv[1])), int(sys.argv[2])
     warnings.filterwarnings("ignore", module="torch")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(job.meeting, job.ranks), rank=rank, world_size=job.ranks)
+    dist.init_process_group("gloo", init_method=f"file://{job.meeting}", rank=rank, world_size=job.ranks)
     found = Rank(job, rank).run()
     (Path(job.results) / f"{rank}.json").write_text(json.dumps([asdict(measurement) for measurement in found]))
     dist.barrier()

@@ -26,7 +26,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 def _in_blocks(memory: Memory, transfer: Callable[[memoryview, int], int]) -> None:
     """Move all of `memory` block by block; `transfer` moves some bytes at an offset and says how many."""
-    view = memoryview(memory)
+    view = memory.data
 
     def block(start: int) -> None:
         stop = min(start + _BLOCK_BYTES, len(view))

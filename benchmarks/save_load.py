@@ -30,6 +30,12 @@ _TENSORS = 16
 _SMALL = Shape(tensors=8192, rows=32, columns=1024)
 _SMALL_RANKS = 2
 _WIDTH = 180
+_LEGEND = (
+    "s, GiB/s, CPU s (all ranks together): medians. / raw, / DCP: speed as a multiple of the best raw path and of "
+    "torch.distributed.checkpoint, medians of the ratios within a repetition; loads into another layout are compared with "
+    "plain raw loads. extra MiB: peak resident memory of a rank beyond what it had at the start. read x: bytes read over "
+    "bytes loaded. raw buffered: pwrite and fsync, pread; raw direct: posix_fallocate and O_DIRECT."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,7 @@ def main() -> None:
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}, "
         f"{os.cpu_count()} cores, load {load:.1f} at the start; {arguments.repeat} repetitions, medians"
     )
+    console.print(_LEGEND)
     figures = {}
     for case in _cases(arguments):
         print(case.title, file=sys.stderr, flush=True)

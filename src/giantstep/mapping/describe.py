@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from giantstep.errors import BadArgumentError
-from giantstep.mapping.dtensor import shard_of_dtensor
+from giantstep.mapping.dtensor import DTensorReader
 from giantstep.mapping.sharded_tensor import ShardedTensor, is_main_replica
 from giantstep.mapping.tree import DROPPED, Tree, map_leaves, prune
 from giantstep.planning.description import COPY, IMPLICIT, MAIN
@@ -69,7 +69,7 @@ class TensorLeaf:
                 shape=self.source.shape,
                 stride=self.source.stride(),
             )
-            self.pieces = [*shard_of_dtensor(self.key, self.source).pieces]
+            self.pieces = [*DTensorReader().shard(self.key, self.source).pieces]
         else:
             self.source = torch.empty(self.global_shape, dtype=kind)
             self.pieces = [(Region.whole(self.global_shape), self.source)]
@@ -121,12 +121,13 @@ def describe(state_dict: Any, *, for_load: bool) -> Described:
     statefuls: list[tuple[Path, Any]] = []
     tree = _expand(state_dict, statefuls, ())
     leaves: list[TensorLeaf] = []
+    reader = DTensorReader()
 
     def sort(path: Path, leaf: Any) -> Any:
         if isinstance(leaf, ShardedTensor):
             leaves.append(_sharded_leaf(path, leaf, for_load))
         elif isinstance(leaf, DTensor):
-            leaves.append(_dtensor_leaf(path, leaf, for_load))
+            leaves.append(_dtensor_leaf(path, leaf, reader, for_load))
         elif isinstance(leaf, torch.Tensor):
             leaves.append(_plain_leaf(path, leaf, for_load))
         else:
@@ -159,7 +160,11 @@ def _check_view(view: torch.Tensor, key: str, for_load: bool) -> torch.Tensor | 
         if for_load:
             return None
         raise BadArgumentError(f"tensor {key!r} is on the meta device and has no values to save")
-    if for_load and any(stride == 0 and size > 1 for stride, size in zip(view.stride(), view.shape, strict=True)):
+    if (
+        for_load
+        and 0 in view.stride()
+        and any(stride == 0 and size > 1 for stride, size in zip(view.stride(), view.shape, strict=True))
+    ):
         raise BadArgumentError(f"tensor {key!r} is expanded: several of its elements share memory, so it cannot be loaded into")
     return view.detach()
 
@@ -181,11 +186,11 @@ def _sharded_leaf(path: Path, tensor: ShardedTensor, for_load: bool) -> TensorLe
     return leaf
 
 
-def _dtensor_leaf(path: Path, tensor: DTensor, for_load: bool) -> TensorLeaf:
+def _dtensor_leaf(path: Path, tensor: DTensor, reader: DTensorReader, for_load: bool) -> TensorLeaf:
     key = dotted(path)
     dtype = dtype_of_torch_name(str(tensor.dtype))
     shape = check_shape(tuple(tensor.shape), f"tensor {key!r}")
-    shard = shard_of_dtensor(key, tensor)
+    shard = reader.shard(key, tensor)
     pieces = [(region, _check_view(view, key, for_load)) for region, view in shard.pieces]
     return TensorLeaf(path, key, dtype, shape, tensor, IMPLICIT, shard.mesh, shard.mesh_size, pieces)
 

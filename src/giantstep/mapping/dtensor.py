@@ -35,35 +35,71 @@ class DTensorShard:
     mesh_size: int
 
 
-def shard_of_dtensor(key: str, tensor: DTensor) -> DTensorShard:
-    """Regions that this rank holds of a DTensor; none if it is not in the mesh.
+@dataclass(frozen=True, slots=True)
+class _Mesh:
+    """What a mesh means for this rank; torch computes it anew at every access, so it is kept."""
 
-    Raises:
-        BadArgumentError: a placement is Partial, or the local tensor has not the shape that the placements imply.
-    """
-    mesh = tensor.device_mesh
-    ranks = mesh.mesh.tolist()
-    name = int.from_bytes(hashlib.sha256(repr(ranks).encode()).digest()[:8], "little") >> 1
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return DTensorShard([], name, mesh.size())
-    spec: Any = tensor._spec
-    splits = splits_per_dimension(
-        key, tensor.ndim, tensor.placements, tuple(mesh.shape), coordinate, getattr(spec, "shard_order", None)
-    )
-    runs = [runs_after(length, parts) for length, parts in zip(tensor.shape, splits, strict=True)]
-    local = tensor.to_local() if not hasattr(tensor, "_local_tensor") else tensor._local_tensor
-    expected = tuple(sum(count for _, count in found) for found in runs)
-    if tuple(local.shape) != expected:
-        raise BadArgumentError(
-            f"tensor {key!r}: placements {tensor.placements} of shape {tuple(tensor.shape)} on mesh {tuple(mesh.shape)} give "
-            f"this rank a local shape of {expected}, but the local tensor has {tuple(local.shape)}. A DTensor made by "
-            "from_local with uneven shards needs its global shape and stride given."
-        )
-    return DTensorShard(_boxes(runs, local), name, mesh.size())
+    name: int
+    size: int
+    shape: tuple[int, ...]
+    coordinate: tuple[int, ...] | None
+
+
+class DTensorReader:
+    """Takes DTensors apart. One lives as long as one `describe`: it remembers meshes and layouts it has met."""
+
+    def __init__(self) -> None:
+        # The mesh objects are kept too: an id means something only while its object lives.
+        self._meshes: dict[int, tuple[Any, _Mesh]] = {}
+        self._runs: dict[tuple[Any, ...], list[list[Run]]] = {}
+
+    def shard(self, key: str, tensor: DTensor) -> DTensorShard:
+        """Regions that this rank holds of a DTensor; none if it is not in the mesh.
+
+        Raises:
+            BadArgumentError: a placement is Partial, or the local tensor has not the shape that the placements imply.
+        """
+        mesh = self._mesh(tensor.device_mesh)
+        if mesh.coordinate is None:
+            return DTensorShard([], mesh.name, mesh.size)
+        runs = self._runs_of(key, tensor, mesh)
+        local = tensor._local_tensor
+        expected = tuple(sum(count for _, count in found) for found in runs)
+        if tuple(local.shape) != expected:
+            raise BadArgumentError(
+                f"tensor {key!r}: placements {tensor.placements} of shape {tuple(tensor.shape)} on mesh {mesh.shape} give "
+                f"this rank a local shape of {expected}, but the local tensor has {tuple(local.shape)}. A DTensor made by "
+                "from_local with uneven shards needs its global shape and stride given."
+            )
+        return DTensorShard(_boxes(runs, local), mesh.name, mesh.size)
+
+    def _mesh(self, mesh: Any) -> _Mesh:
+        held = self._meshes.get(id(mesh))
+        if held is None:
+            ranks = repr(mesh.mesh.tolist()).encode()
+            name = int.from_bytes(hashlib.sha256(ranks).digest()[:8], "little") >> 1
+            coordinate = mesh.get_coordinate()
+            seen = _Mesh(name, mesh.size(), tuple(mesh.shape), None if coordinate is None else tuple(coordinate))
+            held = self._meshes[id(mesh)] = (mesh, seen)
+        return held[1]
+
+    def _runs_of(self, key: str, tensor: DTensor, mesh: _Mesh) -> list[list[Run]]:
+        """Per dimension, the runs of indices that this rank holds."""
+        spec: Any = tensor._spec
+        order = getattr(spec, "shard_order", None)
+        layout = (id(tensor.device_mesh), tuple(tensor.placements), tuple(tensor.shape), order)
+        runs = self._runs.get(layout)
+        if runs is None:
+            splits = splits_per_dimension(key, tensor.ndim, tensor.placements, mesh.shape, mesh.coordinate or (), order)
+            runs = [runs_after(length, parts) for length, parts in zip(tensor.shape, splits, strict=True)]
+            self._runs[layout] = runs
+        return runs
 
 
 def _boxes(runs: list[list[Run]], local: torch.Tensor) -> list[tuple[Region, torch.Tensor]]:
+    if all(len(found) == 1 for found in runs):
+        firsts, counts = zip(*(found[0] for found in runs), strict=True) if runs else ((), ())
+        return [(Region(firsts, counts), local)]
     pieces = []
     for combination in itertools.product(*(_with_positions(found) for found in runs)):
         region = Region(tuple(first for first, _, _ in combination), tuple(count for _, count, _ in combination))
