@@ -25,8 +25,8 @@ class CountingStore(LocalStore):
         super().__init__(root)
         self.bytes_read = 0
 
-    def open_read(self, name: str) -> Any:
-        handle = super().open_read(name)
+    def open_read(self, name: str, *, direct: bool = False) -> Any:
+        handle = super().open_read(name, direct=direct)
         return _Counting(handle, self) if name.startswith("data/") else handle
 
 

@@ -76,6 +76,34 @@ def test_aligned_and_unaligned_writes_past_the_page_cache(tmp_path: Path) -> Non
     buffer.close()
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_reads_past_the_page_cache_give_the_same_bytes(tmp_path: Path, cached: bool) -> None:
+    """Large aligned reads of uncached bytes go to the device; cached, small and unaligned ones do not."""
+    import mmap
+
+    data = os.urandom(3 << 20) + b"tail"
+    (tmp_path / "f").write_bytes(data)
+    descriptor = os.open(tmp_path / "f", os.O_RDONLY)
+    os.fsync(descriptor)
+    if not cached:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    handle = LocalStore(tmp_path).open_read("f", direct=True)
+    buffer = mmap.mmap(-1, 4 << 20)
+    view = memoryview(buffer)
+    for start, size in ((0, 3 << 20), (0, len(data)), (4096, 1 << 20), (5, 1 << 20), (1 << 20, 4096), (len(data) - 4, 4)):
+        for shift in (0, 1):
+            target = view[shift : shift + size]
+            handle.read_into(start, target)
+            assert bytes(target) == data[start : start + size]
+            target.release()
+    with pytest.raises(OSError, match="ends at byte"):
+        handle.read_into(0, view)
+    handle.close()
+    view.release()
+    buffer.close()
+
+
 def test_flushes_reach_the_files_and_their_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     fsync = os.fsync
@@ -110,7 +138,7 @@ def test_short_writes_and_reads_are_continued(tmp_path: Path, monkeypatch: pytes
 
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, memoryview(data)[:1000], offset))
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [memoryview(views[0])[:777]], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, *where: preadv(fd, [memoryview(views[0])[:777]], *where))
     value = torch.arange(20_000)
     gs.save({"w": value}, tmp_path)
     assert torch.equal(gs.load({"w": torch.zeros_like(value)}, tmp_path)["w"], value)

@@ -63,7 +63,7 @@ class DataFiles:
             return held[1]
         entry = self._record.files[file]
         try:
-            handle = self._store.open_read(entry.name)
+            handle = self._store.open_read(entry.name, direct=True)
         except FileNotFoundError as error:
             raise _missing(self._store, entry) from error
         try:

@@ -6,6 +6,7 @@ checksum, copy) release the GIL.
 
 from __future__ import annotations
 
+import mmap
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -98,7 +99,8 @@ def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, t
     buffers: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
     workers = min(threads, len(reads))
     for _ in range(workers):
-        buffers.put(np.empty(largest, dtype=np.uint8))
+        # Memory of a map begins on a page, as reads past the page cache need.
+        buffers.put(np.frombuffer(mmap.mmap(-1, largest), dtype=np.uint8))
     failed = threading.Event()
 
     with DataFiles(source.store, source.record) as files:

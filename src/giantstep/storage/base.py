@@ -96,8 +96,11 @@ class Store(Protocol):
         """Atomically and durably make `name` hold `data`; `temporary` is a name free for use until then."""
         ...
 
-    def open_read(self, name: str) -> ReadHandle:
-        """Open for reading; raises `FileNotFoundError`."""
+    def open_read(self, name: str, *, direct: bool = False) -> ReadHandle:
+        """Open for reading; raises `FileNotFoundError`.
+
+        `direct` asks that large aligned reads of what is not in the page cache go past it, where the store can.
+        """
         ...
 
     def size(self, name: str) -> int:

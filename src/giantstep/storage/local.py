@@ -18,6 +18,8 @@ from giantstep.storage.base import Buffer
 
 # Alignment that O_DIRECT needs on every file system in use (logical block size is 512 or 4096).
 _DIRECT_ALIGNMENT = 4096
+# Smaller reads are not worth a look at the page cache.
+_DIRECT_FROM_BYTES = 256 << 10
 # Errors by which file systems say that they have no such operation.
 _NOT_SUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
 
@@ -75,8 +77,12 @@ class LocalStore:
         self._path(temporary).rename(self._path(name))
         _sync_directory(self._root)
 
-    def open_read(self, name: str) -> LocalReadHandle:
-        return LocalReadHandle(os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC), name)
+    def open_read(self, name: str, *, direct: bool = False) -> LocalReadHandle:
+        path = self._path(name)
+        handle = LocalReadHandle(os.open(path, os.O_RDONLY | os.O_CLOEXEC), name)
+        if direct:
+            handle.open_direct(path)
+        return handle
 
     def size(self, name: str) -> int:
         return self._path(name).stat().st_size
@@ -125,11 +131,7 @@ class LocalWriteHandle:
 
     def open_direct(self, path: Path) -> None:
         """Open a second descriptor past the page cache, if the file system knows that."""
-        try:
-            self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
+        self._direct = _open_direct(path, os.O_WRONLY)
 
     def write_at(self, offset: int, data: Buffer) -> None:
         view = memoryview(data).cast("B")
@@ -146,11 +148,25 @@ class LocalWriteHandle:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        for descriptor in (self._direct, self._descriptor):
-            if descriptor is not None and descriptor >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
+        _close_all(self._direct, self._descriptor)
         self._direct, self._descriptor = None, -1
+
+
+def _open_direct(path: Path, mode: int) -> int | None:
+    try:
+        return os.open(path, mode | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        return None
+
+
+def _close_all(*descriptors: int | None) -> None:
+    for descriptor in descriptors:
+        if descriptor is not None and descriptor >= 0:
+            # Bytes were made durable before, or do not matter; there is nothing to do about a failing close.
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def _address(view: memoryview) -> int:
@@ -159,10 +175,11 @@ def _address(view: memoryview) -> int:
 
 
 class LocalReadHandle:
-    """A file open for reading."""
+    """A file open for reading, through the page cache and, once `open_direct` was called, past it."""
 
     def __init__(self, descriptor: int, name: str) -> None:
         self._descriptor = descriptor
+        self._direct: int | None = None
         self._name = name
         self._size = os.fstat(descriptor).st_size
 
@@ -170,16 +187,37 @@ class LocalReadHandle:
     def size(self) -> int:
         return self._size
 
+    def open_direct(self, path: Path) -> None:
+        """Open a second descriptor past the page cache, if the file system knows that."""
+        self._direct = _open_direct(path, os.O_RDONLY)
+
     def read_into(self, offset: int, target: memoryview) -> None:
         view = target.cast("B")
         while view:
-            count = os.preadv(self._descriptor, [view], offset)
+            whole = len(view) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
+            if self._direct is not None and whole >= _DIRECT_FROM_BYTES and not self._is_cached(offset, view):
+                count = os.preadv(self._direct, [view[:whole]], offset)
+            else:
+                count = os.preadv(self._descriptor, [view], offset)
             if count == 0:
                 raise OSError(errno.EIO, f"{self._name} ends at byte {offset}, {len(view)} bytes too early")
             offset += count
             view = view[count:]
 
+    def _is_cached(self, offset: int, view: memoryview) -> bool:
+        """Whether reading past the page cache would be slower, or impossible, for these bytes."""
+        if (offset | _address(view)) % _DIRECT_ALIGNMENT:
+            return True
+        try:
+            # Reads a byte only if that needs no device.
+            return os.preadv(self._descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            return True
+
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        _close_all(self._direct, self._descriptor)
+        self._direct, self._descriptor = None, -1

@@ -54,7 +54,7 @@ class MemoryStore:
     def publish(self, name: str, data: bytes, temporary: str) -> None:
         self._files()[name] = bytearray(data)
 
-    def open_read(self, name: str) -> MemoryHandle:
+    def open_read(self, name: str, *, direct: bool = False) -> MemoryHandle:
         found = self._files().get(name)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, f"{name} is not in {self.location}")

@@ -143,7 +143,7 @@ class CrashingStore:
         self._operation(f"rename {temporary} {name}", rename)
         self._operation("sync_names ", lambda: self._make_durable(""))
 
-    def open_read(self, name: str) -> CrashingHandle:
+    def open_read(self, name: str, *, direct: bool = False) -> CrashingHandle:
         if name not in self._disk.files:
             raise FileNotFoundError(errno.ENOENT, name)
         return CrashingHandle(self, name, self._disk.files[name])
