@@ -38,6 +38,10 @@ from giantstep.storage.record_file import read_record_bytes
 from giantstep.words import words_of
 
 
+# Up to this many times the stored bytes, all ranks together, bytes count as read once.
+_READ_ONCE = 1.25
+
+
 def load(
     state_dict: dict[Any, Any],
     path: StoreLike,
@@ -181,7 +185,8 @@ class _Load:
 
     def read(self) -> None:
         """Fill this rank's tensors; agree that all ranks have."""
-        consult(self._group, "plan", self._options.timeout_secs, self._plan)
+        answer = consult(self._group, "plan", self._options.timeout_secs, self._plan, self._decide_direct)
+        self._direct = answer == b"direct"
         if self._options.verify == "before":
             consult(self._group, "verify", self._options.timeout_secs, self._verify)
         consult(self._group, "read", self._options.timeout_secs, self._fill)
@@ -198,7 +203,13 @@ class _Load:
             block_bytes=self._record.block_bytes,
             buffer_bytes=self._options.buffer_bytes,
         )
-        return b""
+        return str(sum(read.stop - read.start for read in self._reads)).encode("ascii")
+
+    def _decide_direct(self, reports: Sequence[bytes]) -> list[bytes]:
+        # Ranks that read the same bytes get them from the page cache after the first of them; reading past it would
+        # fetch them from the device again and again.
+        total, stored = sum(int(report) for report in reports), sum(file.bytes for file in self._record.files)
+        return [b"direct" if total <= _READ_ONCE * stored else b"cached"] * len(reports)
 
     def _verify(self) -> bytes:
         fetch(self._source(verify=True), self._reads, None, self._options.reader_threads)
@@ -231,7 +242,7 @@ class _Load:
             base = int(self._index.file_block_ends[file])
             return self._index.block_checksum[base + first : base + last]
 
-        return Source(self._store, self._record, checksums if verify else None, chunks, key_of)
+        return Source(self._store, self._record, checksums if verify else None, chunks, key_of, direct=self._direct)
 
     def _sinks(self) -> list[Sink]:
         sinks = []

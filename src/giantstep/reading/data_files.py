@@ -42,12 +42,13 @@ def _check_size(store: Store, entry: FileEntry, size: int) -> None:
 class DataFiles:
     """Data files of a checkpoint, opened as they are read. Each thread keeps only its latest one open.
 
-    A context manager; leaving it closes what is open, so no thread may read any more.
+    A context manager; leaving it closes what is open, so no thread may read any more. `direct`: see `Store.open_read`.
     """
 
-    def __init__(self, store: Store, record: CommitRecord) -> None:
+    def __init__(self, store: Store, record: CommitRecord, *, direct: bool = True) -> None:
         self._store = store
         self._record = record
+        self._direct = direct
         self._lock = threading.Lock()
         self._open: dict[int, tuple[int, ReadHandle]] = {}
 
@@ -63,7 +64,7 @@ class DataFiles:
             return held[1]
         entry = self._record.files[file]
         try:
-            handle = self._store.open_read(entry.name, direct=True)
+            handle = self._store.open_read(entry.name, direct=self._direct)
         except FileNotFoundError as error:
             raise _missing(self._store, entry) from error
         try:

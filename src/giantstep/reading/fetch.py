@@ -62,6 +62,7 @@ class Source:
         chunks: chunk table that the pieces of the reads refer to.
         key_of: key of the tensor or object to which a chunk belongs, for errors.
         noun: what such a key names, for errors.
+        direct: read past the page cache what is not in it; good where nobody else reads the same bytes.
     """
 
     store: Store
@@ -70,6 +71,7 @@ class Source:
     chunks: ChunkTable
     key_of: Callable[[int], str]
     noun: str = "tensor"
+    direct: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, t
         buffers.put(np.frombuffer(mmap.mmap(-1, largest), dtype=np.uint8))
     failed = threading.Event()
 
-    with DataFiles(source.store, source.record) as files:
+    with DataFiles(source.store, source.record, direct=source.direct) as files:
 
         def run(read: Read) -> int:
             if failed.is_set():
