@@ -37,7 +37,6 @@ from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
 from giantstep.words import words_of
 
-
 # Up to this many times the stored bytes, all ranks together, bytes count as read once.
 _READ_ONCE = 1.25
 

@@ -6,7 +6,6 @@ checksum, copy) release the GIL.
 
 from __future__ import annotations
 
-import mmap
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from giantstep.format.record import CommitRecord
 from giantstep.planning.load_plan import ChunkTable, Piece, Read
 from giantstep.reading.data_files import DataFiles
 from giantstep.storage.base import Store
+from giantstep.storage.buffers import device_buffer
 
 Bits = NDArray[Any]
 """An array of elements as plain words of their size, whatever they mean."""
@@ -101,8 +101,7 @@ def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, t
     buffers: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
     workers = min(threads, len(reads))
     for _ in range(workers):
-        # Memory of a map begins on a page, as reads past the page cache need.
-        buffers.put(np.frombuffer(mmap.mmap(-1, largest), dtype=np.uint8))
+        buffers.put(device_buffer(largest))
     failed = threading.Event()
 
     with DataFiles(source.store, source.record, direct=source.direct) as files:

@@ -6,7 +6,6 @@ that are handed to the store. Memory is bounded by the pool, which is reused fro
 
 from __future__ import annotations
 
-import mmap
 import queue
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from giantstep.format.digests import Checksums, block_checksums
 from giantstep.storage.base import WriteHandle
+from giantstep.storage.buffers import device_buffer
 
 
 class BufferPool:
@@ -30,10 +30,9 @@ class BufferPool:
 
     def __init__(self, buffer_bytes: int, threads: int) -> None:
         self.buffer_bytes = buffer_bytes
-        self._maps = [mmap.mmap(-1, buffer_bytes) for _ in range(threads + 2)]
         self._free: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
-        for memory in self._maps:
-            self._free.put(np.frombuffer(memory, dtype=np.uint8))
+        for _ in range(threads + 2):
+            self._free.put(device_buffer(buffer_bytes))
         self.executor = ThreadPoolExecutor(threads, thread_name_prefix="giantstep-write")
 
     def take(self) -> NDArray[np.uint8]:
