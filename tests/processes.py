@@ -50,10 +50,13 @@ def run_processes(size: int, function: Callable[..., Any], *arguments: Any, time
             except EOFError:
                 process.join(10)
                 outcomes.append((DIED, process.exitcode))
-        for process in processes:
-            process.join(10)
+        for rank, process in enumerate(processes):
+            process.join(20)
             if process.is_alive():
                 process.kill()
+                outcomes[rank] = (DIED, "did not end")
+            elif outcomes[rank][0] != DIED and process.exitcode != 0:
+                outcomes[rank] = (DIED, process.exitcode)
         return outcomes
 
 

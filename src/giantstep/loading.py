@@ -5,6 +5,7 @@ commit record -open-> index -judge-> what fits -plan_load-> reads -fetch-> verif
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from giantstep.format.record import CommitRecord, decode_record
 from giantstep.group.base import Group, consult
 from giantstep.group.torch_group import group_of
 from giantstep.mapping.describe import Described, TensorLeaf, describe
-from giantstep.mapping.tree import map_leaves, merge
+from giantstep.mapping.tree import DROPPED, map_leaves, merge
 from giantstep.options import LoadOptions, StrictHandling
 from giantstep.phases import Stopwatch, same_call, with_call
 from giantstep.planning.load_plan import plan_load, tabulate_chunks, tabulate_wanted
@@ -63,8 +64,8 @@ def load(
         options: see `LoadOptions`.
 
     Returns:
-        The structure of `state_dict` with loaded tensors (the local tensor in place of a `ShardedTensor`) and the
-        stored common state laid over it; its `report` says what was loaded.
+        The stored common state, whole, with the loaded tensors in the places that `state_dict` gives them (the local
+        tensor in place of a `ShardedTensor`); its `report` says what was loaded.
 
     Raises (the same on all ranks):
         OpenError: there is no committed checkpoint at the path, or it is of a newer major version.
@@ -269,8 +270,8 @@ class _Load:
             if leaf.key in self._row:
                 leaf.allocate()
         results = {leaf.path: leaf.result for leaf in self._described.leaves}
-        tree = map_leaves(self._described.tree, results.get)
-        tree = merge(tree, self._common)
+        tree = merge(map_leaves(self._described.tree, lambda path, _: results.get(path, DROPPED)), self._common)
+        tree = {} if tree is DROPPED else tree
         for path, stateful in self._described.statefuls:
             tree = _with_stateful(tree, path, stateful)
         self._tree = tree
@@ -293,13 +294,26 @@ class _Load:
 def _with_stateful(tree: Any, path: Sequence[Any], stateful: Any) -> Any:
     """Load an object from its place in the tree, and put the object there."""
     if not path:
-        stateful.load_state_dict(tree)
+        _load_into(stateful, tree)
         return stateful
-    step = path[0]
-    if isinstance(tree, tuple):
-        return tuple(_with_stateful(item, path[1:], stateful) if n == step else item for n, item in enumerate(tree))
-    tree[step] = _with_stateful(tree[step], path[1:], stateful)
-    return tree
+    step, rest = path[0], path[1:]
+    if isinstance(tree, dict):
+        tree[step] = _with_stateful(tree.get(step, {}), rest, stateful)
+        return tree
+    if type(tree) in (list, tuple) and isinstance(step, int):
+        items = list(tree) + [{}] * (step + 1 - len(tree))
+        items[step] = _with_stateful(items[step], rest, stateful)
+        return type(tree)(items)
+    return _with_stateful({}, path, stateful)
+
+
+def _load_into(stateful: Any, state: Any) -> None:
+    if isinstance(stateful, torch.nn.Module):
+        held = itertools.chain(stateful.parameters(), stateful.buffers())
+        # A module without memory cannot copy into its parameters; it takes the loaded tensors as its own.
+        stateful.load_state_dict(state, assign=any(tensor.is_meta for tensor in held))
+    else:
+        stateful.load_state_dict(state)
 
 
 def _may_cast(stored: DType, wanted: DType, cast: str) -> bool:

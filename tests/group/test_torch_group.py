@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -140,6 +141,114 @@ def test_a_late_rank_is_named_on_all_and_everybody_can_go_on_afterwards() -> Non
         assert "phase second" in message
         assert secs < 12
         assert answer == "012"
+
+
+def _late_for_the_first_call(rank: int, folder: str) -> list[str]:
+    told = []
+    if rank == 1:
+        time.sleep(5)
+    for attempt in range(3):
+        begin = time.monotonic()
+        try:
+            options = gs.SaveOptions(timeout_secs=2)
+            gs.save({"w": torch.full((2,), float(attempt))}, Path(folder, "c"), options=options)
+            told.append("saved")
+        except gs.PeerError as error:
+            told.append(f"{type(error).__name__} {error} {time.monotonic() - begin < 6}")
+        dist.barrier()
+    return told
+
+
+def test_a_rank_that_is_late_for_the_first_call_is_named_and_later_calls_work(tmp_path: Path) -> None:
+    found = results(run_processes(3, _late_for_the_first_call, str(tmp_path)))
+    for rank in (0, 2):
+        assert found[rank][0].startswith("PhaseTimeoutError [rank 1, phase describe] rank 1 did not report within 2 s")
+        assert found[rank][0].endswith("True")
+    assert found[1][0].startswith("PhaseTimeoutError [rank 0")
+    assert [told[1:] for told in found] == [["saved", "saved"]] * 3
+
+
+def _many_failures(rank: int) -> list[int]:
+    """One rank is late again and again; returns open descriptors and threads after each time."""
+    import threading
+
+    counts = []
+    for _ in range(4):
+        if rank == 1:
+            time.sleep(1.5)
+        try:
+            consult(group_of(), "x", 0.5, lambda: b"")
+        except gs.PeerError:
+            pass
+        else:
+            raise AssertionError("nobody was late")
+        dist.barrier()
+        consult(group_of(), "y", 20, lambda: b"")
+        counts.append(len(list(Path("/proc/self/fd").iterdir())) + threading.active_count())
+    return counts
+
+
+def test_failures_leak_neither_descriptors_nor_threads() -> None:
+    for counts in results(run_processes(3, _many_failures)):
+        assert max(counts[1:]) <= counts[0] + 2, counts
+
+
+def _interrupted(rank: int, where: str) -> list[str]:
+    told = []
+
+    if where != "first":
+        consult(group_of(), "start", 20, lambda: b"")
+    for step in range(2):
+        begin = time.monotonic()
+        try:
+            if rank == 1 and step == 0 and where in ("first", "work"):
+                consult(group_of(), "x", 20, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+            else:
+                consult(group_of(), "x", 20, lambda: b"")
+            told.append("ok")
+        except KeyboardInterrupt:
+            told.append("interrupted")
+        except gs.PeerError as error:
+            told.append(f"{error} {time.monotonic() - begin < 10}")
+        dist.barrier()
+    return told
+
+
+def test_an_interrupted_rank_is_named_at_once_and_later_calls_work() -> None:
+    for where in ("first", "work"):
+        found = results(run_processes(3, _interrupted, where))
+        assert found[1] == ["interrupted", "ok"]
+        for rank in (0, 2):
+            assert found[rank] == ["[rank 1, phase x] KeyboardInterrupt ended the call True", "ok"]
+
+
+def _faults_stay_with_their_group(rank: int) -> str:
+    if rank == 1:
+        time.sleep(2)
+    with contextlib.suppress(gs.PeerError):
+        consult(group_of(), "x", 0.5, lambda: b"")
+    dist.barrier()
+    other = dist.new_group([0, 1])
+    for pause in (0, 2):
+        if rank == 0:
+            time.sleep(pause)
+        consult(group_of(other), "y", 20, lambda: b"")
+    return "ok"
+
+
+def test_a_fault_of_one_group_is_no_fault_of_another_over_the_same_ranks() -> None:
+    assert results(run_processes(2, _faults_stay_with_their_group)) == ["ok", "ok"]
+
+
+def _default_device(rank: int, folder: str) -> list[float]:
+    torch.set_default_device("meta")
+    value = torch.arange(4.0, device="cpu")
+    gs.save({"w": value, "n": 1}, Path(folder, "c"))
+    return gs.load({"w": torch.zeros(4, device="cpu")}, Path(folder, "c"))["w"].tolist()
+
+
+def test_a_default_device_of_the_users_changes_nothing(tmp_path: Path) -> None:
+    assert results(run_processes(2, _default_device, str(tmp_path))) == [[0.0, 1.0, 2.0, 3.0]] * 2
 
 
 def _subgroups(rank: int, folder: str) -> str:

@@ -52,7 +52,7 @@ def test_common_state_comes_back_whole_whether_or_not_it_is_asked_for(tmp_path: 
     assert loaded["optim"]["state"][0]["exp_avg"].tolist() == [1, 1]
     assert loaded["mixed"][0].tolist() == [0]
     assert loaded["mixed"][2][1] is None
-    assert loaded["mine"] == "kept"
+    assert "mine" not in loaded
     assert loaded.report.tensors == 6
 
 
@@ -127,6 +127,42 @@ def test_the_given_state_dict_is_not_changed(tmp_path: Path) -> None:
     gs.load(state, tmp_path)
     assert state["a"] is lists
     assert set(state) == {"a", "b"}
+
+
+def test_rolling_back_gives_what_was_stored_and_nothing_of_the_present(tmp_path: Path) -> None:
+    class Loader:
+        state: dict[str, Any]
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.state = state
+
+    loader = Loader()
+    loader.state = {"seen": [1, 2], "epochs": {"epoch1": 1}, "w": torch.ones(1)}
+    gs.save({"losses": [3.0, 2.5], "none": [], "loader": loader}, tmp_path)
+    loader.state = {"seen": [7] * 4, "epochs": {"epoch1": 5, "epoch2": 6}, "w": torch.zeros(1)}
+    loaded = gs.load({"losses": [9, 8, 7, 6], "none": ["x"], "loader": loader}, tmp_path)
+    assert (loaded["losses"], loaded["none"]) == ([3.0, 2.5], [])
+    assert (loader.state["seen"], loader.state["epochs"], loader.state["w"].item()) == ([1, 2], {"epoch1": 1}, 1.0)
+
+
+def test_a_module_on_the_meta_device_takes_the_loaded_tensors(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    gs.save({"model": model}, tmp_path)
+    with torch.device("meta"):
+        empty = torch.nn.Linear(3, 2)
+    gs.load({"model": empty}, tmp_path)
+    assert torch.equal(empty.weight, model.weight)
+    assert isinstance(empty.weight, torch.nn.Parameter)
+
+
+def test_an_empty_flat_range_without_data_becomes_an_empty_tensor(tmp_path: Path) -> None:
+    gs.save({"w": torch.ones(4)}, tmp_path)
+    shard = gs.ShardedTensor("w", None, torch.float32, (4,), (4,), (0,), None, flattened_range=slice(4, 4))
+    loaded = gs.load({"w": shard}, tmp_path)
+    assert loaded["w"].shape == (0,)
 
 
 def test_a_defaultdict_counts_as_a_dict(tmp_path: Path) -> None:
@@ -220,12 +256,17 @@ def test_pruning(tree: Any, pruned: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "common", "merged"),
     [
-        ({"a": 1}, {"a": 2, "b": 3}, {"a": 2, "b": 3}),
-        ({"a": "t"}, {"a": TensorSlot("a")}, {"a": "t"}),
-        (["t", 0, "extra"], [TensorSlot("0"), 5], ["t", 5, "extra"]),
+        ({"a": DROPPED}, {"a": 2, "b": 3}, {"a": 2, "b": 3}),
+        ({"a": DROPPED, "zombie": DROPPED}, {"a": {}}, {"a": {}}),
+        ({"a": {"t": "t", "n": DROPPED}, "z": {"y": DROPPED}}, {}, {"a": {"t": "t"}}),
+        ([DROPPED] * 4, [3.0, 2.5], [3.0, 2.5]),
+        ([DROPPED] * 2, [], []),
+        (["t", DROPPED, DROPPED], [TensorSlot("0"), 5], ["t", 5]),
+        (["t", DROPPED, "u"], [TensorSlot("0")], ["t", None, "u"]),
         (["t"], [TensorSlot("0"), TensorSlot("1")], ["t", TensorSlot("1")]),
-        ({"a": "t"}, {"a": {"b": 1}}, {"a": {"b": 1}}),
-        ((1,), [2], [2]),
+        ({"a": "t"}, {"a": {"b": 1}}, {"a": "t"}),
+        ((DROPPED,), [2], [2]),
+        (DROPPED, DROPPED, DROPPED),
     ],
 )
 def test_merging(given: Any, common: Any, merged: Any) -> None:

@@ -38,6 +38,10 @@ class Group(Protocol):
         """
         ...
 
+    def withdraw(self, error: GiantstepError) -> None:
+        """This rank gives up instead of calling `exchange`; the others raise `error` from theirs."""
+        ...
+
 
 _OK, _ERROR = b"\x00", b"\x01"
 
@@ -63,6 +67,10 @@ def consult(
     except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
         failure = located(error, group.rank, phase)
         report = _ERROR + _pack(failure)
+    except BaseException as error:
+        # An interrupt goes its way, but the others must not wait for this rank.
+        group.withdraw(PeerFailureError(f"{type(error).__name__} ended the call", rank=group.rank, phase=phase))
+        raise
 
     def answer(reports: Sequence[bytes]) -> Sequence[bytes]:
         nonlocal undecided

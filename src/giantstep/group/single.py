@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from giantstep.errors import GiantstepError
 from giantstep.group.base import Answer
 
 
@@ -13,3 +14,6 @@ class SingleGroup:
 
     def exchange(self, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
         return bytes(answer([report])[0])
+
+    def withdraw(self, error: GiantstepError) -> None:
+        """There is nobody to tell."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from giantstep.errors import PeerError, PeerFailureError, PhaseTimeoutError
+from giantstep.errors import GiantstepError, PeerFailureError, PhaseTimeoutError
 from giantstep.group.base import Answer
 
 
@@ -15,7 +15,7 @@ class _Round:
     def __init__(self) -> None:
         self.reports: dict[int, bytes] = {}
         self.answers: list[bytes] | None = None
-        self.failure: PeerError | None = None
+        self.failure: GiantstepError | None = None
 
 
 class ThreadGroups:
@@ -66,6 +66,12 @@ class ThreadGroups:
                 raise PeerFailureError("no answer", rank=0, phase=phase)
             return meeting.answers[rank]
 
+    def withdraw(self, number: int, error: GiantstepError) -> None:
+        """End exchange `number` with an error for all who are or will be in it."""
+        with self._changed:
+            self._rounds.setdefault(number, _Round()).failure = error
+            self._changed.notify_all()
+
     def _wait_for_reports(self, meeting: _Round, phase: str, deadline: float, timeout_secs: float) -> None:
         while meeting.failure is None and len(meeting.reports) < self.size:
             absent = [rank for rank in range(self.size) if rank not in meeting.reports]
@@ -103,3 +109,7 @@ class ThreadGroup:
     def exchange(self, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
         self._number += 1
         return self._shared.meet(self._number, self._rank, report, answer, phase, timeout_secs)
+
+    def withdraw(self, error: GiantstepError) -> None:
+        self._number += 1
+        self._shared.withdraw(self._number, error)

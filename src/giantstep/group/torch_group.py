@@ -1,10 +1,9 @@
-"""Ranks of torch.distributed, over a gloo group of our own beside the user's.
+"""Ranks of torch.distributed, over gloo connections of our own beside the user's groups.
 
-Reports and answers travel point to point between rank 0 and the others, so that rank 0 knows exactly whose
-message is missing. gloo closes every connection of a group when one wait times out; therefore waits have no
-timeout of gloo's: a helper thread waits, and the calling thread watches the clock and a notice board (the
-key-value store that started torch.distributed), on which whoever finds a fault tells the others. After a
-fault the group is not used again; the next call makes a new one.
+Reports and answers travel point to point between rank 0 and the others, so that rank 0 knows exactly whose message is
+missing. gloo closes all connections of a group when one wait times out; therefore a helper thread waits, and the
+calling thread watches the clock and a notice board (names in the key-value store that started torch.distributed), on
+which whoever finds a fault tells the others. After a fault the connections are closed and the next call makes new ones.
 """
 
 from __future__ import annotations
@@ -32,17 +31,18 @@ from giantstep.errors import (
     error_to_wire,
 )
 from giantstep.group.base import Answer, Group
+from giantstep.group.rendezvous import meet, withdraw
 from giantstep.group.single import SingleGroup
 
-# What gloo is told to wait: for ever, as far as we are concerned. Our own clock ends every wait.
-_GLOO_PATIENCE = dt.timedelta(days=7)
 _FIRST_LOOK_SECS = 0.5
 _LOOK_EVERY_SECS = 1.0
 _CONFIRM_SECS = 1.0
-_JOIN_SECS = 5.0
+_JOIN_SECS = 10.0
+_MESSAGE_TAG, _CLOSING_TAG = 0, 1
 
 # Our group for each of the user's, so that its connections are made once. Forgotten with the user's group.
 _OURS: weakref.WeakKeyDictionary[Any, TorchGroup] = weakref.WeakKeyDictionary()
+_OURS_LOCK = threading.Lock()
 
 
 def group_of(process_group: Any = None) -> Group:
@@ -55,28 +55,34 @@ def group_of(process_group: Any = None) -> Group:
             return SingleGroup()
         process_group = dist.group.WORLD
     if not isinstance(process_group, dist.ProcessGroup):
-        if all(hasattr(process_group, name) for name in ("rank", "size", "exchange")):
+        if all(hasattr(process_group, name) for name in ("rank", "size", "exchange", "withdraw")):
             found: Group = process_group
             return found
         raise BadArgumentError(
             f"process_group must be a torch.distributed.ProcessGroup, a giantstep Group or None, not "
             f"{type(process_group).__name__}; if this rank is not in the group, do not call from it"
         )
-    ours = _OURS.get(process_group)
-    if ours is None:
-        ours = _OURS[process_group] = TorchGroup(process_group)
+    with _OURS_LOCK:
+        ours = _OURS.get(process_group)
+        if ours is None:
+            ours = _OURS[process_group] = TorchGroup(process_group)
     return ours
 
 
 class TorchGroup:
-    """A `Group` over the ranks of a `ProcessGroup`."""
+    """A `Group` over the ranks of a `ProcessGroup`. Calls from several threads take turns."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self._ranks = dist.get_process_group_ranks(process_group)
+        ranks = dist.get_process_group_ranks(process_group)
+        self._size = len(ranks)
         self._rank = dist.get_rank(process_group)
+        # Groups of the same ranks made in the same order share a name: all their ranks do, so they meet rightly.
+        name = f"{process_group.group_name}/{'.'.join(map(str, ranks))}"
+        self._store = c10d.PrefixStore(f"giantstep/{name}", c10d._get_default_store())
+        self._turn = threading.RLock()
         self._gloo: Any = None
+        self._board: Any = None
         self._waits: list[_Wait] = []
-        self._generation = 0
 
     @property
     def rank(self) -> int:
@@ -84,56 +90,78 @@ class TorchGroup:
 
     @property
     def size(self) -> int:
-        return len(self._ranks)
+        return self._size
 
     def exchange(self, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
-        if self.size == 1:
+        if self._size == 1:
             return bytes(answer([report])[0])
-        try:
-            self._connect(phase, timeout_secs)
-            if self._rank == 0:
-                answers = answer(self._collect(report, phase, timeout_secs))
-                self._distribute(answers, phase, timeout_secs)
-                return bytes(answers[0])
-            # Rank 0 waits up to the timeout for the last report and then speaks, if only to name who is late; it may
-            # not take this rank's report before.
-            patience_secs = 2 * timeout_secs + 10 * _CONFIRM_SECS
-            self._send(report, 0, phase, patience_secs)
-            return self._receive(0, phase, patience_secs)
-        except GiantstepError:
-            self._abandon()
-            raise
+        with self._turn:
+            try:
+                self._connect(phase, timeout_secs)
+                return self._exchange(report, answer, phase, timeout_secs)
+            except GiantstepError:
+                self._close()
+                raise
+            except BaseException as error:
+                # An interrupt in the middle of a message: the others cannot go on either.
+                self._tell(PeerFailureError(f"{type(error).__name__} ended the call", rank=self._rank, phase=phase))
+                self._close()
+                raise
+
+    def withdraw(self, error: GiantstepError) -> None:
+        if self._size > 1:
+            with self._turn:
+                if self._gloo is None:
+                    withdraw(self._store, self._rank, error)
+                else:
+                    self._tell(error)
+                    self._close()
+
+    def _exchange(self, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
+        if self._rank == 0:
+            answers = answer(self._collect(report, phase, timeout_secs))
+            for rank in range(1, self._size):
+                # A rank that is lost now is found by the next exchange; the others must get their answers.
+                with contextlib.suppress(PeerFailureError, PhaseTimeoutError):
+                    self._send(bytes(answers[rank]), rank, phase, timeout_secs)
+            return bytes(answers[0])
+        # Rank 0 waits up to the timeout for the last report and then speaks, if only to name who is late; it may
+        # not take this rank's report before.
+        patience_secs = 2 * timeout_secs + 10 * _CONFIRM_SECS
+        self._send(report, 0, phase, patience_secs)
+        return self._receive(0, phase, patience_secs)
+
+    # Making and ending connections.
 
     def _connect(self, phase: str, timeout_secs: float) -> None:
         if self._gloo is not None:
             return
-        self._generation += 1
-        # Our own prefix keeps the notices of one group and generation apart from all others.
-        prefix = (
-            f"giantstep/{'.'.join(map(str, self._ranks[:2]))}.{len(self._ranks)}.{hash(tuple(self._ranks))}/{self._generation}"
-        )
-        self._board = c10d.PrefixStore(prefix, c10d._get_default_store())
+        place = meet(self._store, self._rank, self._size, phase, timeout_secs)
+        self._board = c10d.PrefixStore(place, self._store)
+        timeout = dt.timedelta(seconds=max(10.0, timeout_secs))
         try:
-            self._gloo = dist.new_group(
-                self._ranks,
-                backend="gloo",
-                timeout=dt.timedelta(seconds=timeout_secs),
-                use_local_synchronization=True,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise PeerFailureError(f"no gloo group could be made: {error}", phase=phase) from error
+            self._gloo = dist.ProcessGroupGloo(self._board, self._rank, self._size, timeout)
+        except RuntimeError as error:
+            raise PeerFailureError(f"the ranks met but could not connect: {_cause(str(error))}", phase=phase) from error
 
-    def _abandon(self) -> None:
-        """Give up the connections, and end the threads that still wait on them.
+    def _close(self) -> None:
+        """End the connections, and with them the threads that still wait on them.
 
         A thread inside gloo when the interpreter exits would end the process with SIGABRT.
         """
         gloo, self._gloo = self._gloo, None
-        abort = getattr(gloo, "abort", None)
-        if abort is not None:
-            with contextlib.suppress(RuntimeError):
-                abort()
         waits, self._waits = self._waits, []
+        if gloo is None:
+            return
+        # gloo's own way to end all pending waits: a wait of which it is told that it took too long closes everything.
+        # A peer whose connection is broken already fails at once, without that effect; so the next one is tried.
+        for peer in range(self._size):
+            try:
+                if peer != self._rank:
+                    gloo.recv([_bytes(1)], peer, _CLOSING_TAG).wait(dt.timedelta(milliseconds=1))
+            except RuntimeError as error:
+                if "Timed out" in str(error):
+                    break
         for wait in waits:
             wait.join(_JOIN_SECS)
 
@@ -141,10 +169,10 @@ class TorchGroup:
 
     def _collect(self, report: bytes, phase: str, timeout_secs: float) -> list[bytes]:
         deadline = time.monotonic() + timeout_secs
-        others = range(1, self.size)
-        sizes = {rank: torch.zeros(1, dtype=torch.int64) for rank in others}
+        others = range(1, self._size)
+        sizes = {rank: torch.zeros(1, dtype=torch.int64, device="cpu") for rank in others}
         self._receive_all(sizes, phase, deadline, timeout_secs)
-        data = {rank: torch.empty(int(sizes[rank]), dtype=torch.uint8) for rank in others}
+        data = {rank: _bytes(int(sizes[rank])) for rank in others}
         self._receive_all({rank: part for rank, part in data.items() if len(part)}, phase, deadline, timeout_secs)
         return [report, *(data[rank].numpy().tobytes() for rank in others)]
 
@@ -154,17 +182,18 @@ class TorchGroup:
         gone: dict[int, str] = {}
         for rank, target in targets.items():
             try:
-                work = dist.irecv(target, src=self._ranks[rank], group=self._gloo)
-                waits[rank] = self._wait_for(work)
+                waits[rank] = self._wait_for(self._gloo.recv([target], rank, _MESSAGE_TAG), deadline)
             except RuntimeError as error:
                 gone[rank] = str(error)
         for rank, wait in waits.items():
             # Once a rank is lost the rest is not waited for: it may itself be stuck behind the lost one.
-            limit = deadline if not gone else min(deadline, time.monotonic() + _CONFIRM_SECS)
-            wait.until(limit)
+            self._watch(wait, deadline if not gone else min(deadline, time.monotonic() + _CONFIRM_SECS))
             if wait.failure is not None:
                 gone[rank] = wait.failure
         if gone:
+            notice = self._notice()
+            if notice is not None:
+                raise notice
             first = min(gone)
             self._announce(
                 PeerFailureError(
@@ -185,54 +214,55 @@ class TorchGroup:
                 )
             )
 
-    def _distribute(self, answers: Any, phase: str, timeout_secs: float) -> None:
-        for rank in range(1, self.size):
-            # A rank that is lost now is found by the next exchange; the others must get their answers.
-            with contextlib.suppress(PeerFailureError, PhaseTimeoutError):
-                self._send(bytes(answers[rank]), rank, phase, timeout_secs)
-
     # Both sides.
 
-    def _wait_for(self, work: Any) -> _Wait:
-        """A wait that `_abandon` knows of."""
-        self._waits = [wait for wait in self._waits if not wait.finished]
-        wait = _Wait(work)
-        self._waits.append(wait)
-        return wait
-
-    def _send(self, data: bytes, to: int, phase: str, timeout_secs: float) -> None:
-        deadline = time.monotonic() + timeout_secs
-        parts = [torch.tensor([len(data)], dtype=torch.int64)]
+    def _send(self, data: bytes, to: int, phase: str, patience_secs: float) -> None:
+        deadline = time.monotonic() + patience_secs
+        parts = [torch.tensor([len(data)], dtype=torch.int64, device="cpu")]
         if data:
-            parts.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            part = _bytes(len(data))
+            part.numpy().data[:] = data
+            parts.append(part)
         for part in parts:
-            self._transfer(lambda part=part: dist.isend(part, dst=self._ranks[to], group=self._gloo), to, phase, deadline)  # type: ignore[misc]
+            self._transfer(lambda part=part: self._gloo.send([part], to, _MESSAGE_TAG), to, phase, deadline)  # type: ignore[misc]
 
     def _receive(self, source: int, phase: str, patience_secs: float) -> bytes:
         deadline = time.monotonic() + patience_secs
-        size = torch.zeros(1, dtype=torch.int64)
-        self._transfer(lambda: dist.irecv(size, src=self._ranks[source], group=self._gloo), source, phase, deadline)
-        data = torch.empty(int(size), dtype=torch.uint8)
+        size = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self._transfer(lambda: self._gloo.recv([size], source, _MESSAGE_TAG), source, phase, deadline)
+        data = _bytes(int(size))
         if len(data):
-            self._transfer(lambda: dist.irecv(data, src=self._ranks[source], group=self._gloo), source, phase, deadline)
+            self._transfer(lambda: self._gloo.recv([data], source, _MESSAGE_TAG), source, phase, deadline)
         return data.numpy().tobytes()
 
     def _transfer(self, start: Callable[[], Any], other: int, phase: str, deadline: float) -> None:
         """Run one send or receive with `other` to its end, watching clock and notice board."""
         try:
-            wait = self._wait_for(start())
+            wait = self._wait_for(start(), deadline)
         except RuntimeError as error:
             raise self._lost(other, phase, str(error)) from error
+        self._watch(wait, deadline)
+        if wait.failure is not None:
+            raise self._lost(other, phase, wait.failure)
+        if not wait.finished:
+            raise self._notice() or PhaseTimeoutError(f"rank {other} did not answer in time", rank=other, phase=phase)
+
+    def _wait_for(self, work: Any, deadline: float) -> _Wait:
+        """A wait that `_close` knows of."""
+        self._waits = [wait for wait in self._waits if not wait.finished]
+        # gloo gets a little longer than our own clock, so that the fault is announced before connections close.
+        wait = _Wait(work, max(0.0, deadline - time.monotonic()) + 30 * _CONFIRM_SECS)
+        self._waits.append(wait)
+        return wait
+
+    def _watch(self, wait: _Wait, deadline: float) -> None:
+        """Return when the transfer ended or the deadline passed; raise what the notice board says meanwhile."""
         wait.until(min(deadline, time.monotonic() + _FIRST_LOOK_SECS))
         while not wait.finished and time.monotonic() < deadline:
             notice = self._notice()
             if notice is not None:
                 raise notice
             wait.until(min(deadline, time.monotonic() + _LOOK_EVERY_SECS))
-        if wait.failure is not None:
-            raise self._lost(other, phase, wait.failure)
-        if not wait.finished:
-            raise self._notice() or PhaseTimeoutError(f"rank {other} did not answer in time", rank=other, phase=phase)
 
     def _lost(self, other: int, phase: str, why: str) -> GiantstepError:
         """The error for a broken connection: what the notice board says, else that `other` is gone."""
@@ -246,10 +276,14 @@ class TorchGroup:
 
     # The notice board.
 
+    def _tell(self, error: GiantstepError) -> None:
+        if self._board is not None:
+            with contextlib.suppress(RuntimeError):
+                self._board.set("fault", json.dumps(error_to_wire(error)))
+
     def _announce(self, error: GiantstepError) -> None:
         """Tell everybody, then raise."""
-        with contextlib.suppress(RuntimeError):
-            self._board.set("fault", json.dumps(error_to_wire(error)))
+        self._tell(error)
         raise error
 
     def _notice(self) -> GiantstepError | None:
@@ -269,19 +303,21 @@ class TorchGroup:
 class _Wait:
     """A thread that waits for one transfer, so that the caller can stop waiting without closing the group."""
 
-    def __init__(self, work: Any) -> None:
+    def __init__(self, work: Any, patience_secs: float) -> None:
         self.failure: str | None = None
         self.finished = False
         self._done = threading.Event()
         self._work = work
+        self._patience = dt.timedelta(seconds=patience_secs)
         self._thread = threading.Thread(target=self._run, name="giantstep-wait", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._work.wait(_GLOO_PATIENCE)
+            self._work.wait(self._patience)
         except RuntimeError as error:
             self.failure = str(error) or "connection lost"
+        self._work = None
         self.finished = True
         self._done.set()
 
@@ -294,9 +330,14 @@ class _Wait:
         self._done.wait(max(0.0, deadline - time.monotonic()))
 
 
+def _bytes(count: int) -> torch.Tensor:
+    # Always on the CPU, whatever the caller's default device is.
+    return torch.empty(count, dtype=torch.uint8, device="cpu")
+
+
 def _cause(message: str) -> str:
     """A message of gloo's without its source file and advice."""
-    return re.sub(r"^\[[^\]]*\] *", "", message.splitlines()[0]).split(". ")[0]
+    return re.sub(r"^\[[^\]]*\] *", "", message.splitlines()[0] if message else "").split(". ")[0]
 
 
 def _listed(ranks: Any) -> str:

@@ -50,13 +50,14 @@ class TensorLeaf:
 
     def allocate(self) -> None:
         """Give memory to a leaf that has none, on the CPU; `result` is then the new tensor."""
-        if all(view is not None for _, view in self.pieces):
+        absent = isinstance(self.source, ShardedTensor) and self.source.data is None
+        if not absent and all(view is not None for _, view in self.pieces):
             return
         kind = getattr(torch, self.dtype.torch_name)
         if isinstance(self.source, ShardedTensor):
             self.source = ShardedTensor(
                 **{name: getattr(self.source, name) for name in _SHARDED_FIELDS if name != "data"},
-                data=torch.empty(self.source.data_shape(), dtype=kind),
+                data=torch.empty(self.source.data_shape(), dtype=kind, device="cpu"),
             )
             self.pieces = [*self.source.pieces(_data(self.source))]
         elif isinstance(self.source, DTensor):
@@ -71,7 +72,7 @@ class TensorLeaf:
             )
             self.pieces = [*DTensorReader().shard(self.key, self.source).pieces]
         else:
-            self.source = torch.empty(self.global_shape, dtype=kind)
+            self.source = torch.empty(self.global_shape, dtype=kind, device="cpu")
             self.pieces = [(Region.whole(self.global_shape), self.source)]
 
     @property

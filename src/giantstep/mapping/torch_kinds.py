@@ -32,7 +32,7 @@ def _decode_tensor(payload: Json, reader: Reader) -> torch.Tensor:
         raise ValueError(f"tensor of shape {shape} in {len(data)} bytes")
     kind = getattr(torch, dtype.torch_name)
     if not data:
-        return torch.empty(shape, dtype=kind)
+        return torch.empty(shape, dtype=kind, device="cpu")
     return torch.frombuffer(data, dtype=torch.uint8).view(kind).reshape(shape)
 
 

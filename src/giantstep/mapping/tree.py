@@ -65,22 +65,60 @@ def prune(tree: Tree, path: Path = ()) -> Tree:
     return tree
 
 
-_ABSENT = object()
+def merge(loaded: Tree, common: Tree) -> Tree:
+    """The stored common state with the loaded tensors in their places.
 
+    What was stored comes back as it was stored, whatever the caller's state held there; of the caller's state only
+    tensors and the containers that lead to them are added.
 
-def merge(given: Tree, common: Tree) -> Tree:
-    """`given` with the values of `common` laid over it.
+    Args:
+        loaded: the caller's state with `DROPPED` in place of everything that is no tensor.
+        common: the stored common state, with a `TensorSlot` where a list or tuple held a tensor.
 
-    A stored value replaces whatever stands at its place; a `TensorSlot` leaves what is given there; what only
-    one side has is kept.
+    Returns:
+        The merged state; `DROPPED` if there is neither.
     """
-    if isinstance(common, TensorSlot):
-        return common if given is _ABSENT else given
-    if isinstance(given, dict) and isinstance(common, dict):
-        merged = {key: merge(value, common[key]) if key in common else value for key, value in given.items()}
-        merged.update({key: value for key, value in common.items() if key not in given})
+    if loaded is DROPPED:
+        return common
+    if common is DROPPED or isinstance(common, TensorSlot):
+        return _only_tensors(loaded)
+    if isinstance(loaded, dict) and isinstance(common, dict):
+        merged = {key: merge(loaded.get(key, DROPPED), value) for key, value in common.items()}
+        for key, value in loaded.items():
+            if key not in common:
+                found = _only_tensors(value)
+                if found is not DROPPED:
+                    merged[key] = found
         return OrderedDict(merged) if isinstance(common, OrderedDict) else merged
-    if type(common) in (list, tuple) and type(given) is type(common):
-        values = [merge(given[position] if position < len(given) else _ABSENT, item) for position, item in enumerate(common)]
-        return type(common)([*values, *given[len(common) :]])
-    return common
+    if type(common) in (list, tuple) and type(loaded) is type(common):
+        length = max(len(common), len(_without_tail(loaded)))
+        values = (
+            merge(loaded[n] if n < len(loaded) else DROPPED, common[n] if n < len(common) else DROPPED) for n in range(length)
+        )
+        return type(common)(None if value is DROPPED else value for value in values)
+    found = _only_tensors(loaded)
+    return common if found is DROPPED else found
+
+
+def _only_tensors(tree: Tree) -> Tree:
+    """The tree without `DROPPED` places; None in their stead in lists and tuples; `DROPPED` if nothing is left."""
+    if isinstance(tree, dict):
+        kept = {key: _only_tensors(value) for key, value in tree.items()}
+        kept = {key: value for key, value in kept.items() if value is not DROPPED}
+        if not kept:
+            return DROPPED
+        return OrderedDict(kept) if isinstance(tree, OrderedDict) else kept
+    if type(tree) in (list, tuple):
+        items = [_only_tensors(value) for value in tree]
+        if all(item is DROPPED for item in items):
+            return DROPPED
+        return type(tree)(None if item is DROPPED else item for item in items)
+    return tree
+
+
+def _without_tail(items: list[Tree] | tuple[Tree, ...]) -> list[Tree]:
+    """The items up to the last one that leads to a tensor."""
+    kept = list(items)
+    while kept and _only_tensors(kept[-1]) is DROPPED:
+        kept.pop()
+    return kept
