@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import giantstep as gs
@@ -19,12 +20,31 @@ from processes import results, run_processes
 
 
 def torch_parts(length: int, placements: list[Any], mesh_shape: tuple[int, ...], coordinate: tuple[int, ...]) -> list[int]:
-    """Indices of a dimension that a rank holds, by torch's own splitting of an index tensor."""
+    """Indices of a dimension that a rank holds, by torch's own splitting of an index tensor.
+
+    Where strided placements stand for plain ones in another order, as torch itself says, it is that order.
+    """
+    order = DTensorSpec._maybe_convert_StridedShard_to_shard_order(tuple(placements), FakeMesh(mesh_shape))
+    normal, dims = placements, list(range(len(placements)))
+    if order is not None:
+        normal = [placement if placement.is_replicate() else Shard(0) for placement in placements]
+        dims = [dim for entry in order for dim in entry.mesh_dims]
     held = torch.arange(length)
-    for placement, parts, index in zip(placements, mesh_shape, coordinate, strict=True):
-        if not placement.is_replicate():
-            held = placement._split_tensor(held, parts, with_padding=False)[0][index]
+    for dim in dims:
+        if not normal[dim].is_replicate():
+            held = normal[dim]._split_tensor(held, mesh_shape[dim], with_padding=False)[0][coordinate[dim]]
     return held.tolist()
+
+
+class FakeMesh:
+    """As much of a mesh as splitting asks for."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self.ndim = len(shape)
+
+    def size(self, dim: int) -> int:
+        return self.shape[dim]
 
 
 @pytest.mark.parametrize("mesh_shape", [(2, 2), (3, 2), (2, 4), (2, 2, 3)])
@@ -154,6 +174,42 @@ def test_meshes_of_some_ranks_partial_and_wrong_shapes(tmp_path: Path) -> None:
         assert "a local shape of (4, 2), but the local tensor has (2, 2)" in short
         assert half == "28.0"
         assert meta == str(full((4, 2))[2 * (rank % 2) : 2 * (rank % 2) + 2].tolist())
+
+
+def uneven_fsdp_over_tp(rank: int, folder: str, tp: int, dp: int, sizes: list[int]) -> int:
+    """Parameters of all sizes as FSDP2 over tensor parallelism lays them out; each element is its own index."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+    state = {}
+    for size in sizes:
+        model = torch.nn.Linear(3, size)
+        with torch.no_grad():
+            model.weight.copy_(torch.arange(3.0 * size).reshape(size, 3))
+            model.bias.copy_(torch.arange(float(size)))
+        parallelize_module(model, mesh["tp"], ColwiseParallel())
+        fully_shard(model, mesh=mesh["dp"])
+        state[f"m{size}"] = model
+    gs.save(state, Path(folder, "c"))
+    for model in state.values():
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+    gs.load(state, Path(folder, "c"))
+    gs.save(state, Path(folder, "again"))
+    return len(state)
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(2, 3), (3, 2), (4, 2)])
+def test_uneven_fsdp2_over_tensor_parallel(tmp_path: Path, tp: int, dp: int) -> None:
+    sizes = [1, 2, 3, 5, 7, 10, 13, 27]
+    assert results(run_processes(tp * dp, uneven_fsdp_over_tp, str(tmp_path), tp, dp, sizes)) == [len(sizes)] * (tp * dp)
+    for folder in ("c", "again"):
+        checkpoint = gs.open_checkpoint(tmp_path / folder)
+        for size in sizes:
+            assert (checkpoint[f"m{size}.weight"][...].reshape(-1) == list(range(3 * size))).all()
+            assert (checkpoint[f"m{size}.bias"][...] == list(range(size))).all()
 
 
 def train_fsdp_over_tp(rank: int, folder: str) -> dict[str, str]:

@@ -133,6 +133,7 @@ def splits_per_dimension(
         shard_order: torch's record of an order of mesh dimensions other than left to right, or None.
     """
     splits: list[list[Split]] = [[] for _ in range(dims)]
+    sharding: list[list[int]] = [[] for _ in range(dims)]
     for mesh_dim in _application_order(placements, shard_order):
         placement = placements[mesh_dim]
         if placement.is_partial():
@@ -145,14 +146,44 @@ def splits_per_dimension(
         axis = getattr(placement, "dim", None)
         if not isinstance(axis, int) or not -dims <= axis < dims:
             raise BadArgumentError(f"tensor {key!r}: placement {placement} cannot be described; expected Shard or Replicate")
-        factor = int(getattr(placement, "split_factor", 1))
-        splits[axis].append(Split(int(mesh_shape[mesh_dim]), int(coordinate[mesh_dim]), factor))
+        sharding[axis].append(mesh_dim)
+    for axis, mesh_dims in enumerate(sharding):
+        factors = [_split_factor(placements[mesh_dim]) for mesh_dim in mesh_dims]
+        sizes = [int(mesh_shape[mesh_dim]) for mesh_dim in mesh_dims]
+        plain = _plain_order(sizes, factors)
+        # Where no order of plain splits explains the factors, they are taken literally, one after another.
+        for place in plain if plain is not None else range(len(mesh_dims)):
+            factor = 1 if plain is not None else factors[place]
+            splits[axis].append(Split(sizes[place], int(coordinate[mesh_dims[place]]), factor))
     return splits
+
+
+def _split_factor(placement: Any) -> int:
+    return int(getattr(placement, "split_factor", 1))
+
+
+def _plain_order(sizes: Sequence[int], factors: Sequence[int]) -> list[int] | None:
+    """The order of plain splits that strided placements of one tensor dimension stand for; None if there is none.
+
+    A split factor says into how many parts the dimension was cut before, by mesh dimensions further right: FSDP2 over
+    tensor parallelism shards by TP first, and then divides what each rank holds. With uneven sizes this differs from
+    the strided split taken literally, and it is what the local tensors are.
+    """
+    order: list[int] = []
+    for place in reversed(range(len(sizes))):
+        before, parts = 0, 1
+        while parts < factors[place] and before < len(order):
+            parts *= sizes[order[before]]
+            before += 1
+        if parts != factors[place]:
+            return None
+        order.insert(before, place)
+    return order
 
 
 def _application_order(placements: Sequence[Any], shard_order: Any) -> list[int]:
     """Mesh dimensions in the order in which their placements divide the tensor."""
     ordered = [int(mesh_dim) for entry in shard_order or () for mesh_dim in entry.mesh_dims]
-    if not ordered or any(hasattr(placements[mesh_dim], "split_factor") for mesh_dim in range(len(placements))):
+    if not ordered or any(hasattr(placement, "split_factor") for placement in placements):
         return list(range(len(placements)))
     return ordered + [mesh_dim for mesh_dim in range(len(placements)) if mesh_dim not in ordered]
