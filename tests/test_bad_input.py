@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def test_a_newer_major_version_is_refused_and_a_newer_minor_version_read(tmp_pat
         {"files": "x"},
         {"block_bytes": 0},
         {"block_bytes": -4096},
+        {"block_bytes": 1 << 61},
         {"world_size": True},
         {"index": {"name": "../x", "bytes": 1, "head_bytes": 1, "head_digest": ""}},
         {"totals": None},
@@ -283,6 +285,8 @@ def test_casting_on_load_is_as_copy_and_only_as_allowed(
         {"data": [1, 2]},
         {"flattened_range": slice(0, 9)},
         {"dtype": torch.quint8},
+        {"global_offset": (2.9, 0)},
+        {"local_shape": (2.0, 4)},
     ],
 )
 def test_a_sharded_tensor_that_cannot_be(arguments: dict[str, Any]) -> None:
@@ -439,3 +443,85 @@ def test_a_tensor_whose_elements_share_memory_cannot_be_loaded_into(tmp_path: Pa
     with pytest.raises(gs.BadArgumentError, match="expanded"):
         gs.load({"w": torch.zeros(1, 3).expand(4, 3)}, tmp_path)
     assert torch.equal(gs.load({"w": torch.zeros(4, 3)}, tmp_path)["w"], value)
+
+
+def test_the_order_of_keys_and_empty_containers_are_no_difference(tmp_path: Path) -> None:
+    def rank(group: Any) -> None:
+        state = {"a": 1, "b": [2, {}]} if group.rank else {"b": [2], "a": 1, "empty": {}}
+        options = gs.SaveOptions(on_common_difference="raise")
+        gs.save({"w": torch.zeros(1), **state}, tmp_path, process_group=group, options=options)
+
+    run_ranks(2, rank)
+
+
+def test_options_of_the_wrong_kind_are_told_to_all_ranks(tmp_path: Path) -> None:
+    for call, wrong in ((gs.save, {"timeout_secs": 1}), (gs.save, gs.LoadOptions()), (gs.load, gs.SaveOptions())):
+
+        def rank(group: Any, call: Any = call, wrong: Any = wrong) -> None:
+            call({"w": torch.zeros(1)}, tmp_path / "c", process_group=group, options=wrong if group.rank else None)
+
+        assert "options must be" in all_raise(2, rank, gs.BadArgumentError)
+
+
+def test_a_checkpoint_json_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.json").write_text('{"mine": 1}')
+    message = all_raise(2, lambda g: gs.save({"w": torch.zeros(1)}, tmp_path, process_group=g), NotACheckpointError)
+    assert "has not written" in message
+    assert (tmp_path / "checkpoint.json").read_text() == '{"mine": 1}'
+
+
+def test_a_damaged_record_of_ours_can_be_saved_over(tmp_path: Path) -> None:
+    save_rows(tmp_path)
+    record = tmp_path / "checkpoint.json"
+    for damage in (slice(0, 100), slice(200, None)):
+        data = bytearray(record.read_bytes())
+        data[damage] = b"#" * len(data[damage])
+        record.write_bytes(data)
+        save_rows(tmp_path)
+        assert gs.open_checkpoint(tmp_path).verify().ok
+
+
+def test_a_place_with_large_trees_below_is_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    seen: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (seen.append(str(path)), scandir(path))[1])
+    with pytest.raises(NotACheckpointError):
+        gs.open_checkpoint(tmp_path)
+    assert seen == [str(tmp_path), str(tmp_path / "data")]
+
+
+def test_superseded_files_behind_a_linked_folder_are_deleted_too(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "data").symlink_to(tmp_path / "elsewhere")
+    for _ in range(3):
+        save_rows(tmp_path / "c")
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 2
+
+
+def test_what_the_system_says_against_reading_is_a_store_error(tmp_path: Path) -> None:
+    gs.save({"w": torch.zeros(3)}, tmp_path)
+    (file,) = (tmp_path / "data").iterdir()
+    checkpoint = gs.open_checkpoint(tmp_path)
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(gs.StoreError, match="symbolic links"):
+        checkpoint["w"][...]
+
+
+def test_many_shards_of_one_key_are_matched_without_trying_all_pairs(tmp_path: Path) -> None:
+    count = 3000
+    layers = {
+        n: gs.ShardedTensor.from_rank_offsets("experts", torch.full((4,), float(n)), (0, n, count), prepend_axis_num=1)
+        for n in range(count)
+    }
+    gs.save(layers, tmp_path)
+    wanted = {n: gs.ShardedTensor("experts", None, torch.float32, (4,), (count, 4), (n, 0), None, 0, 1) for n in range(count)}
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = gs.load(wanted, tmp_path)
+    assert all(loaded[n].tolist() == [n] * 4 for n in range(count))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10

@@ -123,7 +123,9 @@ def test_indexing_is_numpys(path: Path, index: list[Any]) -> None:
     assert (found == wanted).all()
 
 
-@pytest.mark.parametrize("index", [1.5, "a", [0, 1], np.array([0, 1]), None, (0, 0, 0, 0), (..., ...), 5, -6])
+@pytest.mark.parametrize(
+    "index", [1.5, "a", [0, 1], np.array([0, 1]), None, (0, 0, 0, 0), (..., ...), 5, -6, slice(None, None, 0), slice("a", None)]
+)
 def test_indices_that_cannot_be(path: Path, index: Any) -> None:
     with pytest.raises(gs.BadArgumentError):
         gs.open_checkpoint(path)["cube"][index]

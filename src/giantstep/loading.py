@@ -112,7 +112,8 @@ class _Load:
         self._state_dict = state_dict
         self._path = path
         self._strict = strict
-        self._options = options or LoadOptions()
+        self._asked = options
+        self._options = options if isinstance(options, LoadOptions) else LoadOptions()
         self._group: Group = group_of(process_group)
         self._cast: list[str] = []
         self._fetched = Fetched(0)
@@ -128,6 +129,8 @@ class _Load:
     def _describe(self) -> bytes:
         if not isinstance(self._strict, StrictHandling):
             raise BadArgumentError(f"strict must be a StrictHandling, not {self._strict!r}")
+        if not isinstance(self._asked, LoadOptions | None):
+            raise BadArgumentError(f"options must be LoadOptions, not {type(self._asked).__name__}")
         self._store: Store = store_at(self._path)
         self._described: Described = describe(self._state_dict, for_load=True)
         call = {"call": "load", "path": self._store.location, "strict": self._strict.value, "options": asdict(self._options)}

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
-from giantstep.errors import DisagreementError, GiantstepError
+from giantstep.errors import BadArgumentError, DisagreementError, GiantstepError
 from giantstep.format.data_file import chunk_entry, object_entry
 from giantstep.format.digests import ContentDigest
-from giantstep.format.names import DATA_DIR
+from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
 from giantstep.group.base import Group, consult
 from giantstep.group.torch_group import group_of
@@ -100,7 +100,8 @@ class _Save:
         self.watch = Stopwatch()
         self._state_dict = state_dict
         self._path = path
-        self._options = options or SaveOptions()
+        self._asked = options
+        self._options = options if isinstance(options, SaveOptions) else SaveOptions()
         self._metadata = metadata
         self._group: Group = group_of(process_group)
         self._root = _RootState()
@@ -118,12 +119,15 @@ class _Save:
             self._meet_differing_common_state()
 
     def _describe(self) -> bytes:
+        if not isinstance(self._asked, SaveOptions | None):
+            raise BadArgumentError(f"options must be SaveOptions, not {type(self._asked).__name__}")
         self._store: Store = store_at(self._path)
         check_content_metadata(self._metadata)
         self._described: Described = describe(self._state_dict, for_load=False)
         self._common = OBJECT_CODEC.encode(self._described.common) if self._described.common else b""
         self._views = [view for leaf in self._described.leaves for _, view in leaf.pieces if view is not None]
-        self._description = _description(self._described.leaves, self._common, self._group.size, self._options)
+        self._fingerprints = fingerprints(self._described.common, OBJECT_CODEC) if self._group.size > 1 else b""
+        self._description = _description(self._described.leaves, self._fingerprints, self._group.size, self._options)
         call = {"call": "save", "path": self._store.location, "options": asdict(self._options)}
         return with_call(call, self._description.encode())
 
@@ -135,13 +139,10 @@ class _Save:
         self._store.prepare(DATA_DIR)
         self._root = _RootState(plan, current_record(self._store))
         now = dt.datetime.now(dt.UTC)
-        save_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(8)}".encode("ascii")
+        save_id = new_save_id(now, secrets.token_hex(8)).encode("ascii")
         return [save_id + plan.part_of(rank).encode() for rank in range(self._group.size)]
 
     def _meet_differing_common_state(self) -> None:
-        def work() -> bytes:
-            return fingerprints(self._described.common, OBJECT_CODEC)
-
         def decide(reports: Sequence[bytes]) -> list[bytes]:
             message = describe_differences(reports)
             if self._options.on_common_difference == "raise":
@@ -149,7 +150,7 @@ class _Save:
             _LOG.warning("%s; rank 0's is stored", message)
             return [b""] * len(reports)
 
-        consult(self._group, "describe", self._options.timeout_secs, work, decide)
+        consult(self._group, "describe", self._options.timeout_secs, lambda: self._fingerprints, decide)
 
     # Stages 3 to 5: stage, write, commit.
 
@@ -212,7 +213,7 @@ class _Save:
         if self._group.rank != 0:
             return []
         try:
-            return remove_superseded(self._store, self._save_id)
+            return remove_superseded(self._store, self._save_id, self._root.before)
         except OSError as error:
             _LOG.warning("%s: files of superseded saves could not be deleted: %s", self._store.location, error)
             return []

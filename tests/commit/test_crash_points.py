@@ -13,6 +13,7 @@ import giantstep.saving
 from giantstep.errors import NotACheckpointError
 from giantstep.format.names import save_id_of
 from giantstep.storage.base import read_all
+from giantstep.storage.record_file import files_of_ours
 from giantstep.testing.faults import CrashingStore, Loss
 from giantstep.testing.ranks import run_ranks, run_ranks_collecting
 from independent_reader import read_checkpoint
@@ -71,7 +72,7 @@ def test_crash_before_or_after_any_operation_of_a_first_save_leaves_nothing_or_t
         # The next save over whatever is left works and leaves nothing else behind.
         assert save(left, 5.0) == [None, None]
         assert found_in(left) == 5.0
-        assert len({save_id_of(name) for name in left.names()} - {None}) == 1
+        assert len({save_id_of(name) for name in files_of_ours(left)} - {None}) == 1
     assert set(outcomes) <= {None, 1.0}
     assert None in outcomes
 
@@ -143,7 +144,7 @@ def test_next_save_over_leftovers_commits_and_removes_them() -> None:
     run_ranks(2, rank)
     removed = next(report.removed for report in reports if report.removed)
     assert len(removed) == 4
-    assert "data/notes.safetensors" in set(left.names())
+    assert "data/notes.safetensors" in set(files_of_ours(left))
     assert read_all(left, "data/notes.safetensors", 10) == b"abc"
 
 
@@ -153,7 +154,7 @@ def test_an_error_at_any_operation_is_told_to_all_ranks_and_the_old_checkpoint_s
     for position, operation in enumerate(operations):
         store = CrashingStore()
         assert save(store, 1.0) == [None, None]
-        names = set(store.names())
+        names = set(files_of_ours(store))
         store.arm(position, fail_with=code)
         errors = save(store, 2.0)
         store.arm(None)
@@ -173,7 +174,7 @@ def test_an_error_at_any_operation_is_told_to_all_ranks_and_the_old_checkpoint_s
             if "phase write" in str(errors[0]):
                 # Given up by agreement: nothing is left of it.
                 assert found_in(store) == 1.0
-                assert set(store.names()) == names
+                assert set(files_of_ours(store)) == names
         assert save(store, 3.0) == [None, None]
         assert found_in(store) == 3.0
 

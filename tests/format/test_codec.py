@@ -133,6 +133,48 @@ def test_equal_sets_have_equal_bytes() -> None:
     assert BASE_CODEC.encode({"b", "a", "c"}) == BASE_CODEC.encode({"c", "b", "a"})
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        MAGIC + struct.pack("<Q", len(text)) + text
+        for text in (
+            b'{"$":"torch.device","v":"bogus"}',
+            b'{"$":"torch.dtype","v":"int9"}',
+            b'{"$":"torch.Size","v":["x"]}',
+            b'{"$":"torch.Tensor","v":["float32",[0,4611686018427387904,4611686018427387904],[0,0]]}',
+        )
+    ],
+)
+def test_hostile_values_of_torch_are_corruption(data: bytes) -> None:
+    with pytest.raises(CorruptionError):
+        OBJECT_CODEC.decode(data, "x")
+
+
+def test_threads_that_meet_new_kinds_at_once_all_find_them() -> None:
+    import threading
+    import time
+
+    def more() -> list[Kind]:
+        time.sleep(0.1)
+        return [Kind("custom", Custom, lambda v, w, p: None, lambda j, r: Custom())]
+
+    codec = Codec([], more)
+    failures: list[Exception] = []
+
+    def encode() -> None:
+        try:
+            codec.encode(Custom())
+        except UnsupportedTypeError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=encode) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
 class Custom:
     pass
 
@@ -199,6 +241,8 @@ def encoded(text: bytes, attachments: bytes = b"", size: int | None = None) -> b
         encoded(b"[" * 100_000 + b"]" * 100_000),
         encoded(b'{"$":"tuple","v":[' * 300 + b"]}" * 300),
         encoded(b'"\xff"'),
+        encoded(b'{"$":"ndarray","v":["(1,,)f8",[1],[0,8]]}', b"12345678"),
+        encoded(b'[{"$":"bytes","v":[0,3]},{"$":"bytes","v":[0,3]}]', b"abc"),
     ],
     ids=lambda data: repr(data[:60]),
 )

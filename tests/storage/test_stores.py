@@ -15,6 +15,7 @@ from giantstep.storage.base import Store, read_all
 from giantstep.storage.local import LocalStore
 from giantstep.storage.locate import store_at
 from giantstep.storage.memory import MemoryStore
+from giantstep.storage.record_file import files_of_ours
 from giantstep.testing import store_contract
 from giantstep.testing.faults import CrashingStore
 
@@ -41,7 +42,7 @@ def test_contract(kind: str, check: Any, tmp_path: Path) -> None:
         check(store)
     finally:
         if kind == "shm" and store.exists():
-            for name in list(store.names()):
+            for name in list(files_of_ours(store)):
                 store.delete(name)
             for folder in ("data", ""):
                 if Path(store.location, folder).exists():

@@ -10,6 +10,7 @@ import numpy as np
 
 from giantstep.cli.text import print_table, shape_text
 from giantstep.reports import size_text
+from giantstep.shards.region import Region, split_region
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,42 +66,50 @@ def _print_chunks(info: TensorInfo, limit: int) -> None:
 
 
 def _stripes(array: LazyArray) -> Iterator[np.ndarray[Any, Any]]:
-    """The tensor in bounded parts along its first dimension."""
-    if not array.shape:
-        yield np.asarray(array[...])
-        return
-    per_row = max(1, int(np.prod(array.shape[1:], dtype=np.int64)))
-    step = max(1, _STRIPE_ELEMENTS // per_row)
-    for start in range(0, array.shape[0], step):
-        yield array[start : start + step]
+    """The tensor in bounded parts."""
+    for part in split_region(Region.whole(array.shape), _STRIPE_ELEMENTS):
+        yield np.asarray(array[part.slices()])
+
+
+class _Statistics:
+    """Count, extremes, mean and deviation of values that come in parts.
+
+    Means and squared deviations of parts are merged as Chan, Golub and LeVeque (1979) do, so that nothing cancels.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.zeros = self.nans = self.infinities = 0
+        self.low, self.high, self.mean, self.deviations = np.inf, -np.inf, 0.0, 0.0
+
+    def add(self, part: np.ndarray[Any, Any]) -> None:
+        """Take the values of a part into account."""
+        values = np.abs(part) if part.dtype.kind == "c" else part.astype(np.float64)
+        finite = values[np.isfinite(values)].astype(np.float64)
+        self.nans += int(np.isnan(values).sum())
+        self.infinities += int(np.isinf(values).sum())
+        self.zeros += int((values == 0).sum())
+        if not finite.size:
+            return
+        self.low, self.high = min(self.low, float(finite.min())), max(self.high, float(finite.max()))
+        mean, total = float(finite.mean()), self.count + finite.size
+        distance = mean - self.mean
+        self.deviations += float(np.square(finite - mean).sum()) + distance * distance * self.count * finite.size / total
+        self.mean += distance * finite.size / total
+        self.count = total
 
 
 def _statistics(array: LazyArray) -> str:
     """min, max, mean, standard deviation, and how many values are NaN, infinite or zero; reads the tensor in parts."""
-    count = zeros = nans = infinities = 0
-    total = squares = 0.0
-    low, high = np.inf, -np.inf
+    found = _Statistics()
     for part in _stripes(array):
-        if not part.size:
-            continue
-        values = np.abs(part) if part.dtype.kind == "c" else part.astype(np.float64)
-        finite = values[np.isfinite(values)]
-        nans += int(np.isnan(values).sum())
-        infinities += int(np.isinf(values).sum())
-        zeros += int((values == 0).sum())
-        count += finite.size
-        if finite.size:
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-            total += float(finite.sum(dtype=np.float64))
-            squares += float(np.square(finite, dtype=np.float64).sum())
-    if not count:
-        return f"no finite values ({nans} NaN, {infinities} infinite)"
-    mean = total / count
-    deviation = max(0.0, squares / count - mean * mean) ** 0.5
+        found.add(part)
+    if not found.count:
+        return f"no finite values ({found.nans} NaN, {found.infinities} infinite)"
     of = " of magnitudes" if array.dtype.kind == "c" else ""
     return (
-        f"min{of} {low:.6g}, max {high:.6g}, mean {mean:.6g}, std {deviation:.6g}; "
-        f"{nans} NaN, {infinities} infinite, {zeros} zero"
+        f"min{of} {found.low:.6g}, max {found.high:.6g}, mean {found.mean:.6g}, "
+        f"std {(found.deviations / found.count) ** 0.5:.6g}; "
+        f"{found.nans} NaN, {found.infinities} infinite, {found.zeros} zero"
     )
 
 

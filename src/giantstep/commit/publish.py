@@ -5,10 +5,19 @@ from __future__ import annotations
 import datetime as dt
 from importlib.metadata import PackageNotFoundError, version
 
-from giantstep.errors import IncompleteError, StoreError
+from giantstep.errors import IncompleteError, NotACheckpointError, StoreError
 from giantstep.format.index import Index, encode_index
 from giantstep.format.names import RECORD_NAME, index_file_name
-from giantstep.format.record import CommitRecord, FileEntry, IndexEntry, Json, Totals, encode_record
+from giantstep.format.record import (
+    MAX_RECORD_BYTES,
+    CommitRecord,
+    FileEntry,
+    IndexEntry,
+    Json,
+    Totals,
+    encode_record,
+    looks_like_a_record,
+)
 from giantstep.storage.base import Store, read_all
 
 
@@ -21,11 +30,20 @@ def library_name() -> str:
 
 
 def current_record(store: Store) -> bytes | None:
-    """The bytes of the commit record that is in force, whatever they are; None if there is none."""
+    """The bytes of the commit record that is in force, damaged or not; None if there is none.
+
+    Raises:
+        NotACheckpointError: a file of that name is there, but no commit record of ours.
+    """
     try:
-        return read_all(store, RECORD_NAME, 1 << 30)
+        found = read_all(store, RECORD_NAME, MAX_RECORD_BYTES)
     except FileNotFoundError:
         return None
+    if not looks_like_a_record(found):
+        raise NotACheckpointError(
+            f"{store.location} holds a {RECORD_NAME} that giantstep has not written. It is not replaced: save elsewhere."
+        )
+    return found
 
 
 def publish(
@@ -51,9 +69,6 @@ def publish(
         OSError: a storage operation failed: if it was the last one, the new checkpoint may or may not be
             there after a power loss; either way the one in force is complete.
     """
-    if current_record(store) != before:
-        raise StoreError(f"another save was committed to {store.location} while this one was writing; this one is given up")
-    _check_files(store, files)
     encoded = encode_index(index, save_id, block_bytes)
     name = index_file_name(save_id)
     handle = store.create(name, len(encoded.data), direct=False)
@@ -80,6 +95,10 @@ def publish(
         ),
         content_metadata=content_metadata,
     )
+    # As late as can be: what happens between these looks and the rename is not noticed.
+    if current_record(store) != before:
+        raise StoreError(f"another save was committed to {store.location} while this one was writing; this one is given up")
+    _check_files(store, files)
     store.publish(RECORD_NAME, encode_record(record), f"{RECORD_NAME}.{save_id}.tmp")
     return record
 

@@ -15,6 +15,7 @@ import json
 import math
 import pathlib
 import struct
+import threading
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ class Reader:
     def __init__(self, codec: Codec, attachments: memoryview) -> None:
         self._codec = codec
         self._attachments = attachments
+        self._taken = 0
         self._depth = 0
 
     def value(self, json_value: Json) -> Any:
@@ -129,6 +131,10 @@ class Reader:
     def attachment(self, reference: Json) -> bytes:
         """The bytes that `Writer.attach` stored."""
         start, size = reference
+        self._taken += size
+        # Each attachment is referred to once, so a small object cannot claim to hold much.
+        if self._taken > len(self._attachments):
+            raise ValueError("attachments are referred to more than once")
         if not (type(start) is int and type(size) is int and start >= 0 and 0 <= size <= len(self._attachments) - start):
             raise ValueError(f"attachment {reference} lies outside the {len(self._attachments)} bytes attached")
         return bytes(self._attachments[start : start + size])
@@ -147,6 +153,7 @@ class Codec:
         self._by_type: dict[type, Kind] = {}
         self._by_tag: dict[str, Kind] = {}
         self._more = more
+        self._lock = threading.Lock()
         self._add(kinds)
 
     def _add(self, kinds: Iterable[Kind]) -> None:
@@ -156,17 +163,19 @@ class Codec:
             self._by_type[kind.type] = kind
             self._by_tag[kind.tag] = kind
 
-    def _add_more(self) -> bool:
-        more, self._more = self._more, None
-        if more is not None:
-            self._add(more())
-        return more is not None
+    def _add_more(self) -> None:
+        # Whoever comes while the kinds are being fetched waits for them, and then finds them.
+        with self._lock:
+            more, self._more = self._more, None
+            if more is not None:
+                self._add(more())
 
     def for_type(self, kind: type, path: Path) -> Kind:
         """The kind that stores values of this type; `UnsupportedTypeError` if there is none."""
         found = self._by_type.get(kind)
-        if found is None and self._add_more():
-            return self.for_type(kind, path)
+        if found is None:
+            self._add_more()
+            found = self._by_type.get(kind)
         if found is None:
             raise UnsupportedTypeError(
                 f"object at {dotted(path)!r} has type {kind.__module__}.{kind.__qualname__}, which cannot be stored "
@@ -178,8 +187,9 @@ class Codec:
     def for_tag(self, tag: Json) -> Kind:
         """The kind of a stored tag; ValueError if it is unknown."""
         found = self._by_tag.get(tag) if isinstance(tag, str) else None
-        if found is None and self._add_more():
-            return self.for_tag(tag)
+        if found is None and isinstance(tag, str):
+            self._add_more()
+            found = self._by_tag.get(tag)
         if found is None:
             raise ValueError(f"unknown type tag {tag!r:.100}")
         return found
@@ -207,7 +217,10 @@ class Codec:
         text, attachments = view[_PREFIX_BYTES : _PREFIX_BYTES + text_bytes], view[_PREFIX_BYTES + text_bytes :]
         try:
             return Reader(self, attachments).value(json.loads(bytes(text)))
-        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, struct.error) as error:
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Whatever a constructor says to a hostile value.
             raise CorruptionError(f"object {what} cannot be decoded: {error}") from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from giantstep.format.container import DATA_ALIGNMENT, Entry, header_bytes_bound, lay_out
+from giantstep.format.container import DATA_ALIGNMENT, MAX_HEADER_BYTES, Entry, header_bytes_bound, lay_out
 from giantstep.shards.dtypes import DType
 from giantstep.shards.region import Region
 
@@ -62,7 +62,8 @@ def plan_data_files(
         entry = entries[position]
         bound = header_bytes_bound(entry)
         too_large = header_bound + bound + DATA_ALIGNMENT + data_bytes + entry.bytes > max_file_bytes
-        if group and (too_large or len(group) == MAX_ENTRIES_PER_FILE):
+        too_many = len(group) == MAX_ENTRIES_PER_FILE or header_bound + bound > MAX_HEADER_BYTES // 2
+        if group and (too_large or too_many):
             plans.append(_data_file(entries, group, metadata))
             group, header_bound, data_bytes = [], DATA_ALIGNMENT, 0
         group.append(position)

@@ -7,6 +7,7 @@ are matched against these patterns before any use, so none can point outside the
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 
 RECORD_NAME = "checkpoint.json"
@@ -18,8 +19,16 @@ _INDEX = re.compile(rf"({_SAVE_ID})\.index\.safetensors")
 _TEMPORARY = re.compile(rf"checkpoint\.json\.({_SAVE_ID})\.tmp")
 
 
+def new_save_id(now: dt.datetime, random_hex: str) -> str:
+    """A save id: UTC time to the microsecond (5 hexadecimal digits of it), and 44 random bits (11 digits).
+
+    Ids of later saves are greater, as far as clocks allow.
+    """
+    return f"{now:%Y%m%dT%H%M%S}-{now.microsecond:05x}{random_hex[:11]}"
+
+
 def is_save_id(text: str) -> bool:
-    """Whether `text` has the form of a save id: UTC time of its start and 64 random bits."""
+    """Whether `text` has the form of a save id."""
     return re.fullmatch(_SAVE_ID, text) is not None
 
 

@@ -21,6 +21,8 @@ Json: TypeAlias = Any
 FORMAT = "giantstep"
 MAX_RECORD_BYTES = 1 << 30
 _MAX_INT = 1 << 62
+# A block is the least that can be verified, and so the least that must fit memory.
+_MAX_BLOCK_BYTES = 64 << 20
 
 _DIGEST_LINE = re.compile(rb'  "digest": "(sha256:[0-9a-f]{64})"\n\}\n')
 _DIGEST_LINE_BYTES = len(b'  "digest": "sha256:') + 64 + len(b'"\n}\n')
@@ -125,6 +127,18 @@ def encode_record(record: CommitRecord) -> bytes:
     return signed + b'  "digest": "' + anchor_digest(signed).encode() + b'"\n}\n'
 
 
+def save_id_in(data: bytes) -> str | None:
+    """The save id that a commit record states, intact or not; None if none can be found."""
+    match = re.search(rb'\n  "save_id": "([^"]*)"', data)
+    found = match[1].decode("ascii", "replace") if match else ""
+    return found if is_save_id(found) else None
+
+
+def looks_like_a_record(data: bytes) -> bool:
+    """Whether these are bytes of a commit record, intact or not: how it begins or how it ends is recognised."""
+    return f'"format": "{FORMAT}"'.encode() in data[:64] or _DIGEST_LINE.search(data[-_DIGEST_LINE_BYTES:]) is not None
+
+
 def decode_record(data: bytes, what: str) -> CommitRecord:
     """Inverse of `encode_record`; `what` names the file in errors.
 
@@ -204,8 +218,8 @@ class _Fields:
         save_id, block_bytes = self.text("save_id"), self.number("block_bytes")
         if not is_save_id(save_id):
             raise self._bad("save_id", save_id, "a save id")
-        if block_bytes < 1:
-            raise self._bad("block_bytes", block_bytes, "a positive number")
+        if not 1 <= block_bytes <= _MAX_BLOCK_BYTES:
+            raise self._bad("block_bytes", block_bytes, f"a number from 1 to {_MAX_BLOCK_BYTES}")
         totals = self.nested("totals")
         return CommitRecord(
             save_id=save_id,

@@ -12,7 +12,10 @@ from giantstep.shards.paths import Path, dotted
 
 
 def fingerprints(common: Tree, codec: Codec) -> bytes:
-    """A digest of every value by its dotted path, as JSON; what ranks exchange once they know that they differ."""
+    """A digest of every value by its dotted path, as JSON.
+
+    Equal on two ranks if and only if their values are: the order of keys and empty containers do not count.
+    """
     found: dict[str, str] = {}
 
     def note(path: Path, leaf: object) -> object:
@@ -22,7 +25,7 @@ def fingerprints(common: Tree, codec: Codec) -> bytes:
         return leaf
 
     map_leaves(common, note)
-    return json.dumps(found).encode("ascii")
+    return json.dumps(found, sort_keys=True).encode("ascii")
 
 
 def describe_differences(reports: Sequence[bytes]) -> str:

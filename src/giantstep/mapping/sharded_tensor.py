@@ -14,7 +14,7 @@ import torch
 from giantstep.errors import BadArgumentError
 from giantstep.shards.dtypes import dtype_of_torch_name
 from giantstep.shards.flat import flat_range_to_regions
-from giantstep.shards.region import Region, check_shape
+from giantstep.shards.region import Region, as_ints, check_shape
 
 ReplicaId = int | tuple[int, ...]
 RankOffset = tuple[int, int, int]
@@ -187,7 +187,7 @@ class ShardedTensor:
         dtype_of_torch_name(str(self.dtype))
         self.local_shape = check_shape(self.local_shape, f"the shard of tensor {self.key!r}")
         self.global_shape = check_shape(self.global_shape, f"tensor {self.key!r}")
-        self.global_offset = tuple(int(part) for part in self.global_offset)
+        self.global_offset = as_ints(self.global_offset, f"global_offset of tensor {self.key!r}")
         self._validate_region()
         self._validate_grid()
         self._validate_replica_id()
@@ -209,7 +209,7 @@ class ShardedTensor:
     def _validate_grid(self) -> None:
         if self.axis_fragmentations is None:
             return
-        self.axis_fragmentations = tuple(int(part) for part in self.axis_fragmentations)
+        self.axis_fragmentations = as_ints(self.axis_fragmentations, f"axis_fragmentations of tensor {self.key!r}")
         size = self.region().size
         fits = len(self.axis_fragmentations) == len(size) and all(
             parts >= 1 and offset % count == 0 if count else True

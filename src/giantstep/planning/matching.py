@@ -11,7 +11,7 @@ from giantstep.errors import DtypeMismatchError, KeyMismatchError, MismatchError
 from giantstep.options import StrictHandling
 
 _SHOWN = 20
-_HINTED = 5
+_HINTED = 3
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ def _hinted(unexpected: Sequence[str], stored_keys: list[str], missing: set[str]
     candidates = [key for key in stored_keys if key in missing] or stored_keys
     for position, key in enumerate(unexpected):
         near: list[str] = []
-        if position < _HINTED and len(candidates) <= 20_000:
+        if position < _HINTED and len(candidates) <= 10_000:
             near = difflib.get_close_matches(key, candidates, n=2)
         lines.append(key + (f" (nearest stored: {', '.join(near)})" if near else ""))
     return lines

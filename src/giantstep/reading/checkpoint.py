@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.errors import BadArgumentError, KeyMismatchError
+from giantstep.errors import BadArgumentError, GiantstepError, KeyMismatchError, StoreError
 from giantstep.format.codec import Codec
 from giantstep.format.record import CommitRecord, Json
 from giantstep.planning.load_plan import ChunkTable, Piece, Read, plan_load, tabulate_wanted
@@ -27,6 +28,8 @@ from giantstep.storage.base import Store
 COMMON_KEY = "common_state"
 _BUFFER_BYTES = 8 << 20
 _THREADS = 2
+# Among more keys than this no similar ones are looked for.
+_HINTED_KEYS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,8 @@ class Checkpoint:
             raise BadArgumentError(f"tensor key {key!r} must be a str")
         row = self._index.find_tensor(key)
         if row is None:
-            near = difflib.get_close_matches(key, self.keys(), n=3)
+            keys = self.keys()
+            near = difflib.get_close_matches(key, keys, n=3) if len(keys) <= _HINTED_KEYS else []
             hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
             raise KeyMismatchError(f"no tensor {key!r} in {self.location}, which holds {len(self)} tensors.{hint}")
         return self._index.tensor(row)
@@ -136,24 +140,35 @@ class Checkpoint:
     def __getitem__(self, key: str) -> LazyArray:
         return LazyArray(self._entry(key), self._read_region)
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What the system says against reading, as an error of ours."""
+        try:
+            yield
+        except GiantstepError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{self.location} cannot be read: {error}") from error
+
     def _read_region(self, entry: TensorEntry, region: Region) -> NDArray[Any]:
         target = np.empty(region.size, dtype=WORDS[entry.dtype.item_bytes])
         if not target.size:
             return target
-        dims = len(entry.shape)
+        dims = max(1, len(entry.shape))
         chunks = entry.chunks
         table = ChunkTable(
             ends=np.array([0, len(chunks)]),
             item_bytes=np.array([entry.dtype.item_bytes]),
             file=np.array([chunk.file for chunk in chunks], dtype=np.int64),
             start=np.array([chunk.start for chunk in chunks], dtype=np.int64),
-            offset=np.array([chunk.region.offset for chunk in chunks], dtype=np.int64).reshape(len(chunks), dims),
-            size=np.array([chunk.region.size for chunk in chunks], dtype=np.int64).reshape(len(chunks), dims),
+            offset=np.array([chunk.region.offset or (0,) for chunk in chunks], dtype=np.int64).reshape(len(chunks), dims),
+            size=np.array([chunk.region.size or (1,) for chunk in chunks], dtype=np.int64).reshape(len(chunks), dims),
         )
         wanted = tabulate_wanted([0], [region], [False], dims)
         reads = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
         source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: entry.key)
-        fetch(source, reads, [ArraySink(target, region.offset)], _THREADS)
+        with self._reading():
+            fetch(source, reads, [ArraySink(target, region.offset)], _THREADS)
         return target
 
     def object_keys(self) -> list[str]:
@@ -196,7 +211,8 @@ class Checkpoint:
             ]
             reads = [Read(file, p.start // block * block, -(-p.stop // block) * block, (p,)) for p in pieces]
             source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: key, "object")
-            fetch(source, reads, [ArraySink(data, (0,))], _THREADS)
+            with self._reading():
+                fetch(source, reads, [ArraySink(data, (0,))], _THREADS)
         return data.tobytes()
 
     @property

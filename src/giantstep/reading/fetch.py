@@ -97,7 +97,8 @@ def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, t
     """
     if not reads:
         return Fetched(0)
-    largest = max(read.stop - read.start for read in reads)
+    sizes = [file.bytes for file in source.record.files]
+    largest = max(min(read.stop, sizes[read.file]) - read.start for read in reads)
     buffers: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
     workers = min(threads, len(reads))
     for _ in range(workers):

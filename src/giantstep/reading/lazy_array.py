@@ -139,7 +139,10 @@ def _position(item: Any, length: int, axis: int, key: str, shape: tuple[int, ...
 
 def _slice_extent(item: slice, length: int) -> tuple[int, int, slice]:
     """First index, count and inner slice for the smallest range that holds the slice."""
-    chosen = range(length)[item]
+    try:
+        chosen = range(length)[item]
+    except (TypeError, ValueError) as error:
+        raise BadArgumentError(f"slice {item!r} cannot be: {error}") from error
     if not len(chosen):
         return 0, 0, slice(None)
     low, high = min(chosen[0], chosen[-1]), max(chosen[0], chosen[-1])

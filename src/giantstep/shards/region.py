@@ -8,6 +8,7 @@ and volumes unchanged. Not here: which rank holds what, bytes in files.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -73,9 +74,17 @@ class Region:
         return "[" + ",".join(f"{start}:{stop}" for start, stop in zip(self.offset, self.end, strict=True)) + "]"
 
 
+def as_ints(values: Sequence[int], what: str) -> tuple[int, ...]:
+    """The values as a tuple of ints; raises `BadArgumentError` naming `what` where one is no integer."""
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError as error:
+        raise BadArgumentError(f"{what} must be integers, not {values!r}") from error
+
+
 def check_shape(shape: Sequence[int], what: str) -> tuple[int, ...]:
     """The shape as a tuple of ints that a tensor can have; raises `BadArgumentError` naming `what` otherwise."""
-    result = tuple(int(part) for part in shape)
+    result = as_ints(shape, f"the shape of {what}")
     if len(result) > MAX_DIMS or any(part < 0 for part in result) or math.prod(result) > MAX_ELEMENTS:
         raise BadArgumentError(
             f"{what} cannot have shape {result}: expected at most {MAX_DIMS} dimensions, none negative, "
@@ -154,7 +163,7 @@ def overlapping_pair(tensors: Int64s, offsets: Int64s, sizes: Int64s) -> tuple[i
     if len(kept) < 2:
         return None
     tensors, offsets, sizes = tensors[kept], offsets[kept], sizes[kept]
-    axis = _sweep_axis(tensors, offsets)
+    axis = sweep_axis(tensors, offsets)
     rows = np.arange(len(kept))
     start, stop = offsets[rows, axis], offsets[rows, axis] + sizes[rows, axis]
     # Coordinates become ranks among all coordinates, so that (tensor, coordinate) fits one integer.
@@ -168,8 +177,8 @@ def overlapping_pair(tensors: Int64s, offsets: Int64s, sizes: Int64s) -> tuple[i
     return _first_overlap(order, last, offsets, sizes, kept)
 
 
-def _sweep_axis(tensors: Int64s, offsets: Int64s) -> Int64s:
-    """Per row, the dimension in which the row's tensor has most distinct starts."""
+def sweep_axis(tensors: Int64s, offsets: Int64s) -> Int64s:
+    """[rows] the dimension in which each row's tensor has most distinct starts; at least one row."""
     count = int(tensors.max()) + 1
     distinct = np.zeros((count, offsets.shape[1]), dtype=np.int64)
     for axis in range(offsets.shape[1]):

@@ -107,8 +107,11 @@ class Store(Protocol):
         """Bytes of a file; raises `FileNotFoundError`."""
         ...
 
-    def names(self) -> Iterator[str]:
-        """Names of all files in the place, in any order, folders included in the name."""
+    def names(self, folder: str) -> Iterator[str]:
+        """Names of the files directly in the folder ("" for the place itself), in any order, the folder included.
+
+        Nothing if there is no such folder. Never looks further down, where others may keep large trees.
+        """
         ...
 
     def delete(self, name: str) -> None:

@@ -87,10 +87,15 @@ class LocalStore:
     def size(self, name: str) -> int:
         return self._path(name).stat().st_size
 
-    def names(self) -> Iterator[str]:
-        for folder, _, files in os.walk(self._root):
-            for file in files:
-                yield str(Path(folder, file).relative_to(self._root))
+    def names(self, folder: str) -> Iterator[str]:
+        try:
+            entries = os.scandir(self._root / folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        with entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    yield f"{folder}/{entry.name}" if folder else entry.name
 
     def delete(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
@@ -138,7 +143,14 @@ class LocalWriteHandle:
         aligned = bool(view) and not (offset | len(view) | _address(view)) % _DIRECT_ALIGNMENT
         descriptor = self._direct if aligned and self._direct is not None else self._descriptor
         while view:
-            written = os.pwrite(descriptor, view, offset)
+            try:
+                written = os.pwrite(descriptor, view, offset)
+            except OSError as error:
+                if descriptor == self._descriptor or error.errno != errno.EINVAL:
+                    raise
+                # This file system wants another alignment: through the page cache, then.
+                descriptor = self._descriptor
+                continue
             offset += written
             view = view[written:]
             if written % _DIRECT_ALIGNMENT:

@@ -63,8 +63,8 @@ class MemoryStore:
     def size(self, name: str) -> int:
         return self.open_read(name).size
 
-    def names(self) -> Iterator[str]:
-        yield from list(self._files())
+    def names(self, folder: str) -> Iterator[str]:
+        yield from [name for name in self._files() if name.rpartition("/")[0] == folder]
 
     def delete(self, name: str) -> None:
         self._files().pop(name, None)

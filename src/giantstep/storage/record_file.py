@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from giantstep.errors import CheckpointNotFoundError, IncompleteError, NotACheckpointError
-from giantstep.format.names import RECORD_NAME, save_id_of
+from giantstep.format.names import DATA_DIR, RECORD_NAME, save_id_of
 from giantstep.format.record import MAX_RECORD_BYTES, CommitRecord, decode_record
 from giantstep.storage.base import Store, read_all
+
+
+def files_of_ours(store: Store) -> list[str]:
+    """Names of all files in a store that a save may have made, and of foreign ones beside them."""
+    return [name for folder in ("", DATA_DIR) for name in store.names(folder)]
 
 
 def read_record_bytes(store: Store) -> bytes:
@@ -24,7 +29,7 @@ def read_record_bytes(store: Store) -> bytes:
     except FileNotFoundError as error:
         if not store.exists():
             raise CheckpointNotFoundError(f"{store.location} does not exist") from error
-    saves = sorted({found for found in map(save_id_of, store.names()) if found})
+    saves = sorted({found for found in map(save_id_of, files_of_ours(store)) if found})
     if saves:
         raise IncompleteError(
             f"{store.location} holds no {RECORD_NAME}, only files of saves that never committed ({', '.join(saves[:3])}). "

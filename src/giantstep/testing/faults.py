@@ -151,8 +151,8 @@ class CrashingStore:
     def size(self, name: str) -> int:
         return self.open_read(name).size
 
-    def names(self) -> Iterator[str]:
-        yield from list(self._disk.files)
+    def names(self, folder: str) -> Iterator[str]:
+        yield from [name for name in self._disk.files if name.rpartition("/")[0] == folder]
 
     def delete(self, name: str) -> None:
         self._operation(f"delete {name}", lambda: (self._disk.files.pop(name, None), None)[1])
