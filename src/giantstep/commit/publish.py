@@ -69,6 +69,7 @@ def publish(
         OSError: a storage operation failed: if it was the last one, the new checkpoint may or may not be
             there after a power loss; either way the one in force is complete.
     """
+    _check_place(store, files, before)
     encoded = encode_index(index, save_id, block_bytes)
     name = index_file_name(save_id)
     handle = store.create(name, len(encoded.data), direct=False)
@@ -95,16 +96,16 @@ def publish(
         ),
         content_metadata=content_metadata,
     )
-    # As late as can be: what happens between these looks and the rename is not noticed.
-    if current_record(store) != before:
-        raise StoreError(f"another save was committed to {store.location} while this one was writing; this one is given up")
-    _check_files(store, files)
+    # Again, as late as can be: what happens between this look and the rename is not noticed.
+    _check_place(store, files, before)
     store.publish(RECORD_NAME, encode_record(record), f"{RECORD_NAME}.{save_id}.tmp")
     return record
 
 
-def _check_files(store: Store, files: tuple[FileEntry, ...]) -> None:
-    """Every data file must be visible from here: a checkpoint on disks that are not shared would be lost."""
+def _check_place(store: Store, files: tuple[FileEntry, ...], before: bytes | None) -> None:
+    """No other save was committed, and every data file is visible from here: on disks not shared they would be lost."""
+    if current_record(store) != before:
+        raise StoreError(f"another save was committed to {store.location} while this one was writing; this one is given up")
     for file in files:
         try:
             found = store.size(file.name)
