@@ -64,12 +64,12 @@ def test_an_error_on_one_rank_is_raised_on_all_and_the_group_goes_on() -> None:
 
 def _one_dies(rank: int, victim: int) -> tuple[str, str, float]:
     group = group_of()
-    consult(group, "first", 30, lambda: b"")
+    consult(group, "first", 90, lambda: b"")
     if rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
     try:
-        consult(group, "second", 30, lambda: b"")
+        consult(group, "second", 90, lambda: b"")
     except gs.GiantstepError as error:
         return type(error).__name__, str(error), time.monotonic() - begin
     return "", "", 0.0
@@ -87,10 +87,10 @@ def test_survivors_exit_as_python_does_after_an_exception() -> None:
         from giantstep.group.torch_group import group_of
         rank = int(sys.argv[1])
         dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=4)
-        consult(group_of(), "first", 30, lambda: b"")
+        consult(group_of(), "first", 90, lambda: b"")
         if rank == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        consult(group_of(), "write", 30, lambda: b"")
+        consult(group_of(), "write", 90, lambda: b"")
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -113,7 +113,7 @@ def test_a_killed_rank_is_named_on_all_others_long_before_the_timeout() -> None:
             name, message, secs = value
             assert name == "PeerFailureError"
             assert f"rank {victim}, phase second" in message
-            assert secs < 15
+            assert secs < 30
 
 
 def _one_sleeps(rank: int) -> tuple[str, str, float, str]:
@@ -139,7 +139,7 @@ def test_a_late_rank_is_named_on_all_and_everybody_can_go_on_afterwards() -> Non
         assert name == "PhaseTimeoutError"
         assert "rank 1 did not report within 2 s" in message
         assert "phase second" in message
-        assert secs < 12
+        assert secs < 20
         assert answer == "012"
 
 
@@ -154,7 +154,7 @@ def _late_for_the_first_call(rank: int, folder: str) -> list[str]:
             gs.save({"w": torch.full((2,), float(attempt))}, Path(folder, "c"), options=options)
             told.append("saved")
         except gs.PeerError as error:
-            told.append(f"{type(error).__name__} {error} {time.monotonic() - begin < 6}")
+            told.append(f"{type(error).__name__} {error} {time.monotonic() - begin < 15}")
         dist.barrier()
     return told
 
@@ -197,19 +197,19 @@ def _interrupted(rank: int, where: str) -> list[str]:
     told = []
 
     if where != "first":
-        consult(group_of(), "start", 20, lambda: b"")
+        consult(group_of(), "start", 90, lambda: b"")
     for step in range(2):
         begin = time.monotonic()
         try:
             if rank == 1 and step == 0 and where in ("first", "work"):
-                consult(group_of(), "x", 20, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+                consult(group_of(), "x", 90, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
             else:
-                consult(group_of(), "x", 20, lambda: b"")
+                consult(group_of(), "x", 90, lambda: b"")
             told.append("ok")
         except KeyboardInterrupt:
             told.append("interrupted")
         except gs.PeerError as error:
-            told.append(f"{error} {time.monotonic() - begin < 10}")
+            told.append(f"{error} {time.monotonic() - begin < 30}")
         dist.barrier()
     return told
 
