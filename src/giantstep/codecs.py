@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from giantstep.format.codec import BASE_KINDS, Codec, Kind
+from giantstep.format.codec import Codec, Kind
+from giantstep.format.kinds import BASE_KINDS
 
 
 def _torch_kinds() -> Iterable[Kind]:

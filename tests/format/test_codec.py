@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, UnsupportedTypeError
-from giantstep.format.codec import BASE_CODEC, MAGIC, Codec, Kind
+from giantstep.format.codec import MAGIC, Codec, Kind
+from giantstep.format.kinds import BASE_CODEC
 
 
 def same(a: Any, b: Any) -> bool:
