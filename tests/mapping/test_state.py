@@ -267,6 +267,9 @@ def test_pruning(tree: Any, pruned: Any) -> None:
         ({"a": "t"}, {"a": {"b": 1}}, {"a": "t"}),
         ((DROPPED,), [2], [2]),
         (DROPPED, DROPPED, DROPPED),
+        ({"y": [], "z": {}}, {}, {"y": [], "z": {}}),
+        ({"y": []}, {"y": 3}, {"y": 3}),
+        ({"y": [{}, {}]}, {"y": []}, {"y": []}),
     ],
 )
 def test_merging(given: Any, common: Any, merged: Any) -> None:

@@ -96,12 +96,25 @@ def merge(loaded: Tree, common: Tree) -> Tree:
             merge(loaded[n] if n < len(loaded) else DROPPED, common[n] if n < len(common) else DROPPED) for n in range(length)
         )
         return type(common)(None if value is DROPPED else value for value in values)
-    found = _only_tensors(loaded)
-    return common if found is DROPPED else found
+    return _only_tensors(loaded) if _holds_tensor(loaded) else common
+
+
+def _holds_tensor(tree: Tree) -> bool:
+    """Whether anything but `DROPPED` places and containers of them is in the tree."""
+    if isinstance(tree, dict):
+        return any(map(_holds_tensor, tree.values()))
+    if type(tree) in (list, tuple):
+        return any(map(_holds_tensor, tree))
+    return tree is not DROPPED
 
 
 def _only_tensors(tree: Tree) -> Tree:
-    """The tree without `DROPPED` places; None in their stead in lists and tuples; `DROPPED` if nothing is left."""
+    """The tree without `DROPPED` places; None in their stead in lists and tuples; `DROPPED` if nothing is left.
+
+    Containers that are empty to begin with stay: a rank may hold no tensor where others do.
+    """
+    if isinstance(tree, dict | list | tuple) and not tree:
+        return tree
     if isinstance(tree, dict):
         kept = {key: _only_tensors(value) for key, value in tree.items()}
         kept = {key: value for key, value in kept.items() if value is not DROPPED}
@@ -119,6 +132,6 @@ def _only_tensors(tree: Tree) -> Tree:
 def _without_tail(items: list[Tree] | tuple[Tree, ...]) -> list[Tree]:
     """The items up to the last one that leads to a tensor."""
     kept = list(items)
-    while kept and _only_tensors(kept[-1]) is DROPPED:
+    while kept and not _holds_tensor(kept[-1]):
         kept.pop()
     return kept
