@@ -86,7 +86,7 @@ class LoadReport:
 
 
 class LoadedState(dict[Any, Any]):
-    """The loaded state: a dict of the structure given to `load`, with the common state laid over it.
+    """The loaded state: the stored common state, with the loaded tensors where the dict given to `load` has them.
 
     Attributes:
         report: what was loaded and what was not.
