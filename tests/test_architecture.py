@@ -12,7 +12,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "giantstep"
 # From the highest layer to the lowest; a module may import only from layers below its own, or from its own package.
 LAYERS: list[set[str]] = [
     {"cli", "testing", "__init__"},
-    {"opening", "saving", "loading"},
+    {"metadata"},
+    {"opening", "saving", "loading", "removal"},
     {"codecs", "reports", "phases"},
     {"mapping", "staging", "writing", "reading", "commit"},
     {"words"},

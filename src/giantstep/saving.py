@@ -85,10 +85,11 @@ def save(
 
 @dataclass(slots=True)
 class _RootState:
-    """What only rank 0 knows between planning and commit."""
+    """What only rank 0 knows: the plan, the commit record before, and the one that it published."""
 
     plan: SavePlan | None = None
     before: bytes | None = None
+    record: CommitRecord | None = None
 
 
 class _Save:
@@ -203,6 +204,7 @@ class _Save:
             content_metadata=self._metadata,
             before=self._root.before,
         )
+        self._root.record = record
         totals = record.totals
         return [f"{totals.tensors} {totals.objects} {totals.bytes}".encode("ascii")] * len(reports)
 
@@ -210,10 +212,10 @@ class _Save:
 
     def clean(self) -> list[str]:
         """Rank 0 deletes what the commit made superfluous. A failure here is logged: the checkpoint exists."""
-        if self._group.rank != 0:
+        if self._root.record is None:
             return []
         try:
-            return remove_superseded(self._store, self._save_id, self._root.before)
+            return remove_superseded(self._store, self._root.record, self._root.before)
         except OSError as error:
             _LOG.warning("%s: files of superseded saves could not be deleted: %s", self._store.location, error)
             return []

@@ -29,6 +29,11 @@ def library_name() -> str:
         return "giantstep (not installed)"
 
 
+def temporary_record_name(save_id: str) -> str:
+    """The name under which a commit record is made durable before it is renamed."""
+    return f"{RECORD_NAME}.{save_id}.tmp"
+
+
 def current_record(store: Store) -> bytes | None:
     """The bytes of the commit record that is in force, damaged or not; None if there is none.
 
@@ -60,7 +65,8 @@ def publish(
     """Commit. When it returns, the checkpoint exists and survives a crash; when it raises, see below.
 
     Args:
-        index, files: what was written; all files are durable already.
+        index, files: what is to be in force: files of this save, and after a removal also of earlier ones. All are
+            durable already.
         before: what `current_record` returned when the save began.
 
     Raises:
@@ -98,7 +104,7 @@ def publish(
     )
     # Again, as late as can be: what happens between this look and the rename is not noticed.
     _check_place(store, files, before)
-    store.publish(RECORD_NAME, encode_record(record), f"{RECORD_NAME}.{save_id}.tmp")
+    store.publish(RECORD_NAME, encode_record(record), temporary_record_name(save_id))
     return record
 
 
