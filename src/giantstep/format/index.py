@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from giantstep.format.container import DATA_ALIGNMENT, Entry, PlacedEntry, lay_o
 from giantstep.format.digests import Checksums, anchor_digest, block_checksums
 from giantstep.format.versions import CURRENT, check_version
 from giantstep.shards.dtypes import ITEM_BYTES
+from giantstep.shards.partition import axes_of, partitioned, products
 from giantstep.shards.region import MAX_DIMS, MAX_ELEMENTS, Int64s
 
 REST_CHECKSUMS = "rest_checksums"
@@ -218,34 +218,27 @@ def _check_regions(index: Index, require: Callable[[bool, str], None]) -> None:
     require(bool((index.tensor_dims >= 0).all()), "a tensor has a negative dimension")
     dims = np.diff(index.tensor_dims_ends)
     require(bool((dims <= MAX_DIMS).all()), f"a tensor has more than {MAX_DIMS} dimensions")
-    # Products in float64 first: they tell what is too large for int64 without overflowing themselves.
-    bound = _products(index.tensor_dims.astype(np.float64), dims) * np.maximum(item_bytes, 1)
+    # Products in float64 first: they tell what is too large for int64. They may be infinite, or no number at all.
+    with np.errstate(over="ignore", invalid="ignore"):
+        bound = products(index.tensor_dims.astype(np.float64), dims) * np.maximum(item_bytes, 1)
     require(bool((bound <= MAX_ELEMENTS).all()), "a tensor has more elements than any can")
     per_tensor = np.diff(index.tensor_chunk_ends)
     fits = (np.diff(index.chunk_coordinate_ends) == per_tensor * dims).all()
     require(bool(fits), "chunk coordinates do not fit the tensors' dimensions")
     # Dimension size that each coordinate must stay within: the tensor's dims repeated for each chunk.
-    position = np.arange(len(index.chunk_offset)) - np.repeat(index.chunk_coordinate_ends[:-1], per_tensor * dims)
-    within = position % np.repeat(np.maximum(dims, 1), per_tensor * dims)
+    within = axes_of(np.repeat(dims, per_tensor))
     limit = index.tensor_dims[np.repeat(index.tensor_dims_ends[:-1], per_tensor * dims) + within]
     inside = (index.chunk_offset >= 0) & (index.chunk_size > 0) & (index.chunk_offset <= limit - index.chunk_size)
     require(bool(inside.all()), "a chunk lies outside its tensor")
-    expected = _products(index.chunk_size, np.repeat(dims, per_tensor)) * np.repeat(item_bytes, per_tensor)
+    expected = products(index.chunk_size, np.repeat(dims, per_tensor)) * np.repeat(item_bytes, per_tensor)
     require(bool((expected == index.chunk_bytes).all()), "a chunk's length does not fit its region")
     stored = np.zeros(len(dims), dtype=np.int64)
     np.add.at(stored, np.repeat(np.arange(len(dims)), per_tensor), index.chunk_bytes)
-    whole = _products(index.tensor_dims, dims) * item_bytes
+    whole = products(index.tensor_dims, dims) * item_bytes
     require(bool((stored == whole).all()), "the chunks of a tensor do not add up to its size")
+    exact = partitioned(per_tensor, dims, index.tensor_dims, index.chunk_offset, index.chunk_size)
+    require(bool(exact.all()), "the chunks of a tensor overlap")
     _check_disjoint(index, require)
-
-
-def _products(values: NDArray[Any], counts: Int64s) -> NDArray[Any]:
-    """Product of each run of `counts[i]` values; 1 for an empty run."""
-    result = np.ones(len(counts), dtype=values.dtype)
-    filled = counts > 0
-    if filled.any():
-        result[filled] = np.multiply.reduceat(values, (np.cumsum(counts) - counts)[filled])
-    return result
 
 
 def _check_disjoint(index: Index, require: Callable[[bool, str], None]) -> None:

@@ -15,6 +15,7 @@ from giantstep.errors import CorruptionError, IncompleteError
 from giantstep.format.index import COLUMNS, NUMPY_DTYPES, Index, check_index, decode_head
 from giantstep.format.record import CommitRecord
 from giantstep.shards.dtypes import BY_CODE, DType
+from giantstep.shards.partition import partitioned
 from giantstep.shards.region import MAX_DIMS, MAX_ELEMENTS, Region
 from giantstep.storage.base import Store, reading
 
@@ -159,6 +160,9 @@ class IndexReader:
 
     def _texts(self, kind: str) -> list[str]:
         ends = self._ints(f"{kind}_key_ends")
+        # Invariant: together the keys are no longer than the column, whatever the ends say.
+        if any(start > stop for start, stop in itertools.pairwise(ends)) or min(ends, default=0) < 0:
+            raise CorruptionError(f"index {self._what}: column '{kind}_key_ends' decreases")
         blob = self._column(f"{kind}_key_bytes").tobytes()
         keys = [blob[start:stop] for start, stop in itertools.pairwise(ends)]
         if any(left >= right for left, right in itertools.pairwise(keys)):
@@ -189,7 +193,20 @@ class IndexReader:
         chunks = self._chunks(row, key, shape, dtype)
         if sum(chunk.bytes for chunk in chunks) != math.prod(shape) * dtype.item_bytes:
             raise CorruptionError(f"index {self._what}: the chunks of tensor {key!r} do not add up to its size")
+        self._check_chunks(chunks, shape, key)
         return TensorEntry(key, dtype, shape, chunks)
+
+    def _check_chunks(self, chunks: tuple[Chunk, ...], shape: tuple[int, ...], key: str) -> None:
+        """The chunks hold each element once, and no byte of a file is used twice: a tensor is as large as what is stored."""
+        places = sorted((chunk.file, chunk.start, chunk.start + chunk.bytes) for chunk in chunks)
+        for (file, _, stop), (next_file, start, _) in itertools.pairwise(places):
+            if file == next_file and start < stop:
+                raise CorruptionError(f"index {self._what}: two chunks of tensor {key!r} share bytes of a file")
+        offsets = np.array([part for chunk in chunks for part in chunk.region.offset], dtype=np.int64)
+        sizes = np.array([part for chunk in chunks for part in chunk.region.size], dtype=np.int64)
+        counts, dims = np.array([len(chunks)]), np.array([len(shape)])
+        if not partitioned(counts, dims, np.array(shape, dtype=np.int64), offsets, sizes).all():
+            raise CorruptionError(f"index {self._what}: the chunks of tensor {key!r} overlap")
 
     def _chunks(self, row: int, key: str, shape: tuple[int, ...], dtype: DType) -> tuple[Chunk, ...]:
         first, last = self._ints("tensor_chunk_ends", row, row + 2)
@@ -223,6 +240,14 @@ class IndexReader:
         file, start, size = (self._ints(f"object_{name}", row, row + 1)[0] for name in ("file", "start", "bytes"))
         self._check_extent(file, start, size, key)
         return file, start, size
+
+    def check_objects(self) -> None:
+        """Raise `CorruptionError` where objects share bytes: all of them together would be larger than what is stored."""
+        file, start, size = (self._ints(f"object_{name}") for name in ("file", "start", "bytes"))
+        places = sorted(zip(file, start, size, strict=False))
+        for (left, low, count), (right, high, _) in itertools.pairwise(places):
+            if left == right and high < low + count:
+                raise CorruptionError(f"index {self._what}: two objects share bytes of a file")
 
     def block_checksums(self, file: int, first: int, last: int) -> NDArray[np.uint64]:
         """Checksums of blocks [first, last) of a file."""

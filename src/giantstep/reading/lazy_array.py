@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from types import EllipsisType
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from giantstep.errors import BadArgumentError
 from giantstep.reading.index_reader import TensorEntry
 from giantstep.shards.dtypes import DType
-from giantstep.shards.region import Region
+from giantstep.shards.region import MAX_DIMS, MAX_ELEMENTS, Region
 
 Indexer = int | slice | EllipsisType
 ReadRegion = Callable[[TensorEntry, Region], NDArray[Any]]
@@ -65,6 +66,7 @@ class LazyArray:
 
     def __getitem__(self, index: Indexer | tuple[Indexer, ...]) -> NDArray[Any]:
         region, within = _resolve(index, self._entry.shape, self._entry.key)
+        _check_numpy_can(region.size, self._entry)
         bits = self._read(self._entry, region)
         array = view_as(bits, self._entry.dtype)
         found: NDArray[Any] = array[within]
@@ -95,6 +97,17 @@ def view_as(bits: NDArray[Any], dtype: DType) -> NDArray[Any]:
     if shown.itemsize == dtype.item_bytes:
         return bits.view(shown)
     return bits.reshape(-1).view(shown).reshape(*bits.shape, dtype.item_bytes // shown.itemsize)
+
+
+def _check_numpy_can(size: tuple[int, ...], entry: TensorEntry) -> None:
+    """Torch has tensors that NumPy has no arrays for: with a dimension of 0 beside huge ones, or of 64 dimensions."""
+    values = entry.dtype.item_bytes // numpy_dtype(entry.dtype).itemsize
+    dims = len(size) + (values > 1)
+    if dims > MAX_DIMS or math.prod(count or 1 for count in size) * entry.dtype.item_bytes > MAX_ELEMENTS:
+        raise BadArgumentError(
+            f"tensor {entry.key!r} cannot be read as a NumPy array of {entry.dtype.torch_name} of shape {size}: "
+            "index a part of it, or use giantstep.load"
+        )
 
 
 def _resolve(index: Any, shape: tuple[int, ...], key: str) -> tuple[Region, tuple[Any, ...]]:
