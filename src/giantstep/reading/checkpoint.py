@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.errors import BadArgumentError, GiantstepError, KeyMismatchError, StoreError
+from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, KeyMismatchError, StoreError
 from giantstep.format.codec import Codec
 from giantstep.format.record import CommitRecord, Json
 from giantstep.planning.load_plan import ChunkTable, Piece, Read, plan_load, tabulate_wanted
@@ -177,6 +177,7 @@ class Checkpoint:
 
     def objects(self) -> dict[str, Any]:
         """All stored objects by key, without the common state."""
+        self._index.check_objects()
         return {key: self.object(key) for key in self.object_keys() if key != COMMON_KEY}
 
     def object(self, key: str) -> Any:
@@ -220,7 +221,10 @@ class Checkpoint:
         """The common state: nested plain values; an empty dict if none was saved."""
         with self._lock:
             if self._common is None:
-                self._common = self.object(COMMON_KEY) if self._index.find_object(COMMON_KEY) else {}
+                found = self.object(COMMON_KEY) if self._index.find_object(COMMON_KEY) else {}
+                if not isinstance(found, dict):
+                    raise CorruptionError(f"common state of {self.location} is of {type(found)}, expected a dict")
+                self._common = found
             return self._common
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
