@@ -11,7 +11,7 @@ from giantstep.commit.clean import discard_unless_published, remove_superseded
 from giantstep.format.names import data_file_name, index_file_name
 from giantstep.format.record import CommitRecord, FileEntry, encode_record
 from giantstep.storage.base import Store
-from giantstep.storage.memory import MemoryStore
+from giantstep.storage.memory import MemoryHandle, MemoryStore
 from giantstep.storage.record_file import files_of_ours, read_record, read_record_bytes
 
 OLDEST, OLD, LATER = (f"{year}0101T000000-0123456789abcdef" for year in (2001, 2002, 2999))
@@ -71,3 +71,27 @@ def test_what_is_not_in_force_is_discarded_whole() -> None:
     assert discard_unless_published(store, LATER)
     assert set(files_of_ours(store)) == old
     assert read_record_bytes(store) == data
+
+
+class LateStore(MemoryStore):
+    """A network file system on which a rename that was reported as failed still takes place, right after the next look."""
+
+    pending = ""
+
+    def open_read(self, name: str, *, direct: bool = False) -> MemoryHandle:
+        found = super().open_read(name)
+        if name == "checkpoint.json" and self.pending in self._files():
+            self._files()[name] = self._files().pop(self.pending)
+        return found
+
+
+def test_a_publish_that_is_still_on_its_way_loses_no_checkpoint() -> None:
+    plain, record = saved("clean-late")
+    store = LateStore("clean-late")
+    late = dataclasses.replace(record, save_id=LATER, files=(FileEntry(data_file_name(LATER, 0, 0), 1, 0),))
+    add(store, data_file_name(LATER, 0, 0))
+    store.pending = f"checkpoint.json.{LATER}.tmp"
+    store._files()[store.pending] = bytearray(encode_record(late))
+    assert discard_unless_published(store, LATER)
+    read_record_bytes(store)
+    assert read_record(plain) == record
