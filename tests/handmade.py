@@ -10,13 +10,17 @@ import numpy as np
 import giantstep as gs
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.commit.publish import publish
-from giantstep.format.data_file import object_entry
+from giantstep.format.container import Entry
+from giantstep.format.data_file import chunk_entry, object_entry
 from giantstep.format.index import Index, encode_texts
 from giantstep.format.record import FileEntry
 from giantstep.shards.dtypes import BY_TORCH_NAME
+from giantstep.shards.region import Region
 from giantstep.storage.base import Store
-from giantstep.writing.write import Source, write
+from giantstep.writing.write import Source, WrittenFile, write
 
+SAVE_ID = "20200101T000000-0123456789abcdef"
+BLOCK_BYTES = 4096
 U8 = BY_TORCH_NAME["uint8"].code
 
 
@@ -54,18 +58,35 @@ def index_of(chunks: dict[str, list[tuple[int, int, int]]], objects: dict[str, t
 
 def save_objects(store: Store, values: dict[str, Any]) -> None:
     """A checkpoint of objects alone, all in one data file."""
-    store.prepare("data")
     encoded = {key: OBJECT_CODEC.encode(value) for key, value in sorted(values.items())}
+    file, places = _written(store, [(object_entry(key, len(data)), data) for key, data in encoded.items()])
+    placed = {key: (0, place, len(data)) for place, (key, data) in zip(places, encoded.items(), strict=True)}
+    _published(store, index_of({}, placed, 1), file)
 
-    def source(key: str, data: bytes) -> Source:
-        return Source(object_entry(key, len(data)), 1, lambda: [np.frombuffer(data, dtype=np.uint8)])
 
-    save_id = "20200101T000000-0123456789abcdef"
-    written = write(store, save_id, 0, [source(key, data) for key, data in encoded.items()], gs.SaveOptions(block_bytes=4096))
+def save_tied(store: Store, values: dict[str, bytes]) -> None:
+    """A checkpoint of 1-d uint8 tensors in one data file, in which equal ones share their bytes."""
+    owners = {data: key for key, data in sorted(values.items(), reverse=True)}
+    entries = [(chunk_entry(key, BY_TORCH_NAME["uint8"], Region.whole((len(data),))), data) for data, key in owners.items()]
+    file, places = _written(store, entries)
+    place_of = dict(zip(owners, places, strict=True))
+    _published(store, index_of({key: [(0, place_of[data], len(data))] for key, data in sorted(values.items())}, {}, 1), file)
+
+
+def _written(store: Store, entries: list[tuple[Entry, bytes]]) -> tuple[WrittenFile, list[int]]:
+    """The one data file that holds the entries, and the first byte of each."""
+    store.prepare("data")
+
+    def source(entry: Entry, data: bytes) -> Source:
+        return Source(entry, 1, lambda: [np.frombuffer(data, dtype=np.uint8)])
+
+    options = gs.SaveOptions(block_bytes=BLOCK_BYTES)
+    written = write(store, SAVE_ID, 0, [source(entry, data) for entry, data in entries], options)
     (file,) = written.files
-    placed = {key: (0, written.start[n], len(data)) for n, (key, data) in enumerate(encoded.items())}
-    index = dataclasses.replace(
-        index_of({}, placed, 1), block_checksum=file.checksums, file_block_ends=np.array([0, len(file.checksums)])
-    )
-    entry = FileEntry(file.name, file.bytes, 0)
-    publish(store, save_id, index, (entry,), world_size=1, block_bytes=4096, content_metadata=None, before=None)
+    return file, written.start
+
+
+def _published(store: Store, index: Index, file: WrittenFile) -> None:
+    index = dataclasses.replace(index, block_checksum=file.checksums, file_block_ends=np.array([0, len(file.checksums)]))
+    files = (FileEntry(file.name, file.bytes, 0),)
+    publish(store, SAVE_ID, index, files, world_size=1, block_bytes=BLOCK_BYTES, content_metadata=None, before=None)

@@ -28,7 +28,7 @@ from giantstep.storage.memory import MemoryStore
 from giantstep.storage.record_file import files_of_ours
 from giantstep.testing.faults import CrashError, CrashingStore, Loss
 from giantstep.testing.ranks import run_ranks
-from handmade import save_objects
+from handmade import save_objects, save_tied
 from independent_reader import StoredCheckpoint, read_checkpoint
 from layouts import DTYPES, bits, random_tensor
 
@@ -246,6 +246,23 @@ def test_objects_with_the_prefix_go_but_never_the_common_state() -> None:
     with pytest.raises(KeyMismatchError):
         remove_sharded_tensors(store, "common_state")
     assert gs.open_checkpoint(store).common == {"a": 1}
+
+
+def test_tied_tensors_keep_the_bytes_that_they_share_with_a_removed_one() -> None:
+    store = MemoryStore("removal-tied")
+    store.clear()
+    shared, alone = bytes(range(200)) * 50, b"alone"
+    save_tied(store, {"a": shared, "b": shared, "c": shared, "d": alone})
+    (file,) = gs.open_checkpoint(store).record.files
+    assert remove_sharded_tensors(store, "a").freed_bytes == 0
+    assert gs.open_checkpoint(store).record.files == (file,)
+    # The file is copied from once something goes that nobody shares; what is shared is copied once.
+    assert remove_sharded_tensors(store, "d").freed_bytes == len(alone)
+    assert gs.open_checkpoint(store).info("b").chunks == gs.open_checkpoint(store).info("c").chunks
+    assert gs.open_checkpoint(store).verify().ok
+    assert remove_sharded_tensors(store, "b").freed_bytes == 0
+    assert gs.open_checkpoint(store)["c"][...].tobytes() == shared
+    assert remove_sharded_tensors(store, "c").freed_bytes > len(shared)
 
 
 # What cannot be.

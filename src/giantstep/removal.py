@@ -28,11 +28,11 @@ from giantstep.format.record import CommitRecord, FileEntry, decode_record
 from giantstep.format.versions import CURRENT, MINOR
 from giantstep.options import MIB, SaveOptions
 from giantstep.planning.removal_plan import NewPlaces, RemovalPlan, entry_of, index_after, plan_removal
-from giantstep.reading.checkpoint import COMMON_KEY
 from giantstep.reading.data_files import check_data_files
 from giantstep.reading.index_reader import IndexReader
 from giantstep.reading.stored_bytes import Spans, StoredBytes
 from giantstep.reports import size_text
+from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.region import Int64s
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
