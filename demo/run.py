@@ -113,7 +113,7 @@ class Demo:
         files = [file for file in path.rglob("*") if file.is_file()]
         error = _error_of(lambda: gs.open_checkpoint(path))
         self.story.check(
-            isinstance(error, gs.IncompleteError),
+            isinstance(error, gs.errors.IncompleteError),
             f"{path} ({len(files)} files) is not taken for a checkpoint. {type(error).__name__}: {error}",
         )
         step = last_committed(self.checkpoints)
@@ -195,7 +195,7 @@ class Demo:
         wanted = {"model": build(SHAPE, seed=0).state_dict()}
         error = _error_of(lambda: gs.load(wanted, damaged, strict=gs.StrictHandling.RAISE_UNEXPECTED))
         self.story.check(
-            isinstance(error, gs.CorruptionError) and FLIP_KEY in str(error),
+            isinstance(error, gs.errors.CorruptionError) and FLIP_KEY in str(error),
             f"gs.load refuses and names the tensor. {type(error).__name__}: {error}",
         )
 

@@ -63,7 +63,7 @@ class Training:
         begin = time.perf_counter()
         try:
             report = gs.save(state, self.place_of(step), content_metadata={"step": step})
-        except gs.PeerError as error:
+        except gs.errors.PeerError as error:
             self.result.error = type(error).__name__
             self.result.error_message = str(error)
             self.result.error_secs = time.perf_counter() - begin
@@ -140,15 +140,15 @@ def last_committed(checkpoints: Path) -> int:
     """The newest step that was committed, found by asking: a killed save leaves files, but no checkpoint.
 
     Raises:
-        gs.CheckpointNotFoundError: there is none.
+        gs.errors.CheckpointNotFoundError: there is none.
     """
     for path in sorted(checkpoints.glob("step_*"), reverse=True):
         try:
             gs.open_checkpoint(path)
-        except gs.OpenError:
+        except gs.errors.OpenError:
             continue
         return int(path.name.removeprefix("step_"))
-    raise gs.CheckpointNotFoundError(f"no committed step in {checkpoints}")
+    raise gs.errors.CheckpointNotFoundError(f"no committed step in {checkpoints}")
 
 
 def flatten(tree: object, path: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:

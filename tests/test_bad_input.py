@@ -49,9 +49,9 @@ def save_rows(path: Any, ranks: int = 2) -> None:
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(gs.CheckpointNotFoundError, match="does not exist"):
+    with pytest.raises(gs.errors.CheckpointNotFoundError, match="does not exist"):
         gs.open_checkpoint(tmp_path / "no")
-    message = all_raise(3, lambda g: gs.load({}, tmp_path / "no", process_group=g), gs.CheckpointNotFoundError)
+    message = all_raise(3, lambda g: gs.load({}, tmp_path / "no", process_group=g), gs.errors.CheckpointNotFoundError)
     assert "phase open" in message
     assert not (tmp_path / "no").exists()
 
@@ -67,10 +67,10 @@ def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_only_half_written(tmp_path: Path) -> None:
     save_rows(tmp_path)
     (tmp_path / "checkpoint.json").unlink()
-    with pytest.raises(gs.IncompleteError, match="never committed"):
+    with pytest.raises(gs.errors.IncompleteError, match="never committed"):
         gs.open_checkpoint(tmp_path)
     target = torch.zeros(4, 4)
-    all_raise(2, lambda g: gs.load({"w": target}, tmp_path, process_group=g), gs.IncompleteError)
+    all_raise(2, lambda g: gs.load({"w": target}, tmp_path, process_group=g), gs.errors.IncompleteError)
     assert not target.any()
 
 
@@ -88,9 +88,9 @@ def test_a_newer_major_version_is_refused_and_a_newer_minor_version_read(tmp_pat
     rewrite_record(tmp_path / "checkpoint.json", lambda fields: fields.update(format_version="1.7", surprise=[1]))
     assert gs.open_checkpoint(tmp_path).keys() == ["w"]
     rewrite_record(tmp_path / "checkpoint.json", lambda fields: fields.update(format_version="2.0", files="other"))
-    with pytest.raises(gs.VersionError, match=r"version 2\.0; this library reads 1\.x"):
+    with pytest.raises(gs.errors.VersionError, match=r"version 2\.0; this library reads 1\.x"):
         gs.open_checkpoint(tmp_path)
-    all_raise(2, lambda g: gs.load({"w": torch.zeros(4, 4)}, tmp_path, process_group=g), gs.VersionError)
+    all_raise(2, lambda g: gs.load({"w": torch.zeros(4, 4)}, tmp_path, process_group=g), gs.errors.VersionError)
 
 
 @pytest.mark.parametrize(
@@ -113,21 +113,21 @@ def test_a_newer_major_version_is_refused_and_a_newer_minor_version_read(tmp_pat
 def test_a_record_that_states_the_impossible_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     save_rows(tmp_path)
     rewrite_record(tmp_path / "checkpoint.json", lambda fields: fields.update(change))
-    with pytest.raises(gs.CorruptionError):
+    with pytest.raises(gs.errors.CorruptionError):
         gs.open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["", "s3://bucket/key", "memory://", "file://host/x", 3, None, b"bytes"])
 def test_a_path_of_an_unknown_kind(path: Any) -> None:
-    with pytest.raises(gs.BadArgumentError):
+    with pytest.raises(gs.errors.BadArgumentError):
         gs.save({"w": torch.zeros(1)}, path)
-    with pytest.raises(gs.BadArgumentError):
+    with pytest.raises(gs.errors.BadArgumentError):
         gs.open_checkpoint(path)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    message = all_raise(2, lambda g: gs.save({"w": torch.zeros(1)}, tmp_path / "file", process_group=g), gs.StoreError)
+    message = all_raise(2, lambda g: gs.save({"w": torch.zeros(1)}, tmp_path / "file", process_group=g), gs.errors.StoreError)
     assert "phase plan" in message
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -143,7 +143,7 @@ def test_a_key_that_is_not_there_with_the_nearest_one(tmp_path: Path) -> None:
     wanted = {"model": {"layer.0.weight": target}}
     with pytest.raises(KeyMismatchError, match=r"nearest stored: model\.layers\.0\.weight") as caught:
         gs.load(wanted, tmp_path)
-    assert "1 tensors of the checkpoint are requested by no rank" in str(caught.value)
+    assert "1 key is in the checkpoint but requested by no rank" in str(caught.value)
     assert not target.any()
     loaded = gs.load(wanted, tmp_path, strict=gs.StrictHandling.IGNORE_ALL)
     assert loaded.report.unexpected == ("model.layer.0.weight",)
@@ -170,7 +170,7 @@ def test_one_readable_report_for_ten_thousand_mismatches(tmp_path: Path) -> None
     with pytest.raises(KeyMismatchError) as caught:
         gs.load({f"new.{n}": torch.zeros(1) for n in range(10_000)}, tmp_path)
     assert len(str(caught.value).splitlines()) < 50
-    assert "10000 requested tensors are not in the checkpoint" in str(caught.value)
+    assert "10000 keys are requested but not in the checkpoint" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_one_readable_report_for_ten_thousand_mismatches(tmp_path: Path) -> None
     ],
 )
 def test_state_dicts_that_cannot_be_saved(tmp_path: Path, state: Any) -> None:
-    with pytest.raises(gs.BadArgumentError):
+    with pytest.raises(gs.errors.BadArgumentError):
         gs.save(state, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
@@ -196,7 +196,7 @@ def test_state_dicts_that_cannot_be_saved(tmp_path: Path, state: Any) -> None:
 def test_a_state_dict_that_contains_itself(tmp_path: Path) -> None:
     state: dict[str, Any] = {"w": torch.zeros(1)}
     state["self"] = state
-    with pytest.raises(gs.BadArgumentError, match="contains itself"):
+    with pytest.raises(gs.errors.BadArgumentError, match="contains itself"):
         gs.save(state, tmp_path / "c")
 
 
@@ -215,7 +215,7 @@ def test_an_object_of_unknown_type_fails_at_save_with_path_and_remedy(tmp_path: 
 
 def test_content_metadata_that_json_would_change(tmp_path: Path) -> None:
     for metadata in ({"a": (1, 2)}, {1: 2}, float("nan"), object()):
-        with pytest.raises(gs.BadArgumentError, match="content_metadata"):
+        with pytest.raises(gs.errors.BadArgumentError, match="content_metadata"):
             gs.save({"w": torch.zeros(1)}, tmp_path / "c", content_metadata=metadata)
     gs.save({"w": torch.zeros(1)}, tmp_path / "c", content_metadata={"tokens": 5, "names": ["é"]})
     assert gs.open_checkpoint(tmp_path / "c").content_metadata == {"tokens": 5, "names": ["é"]}
@@ -300,13 +300,13 @@ def test_a_sharded_tensor_that_cannot_be(arguments: dict[str, Any]) -> None:
         "axis_fragmentations": (2, 1),
     }
     gs.ShardedTensor(**good)
-    with pytest.raises(gs.BadArgumentError):
+    with pytest.raises(gs.errors.BadArgumentError):
         gs.ShardedTensor(**{**good, **arguments})
 
 
 @pytest.mark.parametrize("offsets", [[(2, 0, 2)], [(0, 2, 2)], [(0, -1, 2)], [(0, 0, 2), (0, 1, 2)], [(-1, 0, 1)]])
 def test_rank_offsets_that_cannot_be(offsets: list[tuple[int, int, int]]) -> None:
-    with pytest.raises(gs.BadArgumentError):
+    with pytest.raises(gs.errors.BadArgumentError):
         gs.ShardedTensor.from_rank_offsets("w", torch.zeros(2, 4), *offsets)
 
 
@@ -398,10 +398,10 @@ def test_ranks_that_save_to_different_paths_or_with_different_options(tmp_path: 
 def test_common_state_that_differs_warns_by_default_and_raises_on_request(tmp_path: Path, caplog: Any) -> None:
     def rank(group: Any, how: Any) -> None:
         state = {"w": torch.zeros(1), "args": {"seed": group.rank, "lr": 0.1}, "rank3": 3 if group.rank == 3 else 0}
-        gs.save(state, tmp_path, process_group=group, options=gs.SaveOptions(on_common_difference=how))
+        gs.save(state, tmp_path, process_group=group, options=gs.SaveOptions(on_object_difference=how))
 
     run_ranks(4, lambda group: rank(group, "warn"))
-    assert "'args.seed' (ranks 1, 2, 3), 'rank3' (ranks 3)" in caplog.text
+    assert "'args.seed' (ranks 1, 2, 3), 'rank3' (rank 3)" in caplog.text
     assert gs.open_checkpoint(tmp_path).common == {"args": {"seed": 0, "lr": 0.1}, "rank3": 0}
     assert "'args.seed' (ranks 1, 2, 3)" in all_raise(4, lambda group: rank(group, "raise"), DisagreementError)
 
@@ -417,7 +417,7 @@ def test_common_state_that_differs_warns_by_default_and_raises_on_request(tmp_pa
         (gs.SaveOptions, {"writer_threads": True}),
         (gs.SaveOptions, {"max_file_bytes": 10}),
         (gs.SaveOptions, {"direct_io": "yes"}),
-        (gs.SaveOptions, {"on_common_difference": None}),
+        (gs.SaveOptions, {"on_object_difference": None}),
         (gs.LoadOptions, {"cast": "all"}),
         (gs.LoadOptions, {"verify": False}),
         (gs.LoadOptions, {"reader_threads": -1}),
@@ -425,22 +425,22 @@ def test_common_state_that_differs_warns_by_default_and_raises_on_request(tmp_pa
     ],
 )
 def test_options_that_cannot_be(kind: Any, settings: dict[str, Any]) -> None:
-    with pytest.raises(gs.BadArgumentError, match=next(iter(settings)).split("_")[0]):
+    with pytest.raises(gs.errors.BadArgumentError, match=next(iter(settings)).split("_")[0]):
         kind(**settings)
 
 
 def test_strictness_and_groups_of_the_wrong_kind(tmp_path: Path) -> None:
     gs.save({"w": torch.zeros(1)}, tmp_path)
-    with pytest.raises(gs.BadArgumentError, match="strict must be a StrictHandling"):
+    with pytest.raises(gs.errors.BadArgumentError, match="strict must be a StrictHandling"):
         gs.load({"w": torch.zeros(1)}, tmp_path, strict="raise_all")  # type: ignore[arg-type]
-    with pytest.raises(gs.BadArgumentError, match="process_group must be"):
+    with pytest.raises(gs.errors.BadArgumentError, match="process_group must be"):
         gs.load({"w": torch.zeros(1)}, tmp_path, process_group=3)
 
 
 def test_a_tensor_whose_elements_share_memory_cannot_be_loaded_into(tmp_path: Path) -> None:
     value = torch.ones(1, 3).expand(4, 3)
     gs.save({"w": value}, tmp_path)
-    with pytest.raises(gs.BadArgumentError, match="expanded"):
+    with pytest.raises(gs.errors.BadArgumentError, match="expanded"):
         gs.load({"w": torch.zeros(1, 3).expand(4, 3)}, tmp_path)
     assert torch.equal(gs.load({"w": torch.zeros(4, 3)}, tmp_path)["w"], value)
 
@@ -448,7 +448,7 @@ def test_a_tensor_whose_elements_share_memory_cannot_be_loaded_into(tmp_path: Pa
 def test_the_order_of_keys_and_empty_containers_are_no_difference(tmp_path: Path) -> None:
     def rank(group: Any) -> None:
         state = {"a": 1, "b": [2, {}]} if group.rank else {"b": [2], "a": 1, "empty": {}}
-        options = gs.SaveOptions(on_common_difference="raise")
+        options = gs.SaveOptions(on_object_difference="raise")
         gs.save({"w": torch.zeros(1), **state}, tmp_path, process_group=group, options=options)
 
     run_ranks(2, rank)
@@ -460,7 +460,7 @@ def test_options_of_the_wrong_kind_are_told_to_all_ranks(tmp_path: Path) -> None
         def rank(group: Any, call: Any = call, wrong: Any = wrong) -> None:
             call({"w": torch.zeros(1)}, tmp_path / "c", process_group=group, options=wrong if group.rank else None)
 
-        assert "options must be" in all_raise(2, rank, gs.BadArgumentError)
+        assert "options must be" in all_raise(2, rank, gs.errors.BadArgumentError)
 
 
 def test_a_checkpoint_json_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
@@ -507,7 +507,7 @@ def test_what_the_system_says_against_reading_is_a_store_error(tmp_path: Path) -
     checkpoint = gs.open_checkpoint(tmp_path)
     file.unlink()
     file.symlink_to(file)
-    with pytest.raises(gs.StoreError, match="symbolic links"):
+    with pytest.raises(gs.errors.StoreError, match="symbolic links"):
         checkpoint["w"][...]
 
 

@@ -46,9 +46,9 @@ def broken_by(store: MemoryStore) -> tuple[str, tuple[str, ...]] | None:
     """(text naming the file, tensors) of what opening or verifying says; None if nothing is noticed."""
     try:
         report = gs.open_checkpoint(store).verify()
-    except gs.CorruptionError as error:
+    except gs.errors.CorruptionError as error:
         return str(error), ()
-    except gs.OpenError as error:
+    except gs.errors.OpenError as error:
         return f"{type(error).__name__} {error}", ()
     if report.ok:
         return None
@@ -93,7 +93,7 @@ def test_load_names_tensor_file_offset_and_writer_on_all_ranks(store: MemoryStor
             target = torch.full((6,), -1.0)
             shard = gs.ShardedTensor.from_rank_offsets("weight", target, (0, group.rank, 2))
             options = gs.LoadOptions(verify=verify)
-            with pytest.raises(gs.CorruptionError) as caught:
+            with pytest.raises(gs.errors.CorruptionError) as caught:
                 gs.load({"w": shard}, store, strict=gs.StrictHandling.RAISE_UNEXPECTED, process_group=group, options=options)
             return str(caught.value), bool((target == -1).all())
 
@@ -155,6 +155,6 @@ def test_an_index_of_another_save_is_refused(store: MemoryStore) -> None:
     mine, theirs = files_of(store), files_of(other)
     index, foreign = (next(name for name in files if ".index." in name) for files in (mine, theirs))
     mine[index] = bytearray(theirs[foreign])
-    with pytest.raises(gs.CorruptionError, match="damaged"):
+    with pytest.raises(gs.errors.CorruptionError, match="damaged"):
         gs.open_checkpoint(store)
     other.clear()

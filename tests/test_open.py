@@ -115,7 +115,7 @@ def test_indexing_is_numpys(path: Path, index: list[Any]) -> None:
     try:
         wanted = expected[tuple(index)]
     except IndexError:
-        with pytest.raises(gs.BadArgumentError):
+        with pytest.raises(gs.errors.BadArgumentError):
             array[tuple(index)]
         return
     found = array[tuple(index)]
@@ -127,7 +127,7 @@ def test_indexing_is_numpys(path: Path, index: list[Any]) -> None:
     "index", [1.5, "a", [0, 1], np.array([0, 1]), None, (0, 0, 0, 0), (..., ...), 5, -6, slice(None, None, 0), slice("a", None)]
 )
 def test_indices_that_cannot_be(path: Path, index: Any) -> None:
-    with pytest.raises(gs.BadArgumentError):
+    with pytest.raises(gs.errors.BadArgumentError):
         gs.open_checkpoint(path)["cube"][index]
 
 

@@ -14,26 +14,27 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from giantstep.errors import (
-    BadArgumentError,
-    CheckpointNotFoundError,
-    CorruptionError,
-    GiantstepError,
-    IncompleteError,
-    LayoutError,
-    MismatchError,
-    OpenError,
-    PeerError,
-    StoreError,
-    VersionError,
-)
+from giantstep import errors
+from giantstep.errors import GiantstepError
 from giantstep.options import LoadOptions, SaveOptions, StrictHandling
 
 if TYPE_CHECKING:
+    from giantstep.codecs import register_type
     from giantstep.loading import load
+    from giantstep.mapping.factory import ShardedTensorFactory
+    from giantstep.mapping.sharded_object import LocalNonpersistentObject, ShardedObject
     from giantstep.mapping.sharded_tensor import ShardedTensor
+    from giantstep.mapping.wrappers import register_wrapper
+    from giantstep.metadata import (
+        load_common_state_dict,
+        load_content_metadata,
+        load_plain_tensors,
+        load_sharded_metadata,
+        load_tensors_metadata,
+    )
     from giantstep.opening import open_checkpoint
     from giantstep.reading.checkpoint import Checkpoint
+    from giantstep.removal import remove_sharded_tensors
     from giantstep.reports import LoadedState, LoadReport, SaveReport
     from giantstep.saving import save
 
@@ -41,35 +42,48 @@ _LAZY = {
     "Checkpoint": "giantstep.reading.checkpoint",
     "LoadReport": "giantstep.reports",
     "LoadedState": "giantstep.reports",
+    "LocalNonpersistentObject": "giantstep.mapping.sharded_object",
     "SaveReport": "giantstep.reports",
+    "ShardedObject": "giantstep.mapping.sharded_object",
     "ShardedTensor": "giantstep.mapping.sharded_tensor",
+    "ShardedTensorFactory": "giantstep.mapping.factory",
     "load": "giantstep.loading",
+    "load_common_state_dict": "giantstep.metadata",
+    "load_content_metadata": "giantstep.metadata",
+    "load_plain_tensors": "giantstep.metadata",
+    "load_sharded_metadata": "giantstep.metadata",
+    "load_tensors_metadata": "giantstep.metadata",
     "open_checkpoint": "giantstep.opening",
+    "register_type": "giantstep.codecs",
+    "register_wrapper": "giantstep.mapping.wrappers",
+    "remove_sharded_tensors": "giantstep.removal",
     "save": "giantstep.saving",
 }
 
 __all__ = [
-    "BadArgumentError",
     "Checkpoint",
-    "CheckpointNotFoundError",
-    "CorruptionError",
     "GiantstepError",
-    "IncompleteError",
-    "LayoutError",
     "LoadOptions",
     "LoadReport",
     "LoadedState",
-    "MismatchError",
-    "OpenError",
-    "PeerError",
+    "LocalNonpersistentObject",
     "SaveOptions",
     "SaveReport",
+    "ShardedObject",
     "ShardedTensor",
-    "StoreError",
+    "ShardedTensorFactory",
     "StrictHandling",
-    "VersionError",
+    "errors",
     "load",
+    "load_common_state_dict",
+    "load_content_metadata",
+    "load_plain_tensors",
+    "load_sharded_metadata",
+    "load_tensors_metadata",
     "open_checkpoint",
+    "register_type",
+    "register_wrapper",
+    "remove_sharded_tensors",
     "save",
 ]
 

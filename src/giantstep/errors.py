@@ -85,9 +85,14 @@ class LayoutError(GiantstepError):
 
 
 class CoverageError(LayoutError):
-    """Main replicas leave a gap, overlap, or lie outside their global tensor."""
+    """Main replicas leave a gap, overlap, or lie outside their global tensor.
+
+    Attributes:
+        tensor_key: the tensor; known only where the error is found.
+    """
 
     code = "coverage"
+    tensor_key: str | None = None
 
 
 class DisagreementError(LayoutError):

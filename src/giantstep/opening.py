@@ -20,7 +20,8 @@ def open_checkpoint(path: StoreLike) -> Checkpoint:
     """
     store = store_at(path)
     try:
-        return Checkpoint(store, read_record(store), OBJECT_CODEC)
+        # To look at what is stored must be possible where the user's types are not.
+        return Checkpoint(store, read_record(store), OBJECT_CODEC, unknown="keep")
     except GiantstepError:
         raise
     except OSError as error:

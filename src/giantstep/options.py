@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from giantstep.errors import BadArgumentError
 
@@ -17,7 +18,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 DirectIo = Literal["auto", "never"]
-OnCommonDifference = Literal["warn", "raise"]
+OnObjectDifference = Literal["warn", "raise"]
 Cast = Literal["never", "floating", "any"]
 Verify = Literal["reading", "before", "never"]
 
@@ -29,12 +30,54 @@ class StrictHandling(enum.Enum):
     requested by no rank. Values are those of Megatron-Core.
     """
 
+    ASSUME_OK_UNEXPECTED = "assume_ok_unexpected"
+    """The caller is sure that nothing is unexpected; if something is, raise. Missing keys are fine."""
+    LOG_UNEXPECTED = "log_unexpected"
+    """Log a warning about unexpected keys, once, and load the others; missing keys are fine."""
+    LOG_ALL = "log_all"
+    """Log a warning about unexpected and missing keys, once, and load the others."""
     RAISE_UNEXPECTED = "raise_unexpected"
     """Raise on unexpected keys; missing keys are fine (a partial load)."""
     RAISE_ALL = "raise_all"
     """Raise on unexpected and on missing keys."""
+    RETURN_UNEXPECTED = "return_unexpected"
+    """Load what both sides have; unexpected keys are in the report."""
+    RETURN_ALL = "return_all"
+    """Load what both sides have; unexpected and missing keys are in the report."""
     IGNORE_ALL = "ignore_all"
     """Load what both sides have; leave unexpected tensors as they are."""
+
+    @property
+    def raises_unexpected(self) -> bool:
+        """Whether an unexpected key is an error."""
+        return self in (self.ASSUME_OK_UNEXPECTED, self.RAISE_UNEXPECTED, self.RAISE_ALL)
+
+    @property
+    def raises_missing(self) -> bool:
+        """Whether a missing key is an error."""
+        return self is self.RAISE_ALL
+
+    @property
+    def logs_unexpected(self) -> bool:
+        """Whether an unexpected key is logged."""
+        return self in (self.LOG_UNEXPECTED, self.LOG_ALL)
+
+    @property
+    def logs_missing(self) -> bool:
+        """Whether a missing key is logged."""
+        return self is self.LOG_ALL
+
+
+ObjectsReshard = Callable[[str, dict[tuple[int, ...], Any], tuple[int, ...], tuple[int, ...]], Any]
+"""(key, stored values by position, shape of the requested grid, requested position) to a value."""
+OnObjectReshard = Literal["raise", "drop"] | ObjectsReshard
+Rename = Mapping[str, str | None] | Callable[[str], str | None]
+"""From a requested key to the stored key; None leaves the request out. A mapping leaves keys that it has not as they are."""
+
+
+def longest_prefix(prefixes: Mapping[str, Any], key: str) -> str | None:
+    """The longest prefix of the key among those given."""
+    return max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default=None)
 
 
 def _require(condition: bool, field: str, value: object, expected: str) -> None:
@@ -95,9 +138,10 @@ class SaveOptions:
     buffer_bytes: int = 8 * MIB
     """Size of one staging buffer, a multiple of `block_bytes`; a rank uses `writer_threads` + 2 of them."""
 
-    on_common_difference: OnCommonDifference = "warn"
-    """Common state (plain Python values) that differs between ranks: `warn`, naming ranks and
-    paths, and store rank 0's; or `raise` a `DisagreementError`."""
+    on_object_difference: OnObjectDifference = "warn"
+    """Objects that are meant to be equal on several ranks (common state, i.e. plain Python values, and replicas of a
+    `ShardedObject`) but differ: `warn`, naming ranks and paths, and store rank 0's or the main replica's; or `raise`
+    a `DisagreementError`."""
 
     def __post_init__(self) -> None:
         _require_secs("timeout_secs", self.timeout_secs)
@@ -115,10 +159,10 @@ class SaveOptions:
             f"a multiple of block_bytes ({self.block_bytes})",
         )
         _require(
-            self.on_common_difference in get_args(OnCommonDifference),
-            "on_common_difference",
-            self.on_common_difference,
-            f"one of {get_args(OnCommonDifference)}",
+            self.on_object_difference in get_args(OnObjectDifference),
+            "on_object_difference",
+            self.on_object_difference,
+            f"one of {get_args(OnObjectDifference)}",
         )
 
 
@@ -138,6 +182,23 @@ class LoadOptions:
     be filled. `before` reads and checks everything on all ranks first and fills afterwards (reads twice). `never`
     does not check tensors; objects always are."""
 
+    strict_overrides: Mapping[str, StrictHandling] = field(default_factory=dict)
+    """Other policies than `strict` for keys that begin with a prefix; the longest prefix decides. Requested keys that are
+    not stored are looked up as requested, keys that nobody requested as stored."""
+
+    rename: Rename | None = None
+    """Where requested tensors and sharded objects are found, for checkpoints with other names: a function or mapping
+    from the requested key to the stored one. None as a result leaves the tensor or object as it is (a filter)."""
+
+    on_object_reshard: OnObjectReshard | Mapping[str, OnObjectReshard] = "raise"
+    """A `ShardedObject` that is stored in a grid of another shape (another number of ranks): `raise`; `drop` the stored
+    ones and keep the local value; or a function `(key, stored values by position, shape, position) -> value`. Or a
+    mapping from key prefixes to these; the longest prefix decides, and keys without one raise."""
+
+    dequantise: bool = False
+    """Whether a plain floating-point tensor may be loaded from a wrapper tensor (quantised data and scales) that is
+    stored under its key; see `register_wrapper`."""
+
     reader_threads: int = 2
     """Threads per rank that read, check and copy."""
 
@@ -148,5 +209,53 @@ class LoadOptions:
         _require_secs("timeout_secs", self.timeout_secs)
         _require(self.cast in get_args(Cast), "cast", self.cast, f"one of {get_args(Cast)}")
         _require(self.verify in get_args(Verify), "verify", self.verify, f"one of {get_args(Verify)}")
+        self._check_matching()
         _require_int("reader_threads", self.reader_threads, 1, 64)
         _require_int("buffer_bytes", self.buffer_bytes, 64 * KIB, GIB)
+
+    def _check_matching(self) -> None:
+        overrides = self.strict_overrides
+        _require(
+            isinstance(overrides, Mapping)
+            and all(isinstance(key, str) and isinstance(value, StrictHandling) for key, value in overrides.items()),
+            "strict_overrides",
+            overrides,
+            "a mapping from key prefixes to StrictHandling",
+        )
+        rename = self.rename
+        _require(
+            rename is None
+            or callable(rename)
+            or (
+                isinstance(rename, Mapping)
+                and all(isinstance(key, str) and isinstance(value, str | None) for key, value in rename.items())
+            ),
+            "rename",
+            rename,
+            "a function or a mapping from requested key to stored key or None",
+        )
+        policies = self.on_object_reshard
+        by_prefix = policies if isinstance(policies, Mapping) else {"": policies}
+        _require(
+            all(isinstance(key, str) and (callable(value) or value in ("raise", "drop")) for key, value in by_prefix.items()),
+            "on_object_reshard",
+            policies,
+            "'raise', 'drop', a function, or a mapping from key prefixes to these",
+        )
+        _require(isinstance(self.dequantise, bool), "dequantise", self.dequantise, "a bool")
+
+    def stored_key(self, key: str) -> str | None:
+        """The stored key of a requested one; None if it is to be left out."""
+        if self.rename is None:
+            return key
+        found = self.rename.get(key, key) if isinstance(self.rename, Mapping) else self.rename(key)
+        _require(isinstance(found, str | None), f"rename({key!r})", found, "a str or None")
+        return found
+
+    def object_reshard(self, key: str) -> OnObjectReshard:
+        """What to do about a sharded object that is stored in another grid."""
+        policies = self.on_object_reshard
+        if not isinstance(policies, Mapping):
+            return policies
+        prefix = longest_prefix(policies, key)
+        return "raise" if prefix is None else policies[prefix]

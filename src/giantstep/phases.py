@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from giantstep.errors import DisagreementError
@@ -25,6 +27,19 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def settings(options: Any) -> dict[str, Any]:
+    """The fields of an options object as JSON values; of a function only that there is one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, enum.Enum):
+            return value.value
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return "a function" if callable(value) else value
+
+    return {item.name: plain(getattr(options, item.name)) for item in fields(options)}
 
 
 def with_call(call: dict[str, Any], payload: bytes) -> bytes:

@@ -57,10 +57,13 @@ class LoadReport:
     Attributes:
         location: path or URL.
         save_id: id of the save that was loaded.
-        tensors: distinct keys that this rank loaded.
+        tensors, objects: distinct tensors and sharded objects that this rank loaded.
         missing: keys in the checkpoint that no rank requested.
         unexpected: keys that some rank requested and the checkpoint has not; their tensors are unchanged.
         cast: keys that this rank loaded into another dtype, as "key: stored -> loaded".
+        dequantised: keys that this rank loaded from quantised tensors into floating-point ones.
+        skipped: keys that this rank requested and `LoadOptions.rename` left out.
+        dropped: keys of sharded objects that are stored for another number of positions and were dropped.
         bytes_filled: bytes of this rank's tensors that were filled.
         bytes_read: bytes that this rank read from the store.
         seconds: per phase, on this rank.
@@ -75,11 +78,23 @@ class LoadReport:
     bytes_filled: int
     bytes_read: int
     seconds: dict[str, float] = field(default_factory=dict)
+    objects: int = 0
+    dequantised: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         filled, read = size_text(self.bytes_filled), size_text(self.bytes_read)
-        lines = [f"loaded {self.tensors} tensors, {filled}, from {self.location} (read {read}; {_secs(self.seconds)})"]
-        for title, names in (("not requested", self.missing), ("not in the checkpoint", self.unexpected), ("cast", self.cast)):
+        what = f"{self.tensors} tensors" + (f" and {self.objects} objects" if self.objects else "")
+        lines = [f"loaded {what}, {filled}, from {self.location} (read {read}; {_secs(self.seconds)})"]
+        for title, names in (
+            ("not requested", self.missing),
+            ("not in the checkpoint", self.unexpected),
+            ("cast", self.cast),
+            ("dequantised", self.dequantised),
+            ("left out", self.skipped),
+            ("dropped for another number of positions", self.dropped),
+        ):
             if names:
                 lines.append(f"  {title}: {len(names)}: " + ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""))
         return "\n".join(lines)

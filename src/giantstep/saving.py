@@ -8,40 +8,41 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
-from giantstep.errors import BadArgumentError, DisagreementError, GiantstepError
+from giantstep.describing import description_of
+from giantstep.errors import BadArgumentError, CoverageError, DisagreementError, GiantstepError
 from giantstep.format.data_file import chunk_entry, object_entry
-from giantstep.format.digests import ContentDigest
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
 from giantstep.group.base import Group, consult
 from giantstep.group.torch_group import group_of
-from giantstep.mapping.common_state import describe_differences, fingerprints
-from giantstep.mapping.describe import Described, TensorLeaf, describe
+from giantstep.mapping.describe import Described, StoredObject, describe
+from giantstep.mapping.differences import describe_differences, fingerprints
+from giantstep.mapping.flat_ranges import describe_flat, flat_shards
 from giantstep.options import SaveOptions
-from giantstep.phases import Stopwatch, same_call, with_call
-from giantstep.planning.description import IMPLICIT, Description
+from giantstep.phases import Stopwatch, same_call, settings, with_call
+from giantstep.planning.description import Description
 from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
-from giantstep.reading.checkpoint import COMMON_KEY
 from giantstep.reports import SaveReport
-from giantstep.staging.host import content_digest, host_pieces
+from giantstep.shards.object_keys import COMMON_KEY
+from giantstep.staging.host import host_pieces
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.writing.write import Source, Written, write
 
 _LOG = logging.getLogger("giantstep")
+_PLANNED, _REFUSED = b"P", b"R"
 _SAVE_ID_BYTES = len("20260101T000000-0123456789abcdef")
 
 
@@ -58,9 +59,11 @@ def save(
     Collective: every rank of the group calls it with the same path and options.
 
     Args:
-        state_dict: nested dicts and lists. Leaves may be `ShardedTensor`, `DTensor`, plain tensors (the same
-            on all ranks that have the key), objects with `state_dict`/`load_state_dict`, and plain values
-            (common state, the same on all ranks). Only read; must not change during the call.
+        state_dict: nested dicts and lists. Leaves may be `ShardedTensor`, `ShardedTensorFactory`, `DTensor`, plain
+            tensors (the same on all ranks that have the key; tied ones are stored once), tensors of registered wrapper
+            classes, `ShardedObject`, `LocalNonpersistentObject` (left out), objects with
+            `state_dict`/`load_state_dict`, and plain values (common state, the same on all ranks). Only read; must not
+            change during the call.
         path: where the checkpoint is to be: a directory, a `file://` or `memory://` URL, or a `Store`. An
             earlier checkpoint there stays loadable until the new one is committed, and is then deleted.
         process_group: ranks that save together; default: the default group, or one process alone.
@@ -89,6 +92,7 @@ class _RootState:
 
     plan: SavePlan | None = None
     before: bytes | None = None
+    refusal: CoverageError | None = None
     record: CommitRecord | None = None
 
 
@@ -114,10 +118,12 @@ class _Save:
     def plan(self) -> None:
         """Describe this rank's state; learn what to write. Nothing is written."""
         answer = consult(self._group, "describe", self._options.timeout_secs, self._describe, self._decide_plan, "plan")
-        self._save_id = answer[:_SAVE_ID_BYTES].decode("ascii")
-        self._part = WritePart.decode(answer[_SAVE_ID_BYTES:])
-        if self._part.common_differs:
-            self._meet_differing_common_state()
+        if answer[:1] == _REFUSED:
+            self._explain_refusal(answer[1:].decode("utf-8"))
+        self._save_id = answer[1 : 1 + _SAVE_ID_BYTES].decode("ascii")
+        self._part = WritePart.decode(answer[1 + _SAVE_ID_BYTES :])
+        if self._part.differing:
+            self._meet_differing_objects()
 
     def _describe(self) -> bytes:
         if not isinstance(self._asked, SaveOptions | None):
@@ -125,33 +131,58 @@ class _Save:
         self._store: Store = store_at(self._path)
         check_content_metadata(self._metadata)
         self._described: Described = describe(self._state_dict, for_load=False)
-        self._common = OBJECT_CODEC.encode(self._described.common) if self._described.common else b""
         self._views = [view for leaf in self._described.leaves for _, view in leaf.pieces if view is not None]
-        self._fingerprints = fingerprints(self._described.common, OBJECT_CODEC) if self._group.size > 1 else b""
-        self._description = _description(self._described.leaves, self._fingerprints, self._group.size, self._options)
-        call = {"call": "save", "path": self._store.location, "options": asdict(self._options)}
+        self._objects = _encoded(self._described.stored)
+        self._description = description_of(self._described, self._group.size, self._options.buffer_bytes)
+        call = {"call": "save", "path": self._store.location, "options": settings(self._options)}
         return with_call(call, self._description.encode())
 
     def _decide_plan(self, reports: Sequence[bytes]) -> list[bytes]:
         descriptions = [Description.decode(report) for report in same_call(reports)]
         # A file holds at least one chunk, so a chunk must leave room for the header.
         max_chunk_bytes = max(1, self._options.max_file_bytes - (64 << 10))
-        plan = plan_save(descriptions, split_bytes=self._options.split_bytes, max_chunk_bytes=max_chunk_bytes)
+        try:
+            plan = plan_save(descriptions, split_bytes=self._options.split_bytes, max_chunk_bytes=max_chunk_bytes)
+        except CoverageError as error:
+            if error.tensor_key is None:
+                raise
+            # All ranks are asked what they hold of the tensor, so that the error can name flat ranges.
+            self._root.refusal = error
+            return [_REFUSED + error.tensor_key.encode("utf-8")] * self._group.size
         self._store.prepare(DATA_DIR)
-        self._root = _RootState(plan, current_record(self._store))
+        self._root.plan, self._root.before = plan, current_record(self._store)
         now = dt.datetime.now(dt.UTC)
         save_id = new_save_id(now, secrets.token_hex(8)).encode("ascii")
-        return [save_id + plan.part_of(rank).encode() for rank in range(self._group.size)]
+        return [_PLANNED + save_id + plan.part_of(rank).encode() for rank in range(self._group.size)]
 
-    def _meet_differing_common_state(self) -> None:
+    def _explain_refusal(self, key: str) -> None:
         def decide(reports: Sequence[bytes]) -> list[bytes]:
-            message = describe_differences(reports)
-            if self._options.on_common_difference == "raise":
-                raise DisagreementError(message + ". Make it equal, or store it per rank in ShardedTensors.")
-            _LOG.warning("%s; rank 0's is stored", message)
+            refusal = self._root.refusal
+            raise CoverageError((refusal.message if refusal else "") + describe_flat(key, reports)) from refusal
+
+        consult(self._group, "plan", self._options.timeout_secs, lambda: flat_shards(self._described.leaves, key), decide)
+
+    def _meet_differing_objects(self) -> None:
+        def decide(reports: Sequence[bytes]) -> list[bytes]:
+            message = describe_differences(reports, self._planned().objects.differing())
+            if self._options.on_object_difference == "raise":
+                raise DisagreementError(message + ". Make them equal, or give each rank a ShardedObject position of its own.")
+            _LOG.warning("%s; rank 0's or the main replica's is stored", message)
             return [b""] * len(reports)
 
-        consult(self._group, "describe", self._options.timeout_secs, lambda: self._fingerprints, decide)
+        names = self._part.differing
+        consult(
+            self._group,
+            "describe",
+            self._options.timeout_secs,
+            lambda: fingerprints(self._described.stored, names, OBJECT_CODEC),
+            decide,
+        )
+
+    def _planned(self) -> SavePlan:
+        if self._root.plan is None:
+            raise DisagreementError("no plan was made")
+        return self._root.plan
 
     # Stages 3 to 5: stage, write, commit.
 
@@ -183,17 +214,14 @@ class _Save:
             view = self._views[row][region.relative_to(held.offset).slices()]
             entry = chunk_entry(leaf.key, leaf.dtype, region)
             sources.append(Source(entry, leaf.dtype.item_bytes, partial(host_pieces, view, self._options.buffer_bytes)))
-        if self._group.rank == 0 and self._common:
-            sources.append(Source(object_entry(COMMON_KEY, len(self._common)), 1, self._common_pieces))
+        for name in self._part.objects:
+            data = self._objects[name]
+            if data:
+                sources.append(Source(object_entry(name, len(data)), 1, partial(_array_of, data)))
         return sources
 
-    def _common_pieces(self) -> Iterable[NDArray[np.uint8]]:
-        return [np.frombuffer(self._common, dtype=np.uint8)]
-
     def _decide_commit(self, reports: Sequence[bytes]) -> list[bytes]:
-        if self._root.plan is None:
-            raise DisagreementError("no plan was made")
-        index, files = build_index(self._root.plan, [WriteReport.decode(report) for report in reports])
+        index, files = build_index(self._planned(), [WriteReport.decode(report) for report in reports])
         record: CommitRecord = publish(
             self._store,
             self._save_id,
@@ -241,47 +269,16 @@ class _Save:
         )
 
 
-def _description(leaves: Sequence[TensorLeaf], common: bytes, ranks: int, options: SaveOptions) -> Description:
-    """The columns that the planner needs, digests of replicas included."""
-    numbers: dict[str, int] = {}
-    tensors: list[TensorLeaf] = []
-    for leaf in leaves:
-        if leaf.key not in numbers:
-            numbers[leaf.key] = len(tensors)
-            tensors.append(leaf)
-    shards = [(leaf, region, view) for leaf in leaves for region, view in leaf.pieces]
-    digests = [_replica_digest(leaf, view, ranks, options) for leaf, _, view in shards]
-    common_digest = ContentDigest()
-    common_digest.update(common)
-    dims_ends = np.zeros(len(tensors) + 1, dtype=np.int64)
-    np.cumsum([len(leaf.global_shape) for leaf in tensors], out=dims_ends[1:])
-    return Description(
-        keys=[leaf.key for leaf in tensors],
-        dtype=np.array([leaf.dtype.code for leaf in tensors], dtype=np.uint8),
-        dims_ends=dims_ends,
-        dims=_ints(leaf.global_shape for leaf in tensors),
-        shard_tensor=np.array([numbers[leaf.key] for leaf, _, _ in shards], dtype=np.int64),
-        shard_role=np.array([leaf.role for leaf, _, _ in shards], dtype=np.uint8),
-        shard_mesh=np.array([leaf.mesh for leaf, _, _ in shards], dtype=np.int64),
-        shard_offset=_ints(region.offset for _, region, _ in shards),
-        shard_size=_ints(region.size for _, region, _ in shards),
-        shard_digest=np.array(digests, dtype=np.uint64).reshape(len(shards), 2),
-        common_digest=np.array(common_digest.halves(), dtype=np.uint64),
-    )
+def _encoded(stored: Mapping[str, StoredObject]) -> dict[str, bytes]:
+    """Objects as bytes, by name; none for a common state without anything in it."""
+    return {
+        name: b"" if name == COMMON_KEY and item.value == {} else OBJECT_CODEC.encode(item.value, item.path)
+        for name, item in stored.items()
+    }
 
 
-def _ints(parts: Iterable[tuple[int, ...]]) -> NDArray[np.int64]:
-    return np.array([number for part in parts for number in part], dtype=np.int64)
-
-
-def _replica_digest(leaf: TensorLeaf, view: torch.Tensor | None, ranks: int, options: SaveOptions) -> tuple[int, int]:
-    """Digest of a shard whose replicas nobody vouches for; zeros for all others.
-
-    A DTensor's mesh vouches for its own ranks; if it spans all ranks, no other can hold the key.
-    """
-    if view is None or leaf.role != IMPLICIT or ranks in (1, leaf.mesh_size):
-        return 0, 0
-    return content_digest(view, options.buffer_bytes)
+def _array_of(data: bytes) -> Iterable[NDArray[np.uint8]]:
+    return [np.frombuffer(data, dtype=np.uint8)]
 
 
 def _write_report(written: Written, sources: Sequence[Source], chunks: int) -> WriteReport:

@@ -36,7 +36,7 @@ def found_in(store: CrashingStore) -> float | None:
     """The value of the checkpoint, every element and the common state checked; None if there is none."""
     try:
         checkpoint = gs.open_checkpoint(store)
-    except (gs.CheckpointNotFoundError, gs.IncompleteError, NotACheckpointError):
+    except (gs.errors.CheckpointNotFoundError, gs.errors.IncompleteError, NotACheckpointError):
         return None
     assert checkpoint.verify().ok
     values = set(checkpoint["w"][...].reshape(-1).tolist()) | {checkpoint.common["value"]}
@@ -134,7 +134,7 @@ def test_next_save_over_leftovers_commits_and_removes_them() -> None:
     foreign = left.create("data/notes.safetensors", 3, direct=False)
     foreign.write_at(0, b"abc")
     assert found_in(left) is None
-    with pytest.raises(gs.IncompleteError, match="never committed"):
+    with pytest.raises(gs.errors.IncompleteError, match="never committed"):
         gs.open_checkpoint(left)
     reports = []
 
@@ -167,7 +167,7 @@ def test_an_error_at_any_operation_is_told_to_all_ranks_and_the_old_checkpoint_s
             assert operation.startswith("sync_names")
             assert found_in(store) == 2.0
         else:
-            assert {type(error) for error in errors} == {gs.StoreError}
+            assert {type(error) for error in errors} == {gs.errors.StoreError}
             assert len({str(error) for error in errors}) == 1
             assert "injected at" in str(errors[0])
             assert found_in(store) in (1.0, 2.0)
@@ -193,6 +193,6 @@ def test_a_save_that_was_overtaken_by_another_gives_up(monkeypatch: pytest.Monke
         return written
 
     monkeypatch.setattr(giantstep.saving, "write", write)
-    with pytest.raises(gs.StoreError, match="another save was committed"):
+    with pytest.raises(gs.errors.StoreError, match="another save was committed"):
         gs.save({"w": torch.ones(1)}, store)
     assert gs.open_checkpoint(store)["w"][...].tolist() == [0.0]

@@ -50,7 +50,7 @@ def _one_raises(rank: int) -> tuple[str, str, bool]:
 
     try:
         consult(group_of(), "write", 20, work)
-    except gs.StoreError as error:
+    except gs.errors.StoreError as error:
         again = consult(group_of(), "next", 20, lambda: b"1", lambda reports: [b"".join(reports)] * 4)
         return str(error), error.remote_traceback or "", again == b"1111"
     return "", "", False
@@ -124,7 +124,7 @@ def _one_sleeps(rank: int) -> tuple[str, str, float, str]:
         time.sleep(6)
     try:
         consult(group, "second", 2, lambda: b"")
-    except gs.PeerError as error:
+    except gs.errors.PeerError as error:
         secs = time.monotonic() - begin
         # All are back and may go on: a fresh connection is made.
         dist.barrier()
@@ -153,7 +153,7 @@ def _late_for_the_first_call(rank: int, folder: str) -> list[str]:
             options = gs.SaveOptions(timeout_secs=2)
             gs.save({"w": torch.full((2,), float(attempt))}, Path(folder, "c"), options=options)
             told.append("saved")
-        except gs.PeerError as error:
+        except gs.errors.PeerError as error:
             told.append(f"{type(error).__name__} {error} {time.monotonic() - begin < 15}")
         dist.barrier()
     return told
@@ -178,7 +178,7 @@ def _many_failures(rank: int) -> list[int]:
             time.sleep(1.5)
         try:
             consult(group_of(), "x", 0.5, lambda: b"")
-        except gs.PeerError:
+        except gs.errors.PeerError:
             pass
         else:
             raise AssertionError("nobody was late")
@@ -208,7 +208,7 @@ def _interrupted(rank: int, where: str) -> list[str]:
             told.append("ok")
         except KeyboardInterrupt:
             told.append("interrupted")
-        except gs.PeerError as error:
+        except gs.errors.PeerError as error:
             told.append(f"{error} {time.monotonic() - begin < 30}")
         dist.barrier()
     return told
@@ -225,7 +225,7 @@ def test_an_interrupted_rank_is_named_at_once_and_later_calls_work() -> None:
 def _faults_stay_with_their_group(rank: int) -> str:
     if rank == 1:
         time.sleep(2)
-    with contextlib.suppress(gs.PeerError):
+    with contextlib.suppress(gs.errors.PeerError):
         consult(group_of(), "x", 0.5, lambda: b"")
     dist.barrier()
     other = dist.new_group([0, 1])

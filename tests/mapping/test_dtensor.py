@@ -256,5 +256,5 @@ def test_a_placement_nobody_knows_is_refused() -> None:
         def is_replicate(self) -> bool:
             return False
 
-    with pytest.raises(gs.BadArgumentError, match="cannot be described"):
+    with pytest.raises(gs.errors.BadArgumentError, match="cannot be described"):
         splits_per_dimension("w", 2, [Odd()], (2,), (0,))

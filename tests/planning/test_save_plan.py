@@ -33,7 +33,10 @@ def description(shards: Sequence[tuple[str, tuple[int, ...], Region, int]]) -> D
         shard_offset=np.array([n for _, _, region, _ in shards for n in region.offset], dtype=np.int64),
         shard_size=np.array([n for _, _, region, _ in shards for n in region.size], dtype=np.int64),
         shard_digest=np.zeros((len(shards), 2), dtype=np.uint64),
-        common_digest=np.zeros(2, dtype=np.uint64),
+        tied=np.arange(len(keys)),
+        object_keys=[],
+        object_role=np.zeros(0, dtype=np.uint8),
+        object_digest=np.zeros((0, 2), dtype=np.uint64),
     )
 
 

@@ -6,7 +6,7 @@ import datetime as dt
 from importlib.metadata import PackageNotFoundError, version
 
 from giantstep.errors import IncompleteError, NotACheckpointError, StoreError
-from giantstep.format.index import Index, encode_index
+from giantstep.format.index import Index, encode_index, stored_chunks
 from giantstep.format.names import RECORD_NAME, index_file_name
 from giantstep.format.record import (
     MAX_RECORD_BYTES,
@@ -98,7 +98,7 @@ def publish(
             tensors=len(index.tensor_dtype),
             chunks=len(index.chunk_file),
             objects=len(index.object_file),
-            bytes=int(index.chunk_bytes.sum() + index.object_bytes.sum()),
+            bytes=int(index.chunk_bytes[stored_chunks(index)].sum() + index.object_bytes.sum()),
         ),
         content_metadata=content_metadata,
     )

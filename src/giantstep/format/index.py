@@ -241,11 +241,19 @@ def _check_regions(index: Index, require: Callable[[bool, str], None]) -> None:
     _check_disjoint(index, require)
 
 
+def stored_chunks(index: Index) -> Int64s:
+    """One row for each place in the files: chunks that tied tensors share count once."""
+    places = np.stack((index.chunk_file, index.chunk_start, index.chunk_bytes), axis=1)
+    rows: Int64s = np.unique(places, axis=0, return_index=True)[1]
+    return rows
+
+
 def _check_disjoint(index: Index, require: Callable[[bool, str], None]) -> None:
-    """No byte of a file belongs to two entries: an index cannot claim more data than there is."""
-    file = np.concatenate((index.chunk_file, index.object_file))
-    start = np.concatenate((index.chunk_start, index.object_start))
-    size = np.concatenate((index.chunk_bytes, index.object_bytes))
+    """No byte of a file belongs to two entries, other than whole chunks that tied tensors share."""
+    chunks = stored_chunks(index)
+    file = np.concatenate((index.chunk_file[chunks], index.object_file))
+    start = np.concatenate((index.chunk_start[chunks], index.object_start))
+    size = np.concatenate((index.chunk_bytes[chunks], index.object_bytes))
     order = np.lexsort((start, file))
     file, start, size = file[order], start[order], size[order]
     overlaps = (file[1:] == file[:-1]) & (start[1:] < start[:-1] + size[:-1])

@@ -1,93 +1,37 @@
 """The kinds of the object codec that need nothing but Python and NumPy: one row of a table each.
 
-The tags and payloads are part of the format (`docs/format.md`).
+Here: numbers, bytes, containers, and the list of all. The tags and payloads are part of the format (`docs/format.md`).
+Called by `giantstep.codecs`.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import datetime as dt
-import math
-import pathlib
+import io
 import struct
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from giantstep.errors import UnsupportedTypeError
-from giantstep.format.codec import Codec, Json, Kind, Reader, TensorSlot, Writer
+from giantstep.format.codec import Codec, Kind, Reader, TensorSlot, Writer
+from giantstep.format.kinds_numpy import NUMPY_KINDS
+from giantstep.format.kinds_text import TEXT_KINDS
+from giantstep.format.kinds_user import user_kinds
+from giantstep.format.object_text import Json
+from giantstep.format.payload import int_of, items_of, same_text, text_of
+from giantstep.format.registry import TypeRegistry
 from giantstep.shards.paths import Path, dotted
 
-
-def _items(value: Iterable[Any], writer: Writer, path: Path) -> Json:
-    return [writer.value(item, (*path, position)) for position, item in enumerate(value)]
+# Numbers.
 
 
-def _pairs(value: dict[Any, Any], writer: Writer, path: Path) -> Json:
-    return [[writer.value(key, (*path, "<key>")), writer.value(item, (*path, key))] for key, item in value.items()]
-
-
-def _unordered(value: Iterable[Any], writer: Writer, path: Path) -> Json:
-    # In the order of their own encodings, so that equal sets give equal bytes in every process.
-    ordered = sorted((writer.encode_alone(item, (*path, "<item>")), n) for n, item in enumerate(value))
-    items = list(value)
-    return [writer.value(items[n], (*path, "<item>")) for _, n in ordered]
-
-
-def _read_items(payload: Json, reader: Reader) -> list[Any]:
-    if not isinstance(payload, list):
-        raise TypeError("expected a list")
-    return [reader.value(item) for item in payload]
-
-
-def _read_pairs(payload: Json, reader: Reader) -> list[tuple[Any, Any]]:
-    pairs = [(reader.value(key), reader.value(item)) for key, item in payload]
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key appears twice")
-    return pairs
-
-
-def _read_str(payload: Json) -> str:
-    if not isinstance(payload, str):
-        raise TypeError("expected a string")
-    return payload
-
-
-def _namespace(kind: type, payload: Json, reader: Reader) -> Any:
-    result = kind()
-    for name, item in _read_pairs(payload, reader):
-        vars(result)[_read_str(name)] = item
-    return result
-
-
-_ARRAY_KINDS = "biufc"
-
-
-def _encode_array(value: Any, writer: Writer, path: Path) -> Json:
-    # Extended precision means different bytes on different machines.
-    if value.dtype.kind not in _ARRAY_KINDS or value.dtype.itemsize > (16 if value.dtype.kind == "c" else 8):
-        raise UnsupportedTypeError(
-            f"array at {dotted(path)!r} has dtype {value.dtype}: expected bool, integer, float or complex numbers. "
-            "Convert it before saving."
-        )
-    plain = np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False)
-    return [plain.dtype.str, list(value.shape), writer.attach(plain.tobytes())]
-
-
-def _decode_array(payload: Json, reader: Reader) -> Any:
-    name, shape, reference = payload
-    dtype = np.dtype(_read_str(name))
-    if dtype.kind not in _ARRAY_KINDS or dtype.fields is not None or dtype.subdtype is not None:
-        raise ValueError(f"array dtype {name!r}")
-    if not all(type(part) is int and part >= 0 for part in shape):
-        raise ValueError(f"array shape {shape!r}")
-    data = np.frombuffer(reader.attachment(reference), dtype=dtype)
-    if math.prod(shape) != data.size:
-        raise ValueError(f"array of shape {shape} has {data.size} values")
-    return data.reshape(shape).copy()
+def _decode_int(payload: Json, _reader: Reader) -> int:
+    found = int(text_of(payload), 16)
+    same_text(hex(found), payload)
+    return found
 
 
 def _encode_float(value: float, _writer: Writer, _path: Path) -> Json:
@@ -95,87 +39,122 @@ def _encode_float(value: float, _writer: Writer, _path: Path) -> Json:
 
 
 def _decode_float(payload: Json, _reader: Reader) -> float:
-    result: float = struct.unpack(">d", bytes.fromhex(_read_str(payload)))[0]
+    data = bytes.fromhex(text_of(payload))
+    same_text(data.hex(), payload)
+    result: float = struct.unpack(">d", data)[0]
     return result
 
 
-def _encode_datetime(value: dt.datetime, _writer: Writer, path: Path) -> Json:
-    if value.tzinfo is not None and type(value.tzinfo) is not dt.timezone:
-        raise UnsupportedTypeError(
-            f"datetime at {dotted(path)!r} is in time zone {value.tzinfo}, whose rules cannot be stored. "
-            "Convert it with astimezone(datetime.UTC) before saving."
-        )
-    return [value.isoformat(), value.fold]
+def _decode_complex(payload: Json, reader: Reader) -> complex:
+    real, imaginary = (_decode_float(part, reader) for part in items_of(payload, 2))
+    return complex(real, imaginary)
 
 
-def _encode_slot(value: TensorSlot, _writer: Writer, _path: Path) -> Json:
-    return value.key
+def _decode_range(payload: Json, reader: Reader) -> range:
+    start, stop, step = (_decode_int(part, reader) for part in items_of(payload, 3))
+    return range(start, stop, step)
 
 
-BASE_KINDS: tuple[Kind, ...] = (
-    Kind("int", int, lambda v, w, p: hex(v), lambda j, r: int(_read_str(j), 16)),
+# Bytes.
+
+
+def _encode_file(value: io.BytesIO, writer: Writer, path: Path) -> Json:
+    if value.closed:
+        raise UnsupportedTypeError(f"file in memory at {dotted(path)!r} is closed: save it before it is closed")
+    return writer.attach(value.getvalue())
+
+
+# Containers.
+
+
+def _encode_pairs(value: dict[Any, Any], writer: Writer, path: Path) -> Json:
+    found = []
+    for key, item in value.items():
+        # A loop: deep values must not need more of Python's stack than they do.
+        found.append([writer.value(key, (*path, "<key>")), writer.value(item, (*path, key))])
+    return found
+
+
+def _encode_fields(value: Any, writer: Writer, path: Path) -> Json:
+    return _encode_pairs(vars(value), writer, path)
+
+
+def _read_pairs(payload: Json, reader: Reader) -> dict[Any, Any]:
+    found = {}
+    for pair in items_of(payload):
+        key, item = items_of(pair, 2)
+        found[reader.value(key)] = reader.value(item)
+    if len(found) != len(payload):
+        raise ValueError("a key appears twice")
+    return found
+
+
+def _read_set(payload: Json, reader: Reader) -> set[Any]:
+    found = set(reader.items(payload))
+    if len(found) != len(payload):
+        raise ValueError("an element appears twice")
+    return found
+
+
+def _namespace_kind(tag: str, cls: type[Any]) -> Kind:
+    def decode(payload: Json, reader: Reader) -> Any:
+        found = cls()
+        for name, item in _read_pairs(payload, reader).items():
+            vars(found)[text_of(name)] = item
+        return found
+
+    return Kind(tag, cls, _encode_fields, decode)
+
+
+def _encode_deque(value: collections.deque[Any], writer: Writer, path: Path) -> Json:
+    return [writer.value(value.maxlen, path), writer.items(value, path)]
+
+
+def _decode_deque(payload: Json, reader: Reader) -> collections.deque[Any]:
+    stored, items = items_of(payload, 2)
+    maxlen = reader.value(stored)
+    if maxlen is not None and len(items_of(items)) > int_of(maxlen, 0, sys.maxsize):
+        raise ValueError("more items than the greatest length")
+    return collections.deque(reader.items(items), maxlen)
+
+
+_NUMBER_KINDS: tuple[Kind, ...] = (
+    Kind("int", int, lambda v, w, p: hex(v), _decode_int),
     Kind("float", float, _encode_float, _decode_float),
-    Kind(
-        "complex",
-        complex,
-        lambda v, w, p: [_encode_float(v.real, w, p), _encode_float(v.imag, w, p)],
-        lambda j, r: complex(_decode_float(j[0], r), _decode_float(j[1], r)),
-    ),
-    Kind("bytes", bytes, lambda v, w, p: w.attach(v), lambda j, r: r.attachment(j)),
-    Kind("bytearray", bytearray, lambda v, w, p: w.attach(bytes(v)), lambda j, r: bytearray(r.attachment(j))),
-    Kind("tuple", tuple, _items, lambda j, r: tuple(_read_items(j, r))),
-    Kind("set", set, _unordered, lambda j, r: set(_read_items(j, r))),
-    Kind("frozenset", frozenset, _unordered, lambda j, r: frozenset(_read_items(j, r))),
-    Kind("dict", dict, _pairs, lambda j, r: dict(_read_pairs(j, r))),
-    Kind("ordered_dict", collections.OrderedDict, _pairs, lambda j, r: collections.OrderedDict(_read_pairs(j, r))),
-    Kind(
-        "argparse.Namespace",
-        argparse.Namespace,
-        lambda v, w, p: _pairs(dict(vars(v)), w, p),
-        lambda j, r: _namespace(argparse.Namespace, j, r),
-    ),
-    Kind(
-        "types.SimpleNamespace",
-        types.SimpleNamespace,
-        lambda v, w, p: _pairs(dict(vars(v)), w, p),
-        lambda j, r: _namespace(types.SimpleNamespace, j, r),
-    ),
-    Kind(
-        "path",
-        type(pathlib.Path()),
-        lambda v, w, p: str(v),
-        lambda j, r: pathlib.Path(_read_str(j)),
-    ),
-    Kind("pure_path", pathlib.PurePosixPath, lambda v, w, p: str(v), lambda j, r: pathlib.PurePosixPath(_read_str(j))),
-    Kind(
-        "datetime",
-        dt.datetime,
-        _encode_datetime,
-        lambda j, r: dt.datetime.fromisoformat(_read_str(j[0])).replace(fold=j[1]),
-    ),
-    Kind("date", dt.date, lambda v, w, p: v.isoformat(), lambda j, r: dt.date.fromisoformat(_read_str(j))),
-    Kind(
-        "timedelta",
-        dt.timedelta,
-        lambda v, w, p: [v.days, v.seconds, v.microseconds],
-        lambda j, r: dt.timedelta(j[0], j[1], j[2]),
-    ),
-    Kind(
-        "range",
-        range,
-        lambda v, w, p: [hex(n) for n in (v.start, v.stop, v.step)],
-        lambda j, r: range(*(int(_read_str(n), 16) for n in j)),
-    ),
-    Kind("slice", slice, lambda v, w, p: _items((v.start, v.stop, v.step), w, p), lambda j, r: slice(*_read_items(j, r))),
-    Kind("ndarray", np.ndarray, _encode_array, _decode_array),
-    *(
-        Kind(f"numpy.{np.dtype(scalar).name}", scalar, _encode_array, lambda j, r: _decode_array(j, r)[()])
-        for scalar in (
-            *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
-            *(np.float16, np.float32, np.float64, np.complex64, np.complex128),
-        )
-    ),
-    Kind("tensor_slot", TensorSlot, _encode_slot, lambda j, r: TensorSlot(_read_str(j))),
+    Kind("complex", complex, lambda v, w, p: [_encode_float(v.real, w, p), _encode_float(v.imag, w, p)], _decode_complex),
+    Kind("range", range, lambda v, w, p: [hex(v.start), hex(v.stop), hex(v.step)], _decode_range),
+    Kind("slice", slice, lambda v, w, p: w.items((v.start, v.stop, v.step), p), lambda j, r: slice(*r.items(items_of(j, 3)))),
 )
 
-BASE_CODEC = Codec(BASE_KINDS)
+_BYTES_KINDS: tuple[Kind, ...] = (
+    Kind("bytes", bytes, lambda v, w, p: w.attach(v), lambda j, r: bytes(r.attachment(j))),
+    Kind("bytearray", bytearray, lambda v, w, p: w.attach(bytes(v)), lambda j, r: bytearray(r.attachment(j))),
+    Kind("io.BytesIO", io.BytesIO, _encode_file, lambda j, r: io.BytesIO(bytes(r.attachment(j)))),
+)
+
+_CONTAINER_KINDS: tuple[Kind, ...] = (
+    Kind("tuple", tuple, lambda v, w, p: w.items(v, p), lambda j, r: tuple(r.items(j))),
+    Kind("set", set, lambda v, w, p: w.sorted_items(v, p), _read_set),
+    Kind("frozenset", frozenset, lambda v, w, p: w.sorted_items(v, p), lambda j, r: frozenset(_read_set(j, r))),
+    Kind("dict", dict, _encode_pairs, _read_pairs),
+    Kind("ordered_dict", collections.OrderedDict, _encode_pairs, lambda j, r: collections.OrderedDict(_read_pairs(j, r))),
+    Kind("deque", collections.deque, _encode_deque, _decode_deque),
+    _namespace_kind("argparse.Namespace", argparse.Namespace),
+    _namespace_kind("types.SimpleNamespace", types.SimpleNamespace),
+    Kind("tensor_slot", TensorSlot, lambda v, w, p: v.key, lambda j, r: TensorSlot(text_of(j))),
+)
+
+
+def base_kinds(registry: TypeRegistry) -> tuple[Kind, ...]:
+    """All kinds that need nothing but Python and NumPy; the user's own types are those of the registry."""
+    return (*_NUMBER_KINDS, *_BYTES_KINDS, *TEXT_KINDS, *_CONTAINER_KINDS, *NUMPY_KINDS, *user_kinds(registry))
+
+
+def late_kinds() -> Iterable[Kind]:
+    """Kinds whose import takes long, for a codec's `more`."""
+    from giantstep.format.kinds_random import random_kinds  # noqa: PLC0415 - imports numpy.random
+
+    return random_kinds()
+
+
+BASE_CODEC = Codec(base_kinds(TypeRegistry()), late_kinds)

@@ -1,93 +1,50 @@
-"""`describe`: the one entry of stage 1. Sorts the leaves of a state dict into tensors and common state.
+"""`describe`: the one entry of stage 1. Sorts the leaves of a state dict into tensors, objects and common state.
 
-Nothing after this module knows of ShardedTensor, DTensor, flatness or strides: only regions, each with a view of
-the memory that holds (or will hold) it. Called by `save` and `load`.
+Nothing after this module knows of ShardedTensor, factories, wrappers, DTensor, flatness or strides: only regions, each
+with a view of the memory that holds (or will hold) it. Called by `save` and `load`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from giantstep.errors import BadArgumentError
-from giantstep.mapping.dtensor import DTensorReader
-from giantstep.mapping.sharded_tensor import ShardedTensor, is_main_replica
+from giantstep.mapping.expand import Joint, expand
+from giantstep.mapping.leaves import LeafMaker, TensorLeaf
+from giantstep.mapping.replica import is_main_replica
+from giantstep.mapping.sharded_object import LocalNonpersistentObject, ShardedObject
+from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.tree import DROPPED, Tree, map_leaves, prune
 from giantstep.planning.description import COPY, IMPLICIT, MAIN
-from giantstep.shards.dtypes import DType, dtype_of_torch_name
+from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.paths import Path, dotted
-from giantstep.shards.region import Region, check_shape
 
 
-@dataclass(slots=True)
-class TensorLeaf:
-    """One tensor of the state dict, as regions of its global tensor.
-
-    Attributes:
-        path: where it stands in the state dict.
-        key, dtype, global_shape: the global tensor.
-        source: the user's object.
-        role: MAIN, COPY (explicit replica ids) or IMPLICIT (holders of one region are found by comparing).
-        mesh: for IMPLICIT shards, the set of ranks within which equality is guaranteed; 0 for none.
-        pieces: (region, view) pairs; the views are None where memory is still to be allocated.
-        allow_shape_mismatch: see `ShardedTensor`.
-    """
+@dataclass(frozen=True, slots=True)
+class ObjectLeaf:
+    """One sharded object of the state dict: where it stands, and the user's object."""
 
     path: Path
-    key: str
-    dtype: DType
-    global_shape: tuple[int, ...]
-    source: Any
+    source: ShardedObject
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object as it is stored.
+
+    Attributes:
+        value: what is stored.
+        role: MAIN, COPY, or IMPLICIT: the same on all ranks that have it.
+        path: where it stands in the state dict, for errors.
+    """
+
+    value: Any
     role: int
-    mesh: int = 0
-    mesh_size: int = 1
-    pieces: list[tuple[Region, torch.Tensor | None]] = field(default_factory=list)
-    allow_shape_mismatch: bool = False
-
-    def allocate(self) -> None:
-        """Give memory to a leaf that has none, on the CPU; `result` is then the new tensor."""
-        absent = isinstance(self.source, ShardedTensor) and self.source.data is None
-        if not absent and all(view is not None for _, view in self.pieces):
-            return
-        kind = getattr(torch, self.dtype.torch_name)
-        if isinstance(self.source, ShardedTensor):
-            self.source = ShardedTensor(
-                **{name: getattr(self.source, name) for name in _SHARDED_FIELDS if name != "data"},
-                data=torch.empty(self.source.data_shape(), dtype=kind, device="cpu"),
-            )
-            self.pieces = [*self.source.pieces(_data(self.source))]
-        elif isinstance(self.source, DTensor):
-            local = torch.empty_like(self.source._local_tensor, device=self.source.device_mesh.device_type)
-            self.source = DTensor.from_local(
-                local,
-                self.source.device_mesh,
-                self.source.placements,
-                run_check=False,
-                shape=self.source.shape,
-                stride=self.source.stride(),
-            )
-            self.pieces = [*DTensorReader().shard(self.key, self.source).pieces]
-        else:
-            self.source = torch.empty(self.global_shape, dtype=kind, device="cpu")
-            self.pieces = [(Region.whole(self.global_shape), self.source)]
-
-    @property
-    def result(self) -> Any:
-        """What stands at `path` after loading: the local tensor of a ShardedTensor, else the tensor itself."""
-        return self.source.data if isinstance(self.source, ShardedTensor) else self.source
-
-
-_SHARDED_FIELDS = tuple(ShardedTensor.__dataclass_fields__)
-
-
-def _data(tensor: ShardedTensor) -> torch.Tensor:
-    if tensor.data is None:
-        raise BadArgumentError(f"tensor {tensor.key!r} has no data")
-    return tensor.data
+    path: Path = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +53,21 @@ class Described:
 
     Attributes:
         leaves: its tensors, in the order of the state dict.
-        common: the state dict without tensors (see `tree.prune`); an empty dict if nothing is left.
-        tree: the state dict with Stateful objects replaced by their state dicts.
-        statefuls: (path, object) of those; inner ones before outer ones.
+        objects: its sharded objects.
+        locals: (path, value) of its local nonpersistent objects.
+        stored: what is stored as objects, by name: sharded objects, descriptions of wrapper tensors, and the common
+            state, i.e. all other leaves (see `tree.prune`; an empty dict if there are none).
+        tree: the state dict with Stateful objects, factories and wrapper tensors replaced by what stands for them.
+        statefuls, joints: see `Expanded`.
     """
 
     leaves: list[TensorLeaf]
-    common: Tree
+    objects: list[ObjectLeaf]
+    locals: list[tuple[Path, Any]]
+    stored: dict[str, StoredObject]
     tree: Tree
     statefuls: list[tuple[Path, Any]]
+    joints: list[Joint]
 
 
 def describe(state_dict: Any, *, for_load: bool) -> Described:
@@ -119,99 +82,60 @@ def describe(state_dict: Any, *, for_load: bool) -> Described:
     """
     if not isinstance(state_dict, dict):
         raise BadArgumentError(f"state_dict must be a dict, not {type(state_dict).__name__}")
-    statefuls: list[tuple[Path, Any]] = []
-    tree = _expand(state_dict, statefuls, ())
+    expanded = expand(state_dict)
     leaves: list[TensorLeaf] = []
-    reader = DTensorReader()
+    objects: list[ObjectLeaf] = []
+    local: list[tuple[Path, Any]] = []
+    maker = LeafMaker(for_load=for_load)
 
     def sort(path: Path, leaf: Any) -> Any:
-        if isinstance(leaf, ShardedTensor):
-            leaves.append(_sharded_leaf(path, leaf, for_load))
-        elif isinstance(leaf, DTensor):
-            leaves.append(_dtensor_leaf(path, leaf, reader, for_load))
-        elif isinstance(leaf, torch.Tensor):
-            leaves.append(_plain_leaf(path, leaf, for_load))
+        if isinstance(leaf, ShardedTensor | torch.Tensor):
+            leaves.append(maker.leaf(path, leaf))
+        elif isinstance(leaf, ShardedObject):
+            leaf.validate()
+            objects.append(ObjectLeaf(path, leaf))
+        elif isinstance(leaf, LocalNonpersistentObject):
+            local.append((path, leaf.unwrap()))
         else:
             return leaf
         return DROPPED
 
-    common = prune(map_leaves(tree, sort))
+    common = prune(map_leaves(expanded.tree, sort))
     _check_keys(leaves)
-    return Described(leaves, {} if common is DROPPED else common, tree, statefuls)
+    stored = _stored(objects, for_load=for_load)
+    stored |= {name: StoredObject(value, IMPLICIT, (name,)) for name, value in expanded.wrappers.items()}
+    stored[COMMON_KEY] = StoredObject({} if common is DROPPED else common, IMPLICIT)
+    return Described(leaves, objects, local, stored, expanded.tree, expanded.statefuls, expanded.joints)
 
 
-def _expand(tree: Tree, statefuls: list[tuple[Path, Any]], path: Path) -> Tree:
-    def replace(where: Path, leaf: Any) -> Any:
-        is_stateful = callable(getattr(leaf, "state_dict", None)) and callable(getattr(leaf, "load_state_dict", None))
-        if not is_stateful or isinstance(leaf, torch.Tensor | type):
-            return leaf
-        inner = _expand(leaf.state_dict(), statefuls, where)
-        statefuls.append((where, leaf))
-        return inner
-
-    return map_leaves(tree, replace, path)
-
-
-def _check_view(view: torch.Tensor, key: str, for_load: bool) -> torch.Tensor | None:
-    if view.layout != torch.strided:
-        raise BadArgumentError(
-            f"tensor {key!r} has layout {view.layout}: expected a dense (strided) one. Save its parts as tensors of their own."
-        )
-    if view.device.type == "meta":
-        if for_load:
-            return None
-        raise BadArgumentError(f"tensor {key!r} is on the meta device and has no values to save")
-    if (
-        for_load
-        and 0 in view.stride()
-        and any(stride == 0 and size > 1 for stride, size in zip(view.stride(), view.shape, strict=True))
-    ):
-        raise BadArgumentError(f"tensor {key!r} is expanded: several of its elements share memory, so it cannot be loaded into")
-    return view.detach()
+def _stored(objects: Sequence[ObjectLeaf], *, for_load: bool) -> dict[str, StoredObject]:
+    found: dict[str, StoredObject] = {}
+    places: dict[str, Path] = {}
+    for leaf in objects:
+        name = leaf.source.unique_key
+        _check_unicode(leaf.source.key, "object")
+        if name in places and not for_load:
+            raise BadArgumentError(
+                f"two objects of the state dict are {name!r}: at {dotted(places[name])!r} and {dotted(leaf.path)!r}. Give them "
+                "different keys or positions."
+            )
+        places[name] = leaf.path
+        found[name] = StoredObject(leaf.source.data, MAIN if is_main_replica(leaf.source.replica_id) else COPY, leaf.path)
+    return found
 
 
-def _sharded_leaf(path: Path, tensor: ShardedTensor, for_load: bool) -> TensorLeaf:
-    tensor.validate()
-    role = MAIN if is_main_replica(tensor.replica_id) else COPY
-    leaf = TensorLeaf(path, tensor.key, dtype_of_torch_name(str(tensor.dtype)), tensor.global_shape, tensor, role)
-    leaf.allow_shape_mismatch = tensor.allow_shape_mismatch
-    if tensor.data is None:
-        if not for_load:
-            raise BadArgumentError(f"tensor {tensor.key!r} has no data to save: data is None")
-        stand_in = torch.empty(tensor.data_shape(), dtype=tensor.dtype, device="meta")
-        leaf.pieces = [(region, None) for region, _ in tensor.pieces(stand_in)]
-    else:
-        leaf.pieces = [
-            (region, _check_view(view, tensor.key, for_load)) for region, view in tensor.pieces(tensor.data.detach())
-        ]
-    return leaf
-
-
-def _dtensor_leaf(path: Path, tensor: DTensor, reader: DTensorReader, for_load: bool) -> TensorLeaf:
-    key = dotted(path)
-    dtype = dtype_of_torch_name(str(tensor.dtype))
-    shape = check_shape(tuple(tensor.shape), f"tensor {key!r}")
-    shard = reader.shard(key, tensor)
-    pieces = [(region, _check_view(view, key, for_load)) for region, view in shard.pieces]
-    return TensorLeaf(path, key, dtype, shape, tensor, IMPLICIT, shard.mesh, shard.mesh_size, pieces)
-
-
-def _plain_leaf(path: Path, tensor: torch.Tensor, for_load: bool) -> TensorLeaf:
-    key = dotted(path)
-    dtype = dtype_of_torch_name(str(tensor.dtype))
-    shape = check_shape(tuple(tensor.shape), f"tensor {key!r}")
-    view = _check_view(tensor, key, for_load)
-    return TensorLeaf(path, key, dtype, shape, tensor, IMPLICIT, pieces=[(Region.whole(shape), view)])
+def _check_unicode(key: str, noun: str) -> None:
+    try:
+        key.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadArgumentError(f"{noun} key {key!r} is not valid Unicode: {error}") from error
 
 
 def _check_keys(leaves: Sequence[TensorLeaf]) -> None:
     """One key has one meaning on this rank, and only ShardedTensors may share a key."""
     first: dict[str, TensorLeaf] = {}
     for leaf in leaves:
-        try:
-            leaf.key.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadArgumentError(f"tensor key {leaf.key!r} is not valid Unicode: {error}") from error
+        _check_unicode(leaf.key, "tensor")
         if not leaf.key:
             raise BadArgumentError(f"tensor at path {leaf.path} has an empty key")
         other = first.setdefault(leaf.key, leaf)

@@ -12,18 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from giantstep.errors import BadArgumentError
+from giantstep.mapping.replica import ReplicaId, check_replica_id
 from giantstep.shards.dtypes import dtype_of_torch_name
 from giantstep.shards.flat import flat_range_to_regions
 from giantstep.shards.region import Region, as_ints, check_shape
 
-ReplicaId = int | tuple[int, ...]
 RankOffset = tuple[int, int, int]
 """(axis, index of this rank's part along it, number of parts)."""
-
-
-def is_main_replica(replica_id: ReplicaId) -> bool:
-    """Whether this replica id marks the copy that is written: 0, or a tuple of zeros."""
-    return replica_id == 0 if isinstance(replica_id, int) else all(part == 0 for part in replica_id)
 
 
 @dataclass(eq=False, slots=True)
@@ -154,6 +149,60 @@ class ShardedTensor:
         """A copy that describes the shard and holds no tensor."""
         return replace(self, data=None)
 
+    def narrow(self, dim: int, start: int, length: int) -> list[ShardedTensor]:
+        """The same range of every shard along one axis, as a tensor of its own; e.g. one half of a fused weight.
+
+        All ranks narrow alike, so the global tensor shrinks as the shard does: along `dim`, its shape and this shard's
+        offset are multiplied by `length / local_shape[dim]`. Give the result a key of its own with
+        `dataclasses.replace`.
+
+        Args:
+            dim: axis of `local_shape`.
+            start, length: range along it, in elements.
+
+        Returns:
+            One shard whose data are a view of this one's. A flattened shard can be narrowed along its first axis
+            longer than 1, where the result is one range again.
+
+        Raises:
+            BadArgumentError: the range does not lie in the shard, shards of this length do not tile the global
+                tensor, or a flattened shard would fall apart.
+        """
+        what = f"tensor {self.key!r}: narrow({dim}, {start}, {length})"
+        if not 0 <= dim < len(self.local_shape) or not 0 <= start <= start + length <= self.local_shape[dim]:
+            raise BadArgumentError(f"{what} does not lie in local shape {self.local_shape}")
+        axis, whole = self.prepend_axis_num + dim, self.local_shape[dim]
+        total, offset = self.global_shape[axis], self.global_offset[axis]
+        if whole == 0 or total % whole or offset % whole:
+            raise BadArgumentError(
+                f"{what}: shards of {whole} along axis {axis} at offset {offset} do not tile global shape {self.global_shape}"
+            )
+        data, flat = self._narrowed_data(dim, start, length, what)
+        return [
+            replace(
+                self,
+                data=data,
+                local_shape=_changed(self.local_shape, dim, length),
+                global_shape=_changed(self.global_shape, axis, total // whole * length),
+                global_offset=_changed(self.global_offset, axis, offset // whole * length),
+                flattened_range=flat,
+            )
+        ]
+
+    def _narrowed_data(self, dim: int, start: int, length: int, what: str) -> tuple[torch.Tensor | None, slice | None]:
+        """The view of the data, and its flat range in the narrowed shard if this one is flattened."""
+        flat = self.flattened_range
+        if flat is None:
+            return (None if self.data is None else self.data.narrow(dim, start, length)), None
+        if any(count > 1 for count in self.local_shape[:dim]):
+            raise BadArgumentError(f"{what}: a flattened shard can only be narrowed along its first axis longer than 1")
+        row = math.prod(self.local_shape[dim + 1 :])
+        low = min(max(flat.start, start * row), flat.stop)
+        high = max(min(flat.stop, (start + length) * row), low)
+        data = None if self.data is None else self.data[low - flat.start : high - flat.start]
+        first = min(max(low - start * row, 0), length * row)
+        return data, slice(first, first + high - low)
+
     def region(self) -> Region:
         """The shard's region of the global tensor, prepended axes included; for a flat shard, of its box."""
         return Region(self.global_offset, (1,) * self.prepend_axis_num + self.local_shape)
@@ -190,7 +239,7 @@ class ShardedTensor:
         self.global_offset = as_ints(self.global_offset, f"global_offset of tensor {self.key!r}")
         self._validate_region()
         self._validate_grid()
-        self._validate_replica_id()
+        check_replica_id(self.replica_id, f"tensor {self.key!r}")
         self._validate_flattened_range()
         self._validate_data()
 
@@ -225,13 +274,6 @@ class ShardedTensor:
                 f"{self.global_shape}. Pass axis_fragmentations=None for an irregular grid."
             )
 
-    def _validate_replica_id(self) -> None:
-        parts = self.replica_id if isinstance(self.replica_id, tuple) else (self.replica_id,)
-        if not all(isinstance(part, int) and part >= 0 for part in parts):
-            raise BadArgumentError(
-                f"tensor {self.key!r}: replica_id {self.replica_id!r} must be an int or a tuple of ints, none negative"
-            )
-
     def _validate_flattened_range(self) -> None:
         if self.flattened_range is None:
             return
@@ -253,3 +295,7 @@ class ShardedTensor:
                 f"tensor {self.key!r}: data have shape {tuple(self.data.shape)} and dtype {self.data.dtype}, "
                 f"expected {self.data_shape()} and {self.dtype}"
             )
+
+
+def _changed(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
+    return (*values[:place], value, *values[place + 1 :])

@@ -1,4 +1,4 @@
-"""Nested state dicts: walking them, taking the tensors out, and putting values back.
+"""Nested state dicts: walking them, taking leaves out, putting values back, comparing two.
 
 Containers are dicts (subclasses count as dicts, `OrderedDict` stays one), lists and tuples; everything else is
 a leaf. Only structure is handled here; what a leaf means is `describe`'s.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from giantstep.errors import BadArgumentError
@@ -36,8 +37,72 @@ def map_leaves(tree: Tree, function: LeafFunction, path: Path = ()) -> Tree:
     return function(path, tree)
 
 
+def flatten(tree: Tree) -> dict[Path, Any]:
+    """All leaves by path, in order. Containers without leaves leave no trace."""
+    found: dict[Path, Any] = {}
+    map_leaves(tree, found.setdefault)
+    return found
+
+
+def replace_at(tree: Tree, path: Path, function: Callable[[Tree], Any]) -> Tree:
+    """The tree with `function(subtree)` at a path. Dicts on the way are changed in place, lists and tuples rebuilt.
+
+    Where the path does not exist it is made, and the subtree is an empty dict.
+    """
+    if not path:
+        return function(tree)
+    step, rest = path[0], path[1:]
+    if isinstance(tree, dict):
+        tree[step] = replace_at(tree.get(step, {}), rest, function)
+        return tree
+    if type(tree) in (list, tuple) and isinstance(step, int):
+        items = list(tree) + [{}] * (step + 1 - len(tree))
+        items[step] = replace_at(items[step], rest, function)
+        return type(tree)(items)
+    return replace_at({}, path, function)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeDifference:
+    """Paths of leaves that two trees do not share.
+
+    Attributes:
+        only_left, only_right: leaves that the other has not.
+        mismatched: leaves that both have, with different values.
+    """
+
+    only_left: tuple[Path, ...]
+    only_right: tuple[Path, ...]
+    mismatched: tuple[Path, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.only_left or self.only_right or self.mismatched)
+
+
+def diff(left: Tree, right: Tree, equal: Callable[[Any, Any], bool]) -> TreeDifference:
+    """Compare two trees leaf by leaf with `equal`; the order of keys and empty containers do not count."""
+    a, b = flatten(left), flatten(right)
+    return TreeDifference(
+        tuple(path for path in a if path not in b),
+        tuple(path for path in b if path not in a),
+        tuple(path for path in a if path in b and not equal(a[path], b[path])),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A value on its way back into a tree: a leaf, even if it is a container itself."""
+
+    value: Any
+
+
+def unplaced(tree: Tree) -> Tree:
+    """The tree with the values of `Placed` leaves."""
+    return map_leaves(tree, lambda _, leaf: leaf.value if isinstance(leaf, Placed) else leaf)
+
+
 class _Dropped:
-    """Marks a place from which a tensor was taken."""
+    """Marks a place from which a leaf was taken."""
 
 
 DROPPED = _Dropped()
@@ -66,13 +131,13 @@ def prune(tree: Tree, path: Path = ()) -> Tree:
 
 
 def merge(loaded: Tree, common: Tree) -> Tree:
-    """The stored common state with the loaded tensors in their places.
+    """The stored common state with the loaded tensors and objects in their places.
 
     What was stored comes back as it was stored, whatever the caller's state held there; of the caller's state only
-    tensors and the containers that lead to them are added.
+    `Placed` leaves and the containers that lead to them are added.
 
     Args:
-        loaded: the caller's state with `DROPPED` in place of everything that is no tensor.
+        loaded: the caller's state with `Placed` leaves, and `DROPPED` in place of all others.
         common: the stored common state, with a `TensorSlot` where a list or tuple held a tensor.
 
     Returns:
@@ -81,12 +146,12 @@ def merge(loaded: Tree, common: Tree) -> Tree:
     if loaded is DROPPED:
         return common
     if common is DROPPED or isinstance(common, TensorSlot):
-        return _only_tensors(loaded)
+        return _only_leaves(loaded)
     if isinstance(loaded, dict) and isinstance(common, dict):
         merged = {key: merge(loaded.get(key, DROPPED), value) for key, value in common.items()}
         for key, value in loaded.items():
             if key not in common:
-                found = _only_tensors(value)
+                found = _only_leaves(value)
                 if found is not DROPPED:
                     merged[key] = found
         return OrderedDict(merged) if isinstance(common, OrderedDict) else merged
@@ -96,19 +161,19 @@ def merge(loaded: Tree, common: Tree) -> Tree:
             merge(loaded[n] if n < len(loaded) else DROPPED, common[n] if n < len(common) else DROPPED) for n in range(length)
         )
         return type(common)(None if value is DROPPED else value for value in values)
-    return _only_tensors(loaded) if _holds_tensor(loaded) else common
+    return _only_leaves(loaded) if _holds_leaf(loaded) else common
 
 
-def _holds_tensor(tree: Tree) -> bool:
+def _holds_leaf(tree: Tree) -> bool:
     """Whether anything but `DROPPED` places and containers of them is in the tree."""
     if isinstance(tree, dict):
-        return any(map(_holds_tensor, tree.values()))
+        return any(map(_holds_leaf, tree.values()))
     if type(tree) in (list, tuple):
-        return any(map(_holds_tensor, tree))
+        return any(map(_holds_leaf, tree))
     return tree is not DROPPED
 
 
-def _only_tensors(tree: Tree) -> Tree:
+def _only_leaves(tree: Tree) -> Tree:
     """The tree without `DROPPED` places; None in their stead in lists and tuples; `DROPPED` if nothing is left.
 
     Containers that are empty to begin with stay: a rank may hold no tensor where others do.
@@ -116,13 +181,13 @@ def _only_tensors(tree: Tree) -> Tree:
     if isinstance(tree, dict | list | tuple) and not tree:
         return tree
     if isinstance(tree, dict):
-        kept = {key: _only_tensors(value) for key, value in tree.items()}
+        kept = {key: _only_leaves(value) for key, value in tree.items()}
         kept = {key: value for key, value in kept.items() if value is not DROPPED}
         if not kept:
             return DROPPED
         return OrderedDict(kept) if isinstance(tree, OrderedDict) else kept
     if type(tree) in (list, tuple):
-        items = [_only_tensors(value) for value in tree]
+        items = [_only_leaves(value) for value in tree]
         if all(item is DROPPED for item in items):
             return DROPPED
         return type(tree)(None if item is DROPPED else item for item in items)
@@ -132,6 +197,6 @@ def _only_tensors(tree: Tree) -> Tree:
 def _without_tail(items: list[Tree] | tuple[Tree, ...]) -> list[Tree]:
     """The items up to the last one that leads to a tensor."""
     kept = list(items)
-    while kept and not _holds_tensor(kept[-1]):
+    while kept and not _holds_leaf(kept[-1]):
         kept.pop()
     return kept

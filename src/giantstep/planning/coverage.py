@@ -21,18 +21,26 @@ def check_coverage(table: ShardTable, holders: Holders) -> None:
     pair = overlapping_pair(tensors, offset, size)
     if pair is not None:
         a, b = int(rows[pair[0]]), int(rows[pair[1]])
-        raise CoverageError(
+        raise _refusal(
+            table.keys[int(table.tensor[a])],
             f"tensor {table.keys[int(table.tensor[a])]!r}: regions {table.region_text(a)} of rank {int(table.rank[a])} and "
-            f"{table.region_text(b)} of rank {int(table.rank[b])} overlap. Main replicas must cover each element once."
+            f"{table.region_text(b)} of rank {int(table.rank[b])} overlap. Main replicas must cover each element once.",
         )
     # Without overlaps a tensor is covered if and only if the volumes add up.
     covered = _volumes(tensors, size, len(table.keys))
     total = table.shape.prod(axis=1)
     short = np.flatnonzero(covered != total)
     if len(short):
-        raise CoverageError(
-            _gap_message(table, int(short[0]), int(total[short[0]] - covered[short[0]]), tensors, rows, len(short))
+        raise _refusal(
+            table.keys[int(short[0])],
+            _gap_message(table, int(short[0]), int(total[short[0]] - covered[short[0]]), tensors, rows, len(short)),
         )
+
+
+def _refusal(key: str, message: str) -> CoverageError:
+    error = CoverageError(message)
+    error.tensor_key = key
+    return error
 
 
 def _volumes(tensors: np.ndarray, size: np.ndarray, count: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,17 @@ def unpack_columns(data: bytes) -> dict[str, NDArray[np.generic]]:
         raise PeerFailureError(f"a rank sent columns that cannot be read: {error}") from error
 
 
+def pack_texts(name: str, texts: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+    """Texts as two columns."""
+    ends, data = encode_texts([text.encode("utf-8") for text in texts])
+    return {f"{name}_ends": ends, f"{name}_bytes": data}
+
+
+def unpack_texts(name: str, columns: Columns) -> list[str]:
+    """Inverse of `pack_texts`."""
+    return decode_texts(columns[f"{name}_ends"].astype(np.int64), columns[f"{name}_bytes"].astype(np.uint8))
+
+
 @dataclass(frozen=True, slots=True)
 class Description:
     """One rank's tensors and shards.
@@ -46,7 +57,11 @@ class Description:
         shard_mesh: [shards] the set of ranks within which IMPLICIT holders are known to be equal; 0 for none.
         shard_offset, shard_size: regions, ragged: as many values per shard as its tensor has dimensions.
         shard_digest: [shards, 2] digest of the content; zeros where none was taken.
-        common_digest: [2] digest of the encoded common state.
+        tied: [tensors] row of the tensor (itself, or another) in whose memory the tensor lies on this rank; -1 where
+            this rank holds nothing of it.
+        object_keys: names of the objects that this rank holds.
+        object_role: [objects] MAIN, COPY or IMPLICIT.
+        object_digest: [objects, 2] digest of the value.
     """
 
     keys: list[str]
@@ -59,7 +74,10 @@ class Description:
     shard_offset: Int64s
     shard_size: Int64s
     shard_digest: NDArray[np.uint64]
-    common_digest: NDArray[np.uint64]
+    tied: Int64s
+    object_keys: list[str]
+    object_role: NDArray[np.uint8]
+    object_digest: NDArray[np.uint64]
 
     @property
     def tensor_ndim(self) -> Int64s:
@@ -68,17 +86,18 @@ class Description:
 
     def encode(self) -> bytes:
         """The description as bytes."""
-        key_ends, key_bytes = encode_texts([key.encode("utf-8") for key in self.keys])
-        columns: dict[str, NDArray[np.generic]] = {"key_ends": key_ends, "key_bytes": key_bytes}
-        columns |= {name: getattr(self, name) for name in _COLUMNS}
+        columns: dict[str, NDArray[np.generic]] = {name: getattr(self, name) for name in _COLUMNS}
+        for name in _TEXTS:
+            columns |= pack_texts(name, getattr(self, name))
         return pack_columns(columns)
 
     @classmethod
     def decode(cls, data: bytes) -> Description:
         """Inverse of `encode`."""
         columns = unpack_columns(data)
-        keys = decode_texts(columns["key_ends"].astype(np.int64), columns["key_bytes"].astype(np.uint8))
-        return cls(keys, **{name: columns[name] for name in _COLUMNS})  # type: ignore[arg-type]
+        texts = {name: unpack_texts(name, columns) for name in _TEXTS}
+        return cls(**texts, **{name: columns[name] for name in _COLUMNS})  # type: ignore[arg-type]
 
 
-_COLUMNS = tuple(name for name in Description.__dataclass_fields__ if name != "keys")
+_TEXTS = ("keys", "object_keys")
+_COLUMNS = tuple(name for name in Description.__dataclass_fields__ if name not in _TEXTS)

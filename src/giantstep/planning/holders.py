@@ -70,11 +70,13 @@ def _check_single_main(table: ShardTable, rows: Int64s, group: Int64s, groups: i
     if len(doubled):
         chosen = rows[main & (group == doubled[0])]
         ranks = sorted({int(rank) for rank in table.rank[chosen]})
-        raise CoverageError(
+        error = CoverageError(
             f"tensor {table.keys[int(table.tensor[chosen[0]])]!r}: region {table.region_text(int(chosen[0]))} has "
             f"{len(chosen)} main replicas, on rank {', '.join(map(str, ranks[:20]))}. Give all but one of them a replica_id "
             "other than 0, or different regions." + _more(len(doubled) - 1)
         )
+        error.tensor_key = table.keys[int(table.tensor[chosen[0]])]
+        raise error
 
 
 def _check_contents(table: ShardTable, rows: Int64s, group: Int64s, starts: Int64s) -> None:

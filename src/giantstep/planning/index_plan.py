@@ -9,9 +9,9 @@ import numpy as np
 
 from giantstep.errors import PeerFailureError
 from giantstep.format.digests import Checksums
-from giantstep.format.index import Index, decode_texts, encode_texts
+from giantstep.format.index import Index, encode_texts
 from giantstep.format.record import FileEntry
-from giantstep.planning.description import pack_columns, unpack_columns
+from giantstep.planning.description import pack_columns, pack_texts, unpack_columns, unpack_texts
 from giantstep.planning.save_plan import SavePlan
 from giantstep.shards.region import Int64s, padded_to_ragged
 
@@ -42,22 +42,20 @@ class WriteReport:
     def encode(self) -> bytes:
         """As bytes."""
         columns = {name: getattr(self, name) for name in _COLUMNS}
-        for name in ("file_names", "object_keys"):
-            columns[f"{name}_ends"], columns[f"{name}_bytes"] = encode_texts([text.encode() for text in getattr(self, name)])
+        for name in _TEXTS:
+            columns |= pack_texts(name, getattr(self, name))
         return pack_columns(columns)
 
     @classmethod
     def decode(cls, data: bytes) -> WriteReport:
         """Inverse of `encode`."""
         columns = unpack_columns(data)
-        texts = {
-            name: decode_texts(columns[f"{name}_ends"].astype(np.int64), columns[f"{name}_bytes"].astype(np.uint8))
-            for name in ("file_names", "object_keys")
-        }
+        texts = {name: unpack_texts(name, columns) for name in _TEXTS}
         return cls(**texts, **{name: columns[name] for name in _COLUMNS})  # type: ignore[arg-type]
 
 
-_COLUMNS = tuple(name for name in WriteReport.__dataclass_fields__ if name not in ("file_names", "object_keys"))
+_TEXTS = ("file_names", "object_keys")
+_COLUMNS = tuple(name for name in WriteReport.__dataclass_fields__ if name not in _TEXTS)
 
 
 def build_index(plan: SavePlan, reports: Sequence[WriteReport]) -> tuple[Index, tuple[FileEntry, ...]]:
@@ -80,8 +78,8 @@ def build_index(plan: SavePlan, reports: Sequence[WriteReport]) -> tuple[Index, 
         chunk_file[rows] = report.chunk_file + first_file[rank]
         chunk_start[rows] = report.chunk_start
     key_ends, key_bytes = encode_texts([key.encode("utf-8") for key in plan.keys])
-    chunks_per_tensor = np.bincount(plan.tensor, minlength=len(plan.keys))
-    dims = plan.ndim[plan.tensor]
+    rows, chunks_per_tensor = _rows_by_tensor(plan)
+    dims = np.repeat(plan.ndim, chunks_per_tensor)
     index = Index(
         tensor_key_ends=key_ends,
         tensor_key_bytes=key_bytes,
@@ -89,17 +87,26 @@ def build_index(plan: SavePlan, reports: Sequence[WriteReport]) -> tuple[Index, 
         tensor_dims_ends=_ends(plan.ndim),
         tensor_dims=padded_to_ragged(plan.shape, plan.ndim),
         tensor_chunk_ends=_ends(chunks_per_tensor),
-        chunk_file=chunk_file,
-        chunk_start=chunk_start,
-        chunk_bytes=plan.bytes,
+        chunk_file=chunk_file[rows],
+        chunk_start=chunk_start[rows],
+        chunk_bytes=plan.bytes[rows],
         chunk_coordinate_ends=_ends(chunks_per_tensor * plan.ndim),
-        chunk_offset=padded_to_ragged(plan.offset, dims),
-        chunk_size=padded_to_ragged(plan.size, dims),
+        chunk_offset=padded_to_ragged(plan.offset[rows], dims),
+        chunk_size=padded_to_ragged(plan.size[rows], dims),
         **_object_columns(reports, first_file),
         file_block_ends=_ends(np.concatenate([report.file_blocks for report in reports])),
         block_checksum=np.concatenate([np.empty(0, np.uint64), *(report.block_checksum for report in reports)]),
     )
     return index, files
+
+
+def _rows_by_tensor(plan: SavePlan) -> tuple[Int64s, Int64s]:
+    """Rows of the plan's chunks, tensor by tensor, and their number per tensor; a tied tensor has those of its twin."""
+    counts = np.bincount(plan.tensor, minlength=len(plan.keys))
+    first = np.cumsum(counts) - counts
+    counts, first = counts[plan.tied], first[plan.tied]
+    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(first, counts) + within, counts
 
 
 def _ends(counts: Int64s) -> Int64s:

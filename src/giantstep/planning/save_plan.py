@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from giantstep.errors import PeerFailureError
 from giantstep.planning.balance import Regions, balance
 from giantstep.planning.coverage import check_coverage
-from giantstep.planning.description import Description, pack_columns, unpack_columns
+from giantstep.planning.description import Description, pack_columns, pack_texts, unpack_columns, unpack_texts
 from giantstep.planning.holders import Holders, group_holders
+from giantstep.planning.objects import ObjectPlan, plan_objects
 from giantstep.planning.shard_table import ShardTable, tabulate
 from giantstep.shards.region import Int64s, Region, padded_to_ragged, ragged_to_padded, split_region
 
@@ -24,25 +25,27 @@ class WritePart:
     Attributes:
         row: [chunks] row of this rank's description that holds the chunk.
         offset, size: [chunks] regions of the global tensor, ragged.
-        common_differs: the ranks' common state is not the same everywhere.
+        objects: names of the objects that it writes.
+        differing: names of objects that are not the same on all ranks that hold them.
     """
 
     row: Int64s
     offset: Int64s
     size: Int64s
-    common_differs: bool
+    objects: list[str]
+    differing: list[str]
 
     def encode(self) -> bytes:
         """As bytes."""
-        differs = np.array([self.common_differs], dtype=np.uint8)
-        return pack_columns({"row": self.row, "offset": self.offset, "size": self.size, "differs": differs})
+        texts = pack_texts("objects", self.objects) | pack_texts("differing", self.differing)
+        return pack_columns({"row": self.row, "offset": self.offset, "size": self.size, **texts})
 
     @classmethod
     def decode(cls, data: bytes) -> WritePart:
         """Inverse of `encode`."""
         columns = unpack_columns(data)
         row, offset, size = (columns[name].astype(np.int64) for name in ("row", "offset", "size"))
-        return cls(row, offset, size, bool(columns["differs"][0]))
+        return cls(row, offset, size, unpack_texts("objects", columns), unpack_texts("differing", columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +53,27 @@ class SavePlan:
     """Chunks of the checkpoint, in the order of the index: by key, then by offset.
 
     Attributes:
-        keys, dtype, ndim, shape: tensors, as in `ShardTable`.
+        keys, dtype, ndim, shape, tied: tensors, as in `ShardTable`. A tensor tied to another has no chunks of its own.
         tensor: [chunks] row in `keys`.
         offset, size: [chunks, width] regions, padded in front.
         bytes: [chunks] length.
         writer: [chunks] rank that writes it.
         source_row: [chunks] row in that rank's description.
-        common_differs: the ranks' common state is not the same everywhere.
+        objects: the objects of the checkpoint.
     """
 
     keys: list[str]
     dtype: NDArray[np.uint8]
     ndim: Int64s
     shape: Int64s
+    tied: Int64s
     tensor: Int64s
     offset: Int64s
     size: Int64s
     bytes: Int64s
     writer: Int64s
     source_row: Int64s
-    common_differs: bool
+    objects: ObjectPlan
 
     def chunks_of(self, rank: int) -> Int64s:
         """Rows of the chunks that a rank writes, in the order in which it gets and reports them."""
@@ -83,7 +87,8 @@ class SavePlan:
             self.source_row[rows],
             padded_to_ragged(self.offset[rows], dims),
             padded_to_ragged(self.size[rows], dims),
-            self.common_differs,
+            self.objects.of(rank),
+            list(self.objects.differing()),
         )
 
 
@@ -96,20 +101,27 @@ def plan_save(descriptions: Sequence[Description], *, split_bytes: int, max_chun
         max_chunk_bytes: larger chunks are divided.
 
     Raises:
-        DisagreementError, CoverageError: see `tabulate`, `group_holders`, `check_coverage`.
+        DisagreementError, CoverageError: see `tabulate`, `group_holders`, `check_coverage`, `plan_objects`.
     """
     table = tabulate(descriptions)
     holders = group_holders(table)
     check_coverage(table, holders)
-    plan = _shares_to_plan(table, holders, len(descriptions), split_bytes, _common_differs(descriptions))
+    objects = plan_objects(descriptions)
+    plan = _shares_to_plan(table, _untied(table, holders), len(descriptions), split_bytes, objects)
     return _sorted(_divided(plan, max_chunk_bytes))
 
 
-def _common_differs(descriptions: Sequence[Description]) -> bool:
-    return any((d.common_digest != descriptions[0].common_digest).any() for d in descriptions)
+def _untied(table: ShardTable, holders: Holders) -> Holders:
+    """The groups without those of tied tensors, whose bytes are stored as another tensor's."""
+    tensor = table.tensor[holders.first_rows]
+    kept = table.tied[tensor] == tensor
+    if kept.all():
+        return holders
+    counts = holders.counts[kept]
+    return Holders(holders.rows[np.repeat(kept, holders.counts)], np.cumsum(counts) - counts, counts)
 
 
-def _shares_to_plan(table: ShardTable, holders: Holders, ranks: int, split_bytes: int, differs: bool) -> SavePlan:
+def _shares_to_plan(table: ShardTable, holders: Holders, ranks: int, split_bytes: int, objects: ObjectPlan) -> SavePlan:
     first = holders.first_rows
     tensor, offset, size = table.tensor[first], table.offset[first], table.size[first]
     groups = np.arange(len(first))
@@ -128,13 +140,14 @@ def _shares_to_plan(table: ShardTable, holders: Holders, ranks: int, split_bytes
         table.dtype,
         table.ndim,
         table.shape,
+        table.tied,
         tensor[shares.group],
         chunk_offset,
         chunk_size,
         shares.count * slice_bytes[shares.group],
         table.rank[source],
         table.row[source],
-        differs,
+        objects,
     )
 
 
@@ -145,13 +158,14 @@ def _with_chunks(plan: SavePlan, rows: Int64s, offset: Int64s, size: Int64s, len
         plan.dtype,
         plan.ndim,
         plan.shape,
+        plan.tied,
         plan.tensor[rows],
         offset,
         size,
         length,
         plan.writer[rows],
         plan.source_row[rows],
-        plan.common_differs,
+        plan.objects,
     )
 
 

@@ -24,6 +24,7 @@ class ShardTable:
         dtype: [tensors] dtype codes.
         ndim: [tensors] number of dimensions.
         shape: [tensors, width] global shapes, padded in front with 1.
+        tied: [tensors] row of the tensor in whose memory this one lies on every rank that holds it; mostly its own.
         rank: [rows] rank that holds the shard.
         row: [rows] its row in that rank's description.
         tensor: [rows] row in `keys`.
@@ -35,6 +36,7 @@ class ShardTable:
     dtype: NDArray[np.uint8]
     ndim: Int64s
     shape: Int64s
+    tied: Int64s
     rank: Int64s
     row: Int64s
     tensor: Int64s
@@ -93,6 +95,7 @@ def tabulate(descriptions: Sequence[Description]) -> ShardTable:
         dtype=dtype[first],
         ndim=ndim[first],
         shape=shape[first],
+        tied=_tied(tensor, [np.where(d.tied < 0, -1, rows[d.tied]) for rows, d in zip(global_rows, descriptions, strict=True)]),
         rank=np.repeat(np.arange(len(descriptions)), counts),
         row=_ints([np.arange(count) for count in counts]),
         tensor=_ints([rows[d.shard_tensor] for rows, d in zip(global_rows, descriptions, strict=True)]),
@@ -102,6 +105,17 @@ def tabulate(descriptions: Sequence[Description]) -> ShardTable:
         offset=padded("shard_offset", 0),
         size=padded("shard_size", 1),
     )
+
+
+def _tied(tensor: Int64s, parts: list[Int64s]) -> Int64s:
+    """Per tensor, the one that all ranks that hold it say it is tied to; itself if they do not agree."""
+    count = int(tensor.max(initial=-1)) + 1
+    said = _ints(parts)
+    holding = said >= 0
+    low, high = np.full(count, count, dtype=np.int64), np.full(count, -1, dtype=np.int64)
+    np.minimum.at(low, tensor[holding], said[holding])
+    np.maximum.at(high, tensor[holding], said[holding])
+    return np.where(low == high, low, np.arange(count))
 
 
 def _ints(parts: Iterable[NDArray[Any]]) -> Int64s:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, KeyMismatchError, StoreError
-from giantstep.format.codec import Codec
+from giantstep.format.codec import Codec, Unknown
 from giantstep.format.record import CommitRecord, Json
 from giantstep.planning.load_plan import ChunkTable, Piece, Read, plan_load, tabulate_wanted
 from giantstep.reading.array_sink import ArraySink
@@ -22,10 +22,10 @@ from giantstep.reading.index_reader import IndexReader, TensorEntry
 from giantstep.reading.lazy_array import LazyArray
 from giantstep.reading.verify import Progress, VerifyReport, verify_files
 from giantstep.shards.dtypes import BY_CODE
+from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.region import Region
 from giantstep.storage.base import Store
 
-COMMON_KEY = "common_state"
 _BUFFER_BYTES = 8 << 20
 _THREADS = 2
 # Among more keys than this no similar ones are looked for.
@@ -68,12 +68,14 @@ class Checkpoint:
         store: where it lies.
         record: its commit record.
         codec: decodes objects.
+        unknown: what becomes of values whose types are unknown here; see `Codec.decode`.
     """
 
-    def __init__(self, store: Store, record: CommitRecord, codec: Codec) -> None:
+    def __init__(self, store: Store, record: CommitRecord, codec: Codec, *, unknown: Unknown = "raise") -> None:
         self._store = store
         self._record = record
         self._codec = codec
+        self._unknown: Unknown = unknown
         self._index = IndexReader(store, record)
         self._lock = threading.Lock()
         self._common: Any = None
@@ -171,6 +173,11 @@ class Checkpoint:
             fetch(source, reads, [ArraySink(target, region.offset)], _THREADS)
         return target
 
+    def read_words(self, key: str, region: Region) -> tuple[str, NDArray[Any]]:
+        """Name in torch of a tensor's dtype, and a region of it as plain words; for the library's own use."""
+        entry = self._entry(key)
+        return entry.dtype.torch_name, self._read_region(entry, region)
+
     def object_keys(self) -> list[str]:
         """Keys of all stored objects, the common state's among them if there is any."""
         return self._index.object_keys()
@@ -183,10 +190,13 @@ class Checkpoint:
     def object(self, key: str) -> Any:
         """One stored object, decoded; runs no stored code.
 
+        Values of enums and registered types that are unknown here come as `Unregistered`, with what is stored of them,
+        from a checkpoint that `open_checkpoint` opened.
+
         Raises:
             KeyMismatchError: there is none of this key.
         """
-        return self._codec.decode(self._object_bytes(key), f"{key!r} in {self.location}")
+        return self._codec.decode(self._object_bytes(key), f"{key!r} in {self.location}", unknown=self._unknown)
 
     def _object_bytes(self, key: str) -> bytes:
         found = self._index.find_object(key)

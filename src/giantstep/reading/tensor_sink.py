@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from giantstep.errors import MismatchError
 from giantstep.reading.array_sink import ArraySink
 from giantstep.reading.fetch import WORDS, Bits, Sink
 from giantstep.shards.dtypes import DType
@@ -25,8 +26,8 @@ def sink_for(view: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> Sink
     return TensorSink(view, stored, origin)
 
 
-class TensorSink:
-    """Copies boxes into a tensor of another device or dtype; see `sink_for`."""
+class _Boxes:
+    """Boxes of stored elements as tensors, and where in a target they belong."""
 
     def __init__(self, target: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> None:
         self._target = target
@@ -34,7 +35,8 @@ class TensorSink:
         self._words = WORDS[stored.item_bytes]
         self._origin = origin
 
-    def put(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> None:
+    def _box(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part of the target, and a copy of the elements for it."""
         skip = len(offset) - len(self._origin)
         box = size[skip:]
         where = tuple(
@@ -43,4 +45,31 @@ class TensorSink:
         )
         # The buffer is reused when this returns, and copies to a device may be asynchronous: copy first.
         plain = torch.from_numpy(np.array(bits.reshape(box), dtype=self._words, order="C").reshape(-1))
-        self._target[where].copy_(plain.view(self._stored).reshape(box))
+        return self._target[where], plain.view(self._stored).reshape(box)
+
+
+class TensorSink(_Boxes):
+    """Copies boxes into a tensor of another device or dtype; see `sink_for`."""
+
+    def put(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> None:
+        target, elements = self._box(offset, size, bits)
+        target.copy_(elements)
+
+
+class CompareSink(_Boxes):
+    """Raises `MismatchError` where boxes, cast as they would be for loading, are not what the target holds, bit for bit."""
+
+    def __init__(self, target: torch.Tensor, stored: DType, origin: tuple[int, ...], key: str) -> None:
+        super().__init__(target, stored, origin)
+        self._key = key
+
+    def put(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> None:
+        target, elements = self._box(offset, size, bits)
+        if elements.dtype != target.dtype:
+            elements = elements.to(target.dtype)
+        found = words_of(target.resolve_conj().resolve_neg().cpu())
+        if not torch.equal(words_of(elements).reshape(-1), found.contiguous().reshape(-1)):
+            raise MismatchError(
+                f"tensor {self._key!r} shares memory with another tensor of the state dict, but other values are stored for "
+                "it: one of them cannot be loaded. Load into tensors with memory of their own; this state must not be used."
+            )

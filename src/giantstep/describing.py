@@ -1,0 +1,109 @@
+"""From a state dict taken apart to the columns that the planner needs, digests and ties included.
+
+Called by `save`, and by tests that plan for ranks that do not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from giantstep.codecs import OBJECT_CODEC
+from giantstep.mapping.describe import Described, StoredObject
+from giantstep.mapping.differences import fingerprint_digest
+from giantstep.mapping.leaves import TensorLeaf
+from giantstep.mapping.overlap import memory_of
+from giantstep.planning.description import IMPLICIT, Description
+from giantstep.shards.region import Region
+from giantstep.staging.host import content_digest
+
+
+def description_of(described: Described, ranks: int, buffer_bytes: int) -> Description:
+    """What this rank tells the planner.
+
+    Args:
+        described: its state dict.
+        ranks: number of ranks that save together; one rank needs no digests.
+        buffer_bytes: how much of a tensor is brought to the host at a time to digest it.
+    """
+    leaves = described.leaves
+    numbers: dict[str, int] = {}
+    tensors: list[TensorLeaf] = []
+    for leaf in leaves:
+        if leaf.key not in numbers:
+            numbers[leaf.key] = len(tensors)
+            tensors.append(leaf)
+    shards = [(leaf, region, view) for leaf in leaves for region, view in leaf.pieces]
+    dims_ends = np.zeros(len(tensors) + 1, dtype=np.int64)
+    np.cumsum([len(leaf.global_shape) for leaf in tensors], out=dims_ends[1:])
+    keys = list(described.stored)
+    return Description(
+        keys=[leaf.key for leaf in tensors],
+        dtype=np.array([leaf.dtype.code for leaf in tensors], dtype=np.uint8),
+        dims_ends=dims_ends,
+        dims=_ints(leaf.global_shape for leaf in tensors),
+        shard_tensor=np.array([numbers[leaf.key] for leaf, _, _ in shards], dtype=np.int64),
+        shard_role=np.array([leaf.role for leaf, _, _ in shards], dtype=np.uint8),
+        shard_mesh=np.array([leaf.mesh for leaf, _, _ in shards], dtype=np.int64),
+        shard_offset=_ints(region.offset for _, region, _ in shards),
+        shard_size=_ints(region.size for _, region, _ in shards),
+        shard_digest=_digests(shards, ranks, buffer_bytes),
+        tied=_ties(leaves, numbers),
+        object_keys=keys,
+        object_role=np.array([described.stored[key].role for key in keys], dtype=np.uint8),
+        object_digest=_object_digests([described.stored[key] for key in keys], ranks),
+    )
+
+
+def _ints(parts: Iterable[tuple[int, ...]]) -> NDArray[np.int64]:
+    return np.array([number for part in parts for number in part], dtype=np.int64)
+
+
+def _digests(
+    shards: Sequence[tuple[TensorLeaf, Region, torch.Tensor | None]], ranks: int, buffer_bytes: int
+) -> NDArray[np.uint64]:
+    """Digests of shards whose replicas nobody vouches for; zeros for all others.
+
+    A DTensor's mesh vouches for its own ranks; if it spans all ranks, no other can hold the key. Tied tensors are
+    digested once.
+    """
+    known: dict[Hashable, tuple[int, int]] = {}
+    found = []
+    for leaf, _, view in shards:
+        if view is None or leaf.role != IMPLICIT or ranks in (1, leaf.mesh_size):
+            found.append((0, 0))
+            continue
+        memory = memory_of(view)
+        digest = known.get(memory) if memory is not None else None
+        if digest is None:
+            digest = known[memory] = content_digest(view, buffer_bytes)
+        found.append(digest)
+    return np.array(found, dtype=np.uint64).reshape(len(shards), 2)
+
+
+def _object_digests(objects: Sequence[StoredObject], ranks: int) -> NDArray[np.uint64]:
+    if ranks == 1:
+        return np.zeros((len(objects), 2), dtype=np.uint64)
+    found = [fingerprint_digest(item, OBJECT_CODEC) for item in objects]
+    return np.array(found, dtype=np.uint64).reshape(len(objects), 2)
+
+
+def _ties(leaves: Sequence[TensorLeaf], numbers: dict[str, int]) -> NDArray[np.int64]:
+    """Per key, the row of the first key (in order of text) whose shards are the same regions in the same memory."""
+    shards: dict[str, list[Hashable]] = {key: [] for key in numbers}
+    for leaf in leaves:
+        shards[leaf.key] += [
+            (region.offset, region.size, None if view is None else memory_of(view))
+            for region, view in leaf.pieces
+            if region.elements
+        ]
+    shapes = {leaf.key: (leaf.dtype.code, leaf.global_shape) for leaf in leaves}
+    tied = np.full(len(numbers), -1, dtype=np.int64)
+    first: dict[Hashable, int] = {}
+    for key in sorted(numbers):
+        if shards[key]:
+            tied[numbers[key]] = first.setdefault((shapes[key], *shards[key]), numbers[key])
+    return tied

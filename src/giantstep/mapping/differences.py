@@ -1,0 +1,76 @@
+"""Objects that are meant to be equal on several ranks, compared path by path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from giantstep.format.codec import Codec
+from giantstep.format.digests import ContentDigest
+from giantstep.mapping.describe import StoredObject
+from giantstep.mapping.tree import map_leaves
+from giantstep.shards.object_keys import COMMON_KEY
+from giantstep.shards.paths import Path, dotted
+
+_SHOWN = 20
+
+
+def fingerprint(stored: StoredObject, codec: Codec) -> dict[str, str]:
+    """A digest of every leaf of an object by its dotted path.
+
+    Equal on two ranks if and only if their values are: the order of keys and empty containers do not count.
+    """
+    found: dict[str, str] = {}
+
+    def note(path: Path, leaf: object) -> object:
+        digest = ContentDigest()
+        digest.update(codec.encode(leaf, (*stored.path, *path)))
+        found[dotted(path)] = f"{digest.halves()[0]:016x}"
+        return leaf
+
+    map_leaves(stored.value, note)
+    return found
+
+
+def fingerprint_digest(stored: StoredObject, codec: Codec) -> tuple[int, int]:
+    """One digest of `fingerprint`."""
+    digest = ContentDigest()
+    digest.update(json.dumps(fingerprint(stored, codec), sort_keys=True).encode("ascii"))
+    return digest.halves()
+
+
+def fingerprints(objects: Mapping[str, StoredObject], names: Sequence[str], codec: Codec) -> bytes:
+    """The fingerprints of this rank's objects of these names, as JSON."""
+    found = {name: fingerprint(objects[name], codec) for name in names if name in objects}
+    return json.dumps(found, sort_keys=True).encode("ascii")
+
+
+def describe_differences(reports: Sequence[bytes], writers: Mapping[str, int]) -> str:
+    """From each rank's `fingerprints` to sentences naming objects, paths and ranks.
+
+    Args:
+        reports: by rank.
+        writers: rank whose value is stored, by name of object.
+    """
+    maps: list[dict[str, dict[str, str]]] = [json.loads(report) for report in reports]
+    sentences = []
+    for name, writer in writers.items():
+        stored = maps[writer][name]
+        paths: dict[str, list[int]] = {}
+        for rank, objects in enumerate(maps):
+            found = objects.get(name, stored)
+            for path in [*stored, *(path for path in found if path not in stored)]:
+                if stored.get(path) != found.get(path):
+                    paths.setdefault(path, []).append(rank)
+        shown = [(f"{path!r} " if path else "") + f"({_listed(ranks)})" for path, ranks in list(paths.items())[:_SHOWN]]
+        more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+        what = "common state" if name == COMMON_KEY else f"object {name!r}"
+        where = " at " if any(paths) else " "
+        sentences.append(f"{what} differs from rank {writer}'s{where}" + ", ".join(shown) + more)
+    rest = f"; so do {len(sentences) - _SHOWN} more objects" if len(sentences) > _SHOWN else ""
+    return "; ".join(sentences[:_SHOWN]) + rest
+
+
+def _listed(ranks: list[int]) -> str:
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} " + ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

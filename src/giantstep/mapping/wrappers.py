@@ -1,0 +1,243 @@
+"""Wrapper tensors: tensor subclasses whose values lie in other tensors (quantised data and its scales).
+
+They are stored as their parts, plain tensors under `{key}.{part}`, and put together again on load. A part has as many
+dimensions as its wrapper; along each, its length is a fixed fraction of the wrapper's (1/2 for two values per byte,
+1/128 for one scale per block, one per shard for a scale of a whole shard), so that regions of the wrapper are
+regions of its parts, or the cut is refused. Called by `expand` and, to dequantise, by `load`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from giantstep.errors import BadArgumentError, UnsupportedTypeError
+
+Attributes = dict[str, Any]
+TakeApart = Callable[[Any], tuple[Mapping[str, torch.Tensor], Attributes]]
+PutTogether = Callable[[Mapping[str, torch.Tensor], Attributes], torch.Tensor]
+Dequantise = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """How tensors of one subclass are taken apart and put together; see `register_wrapper`."""
+
+    name: str
+    take_apart: TakeApart
+    put_together: PutTogether
+    dequantise: Dequantise | None
+
+
+_LOCK = threading.Lock()
+_BY_TYPE: dict[type, Wrapper] = {}
+_BY_NAME: dict[str, Wrapper] = {}
+
+
+def register_wrapper(
+    kind: type[torch.Tensor],
+    *,
+    name: str,
+    take_apart: TakeApart,
+    put_together: PutTogether,
+    dequantise: Dequantise | None = None,
+) -> None:
+    """Say how tensors of a subclass are stored.
+
+    Subclasses with `__tensor_flatten__` and `__tensor_unflatten__` can be saved and loaded into tensors of the
+    same kind without this; registering makes `LoadOptions(dequantise=True)` possible, and is the way for all others.
+
+    Args:
+        kind: the subclass, matched exactly.
+        name: stored with the tensors; it must not change while checkpoints are to be read.
+        take_apart: `(tensor) -> (parts, attributes)`. The parts are tensors that share memory with the given
+            one, each with as many dimensions (views with dimensions of 1 where needed); saving reads them and loading
+            fills them. They may be wrappers themselves. Attributes are plain values, equal on all ranks, that hold for
+            every part of the tensor: what depends on sizes is to be taken from the parts.
+        put_together: the inverse, for parts of any shapes that fit each other.
+        dequantise: `(tensor) -> ` plain floating-point tensor; default: the method `dequantize`.
+
+    Raises:
+        BadArgumentError: the type or the name is registered for another.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, torch.Tensor)) or kind in (torch.Tensor, torch.nn.Parameter, DTensor):
+        raise BadArgumentError(f"{kind!r} cannot be registered as a wrapper: expected a subclass of torch.Tensor")
+    if not isinstance(name, str) or not name:
+        raise BadArgumentError(f"wrapper name {name!r} must be a str that is not empty")
+    wrapper = Wrapper(name, take_apart, put_together, dequantise)
+    with _LOCK:
+        if _BY_TYPE.get(kind, wrapper) != wrapper or _BY_NAME.get(name, wrapper) != wrapper:
+            raise BadArgumentError(f"wrapper type {kind.__qualname__} or name {name!r} is registered with other functions")
+        _BY_TYPE[kind] = _BY_NAME[name] = wrapper
+
+
+def registered_wrapper(name: str) -> Wrapper | None:
+    """The wrapper registered under a name."""
+    return _BY_NAME.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A wrapper tensor taken apart.
+
+    Attributes:
+        name: registered name, or the name of the class.
+        tensors: the parts, sharing memory with the wrapper, each with its number of dimensions.
+        attributes: what is stored beside them; None for classes that are not registered.
+        put_together: parts of the same names to a tensor like the one taken apart.
+    """
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    attributes: Attributes | None
+    put_together: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+def take_apart(tensor: torch.Tensor, what: str) -> Parts | None:
+    """The parts of a wrapper tensor; None for a tensor that holds its own values.
+
+    Raises:
+        BadArgumentError: the tensor has no memory of its own and nothing says where its values are, or its parts do
+            not follow its dimensions.
+    """
+    kind = type(tensor)
+    if kind in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or isinstance(tensor, DTensor):
+        return None
+    wrapper = _BY_TYPE.get(kind)
+    if wrapper is not None:
+        found, attributes = wrapper.take_apart(tensor)
+        parts = {name: _fitted(part, tensor, f"part {name!r} of {what}") for name, part in found.items()}
+        return Parts(wrapper.name, parts, attributes, lambda loaded: wrapper.put_together(loaded, attributes))
+    if hasattr(tensor, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__"):
+        return _flattened(tensor, what)
+    if _lacks_memory(tensor):
+        raise BadArgumentError(
+            f"{what} is a {kind.__module__}.{kind.__qualname__}, which has no memory of its own. Say with "
+            "giantstep.register_wrapper how to take it apart, or save its parts."
+        )
+    return None
+
+
+def _flattened(tensor: Any, what: str) -> Parts:
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: getattr(tensor, name) for name in names}
+    parts = {name: _fitted(part, tensor, f"part {name!r} of {what}") for name, part in inner.items()}
+    size, stride = tensor.size(), tensor.stride()
+
+    def put_together(loaded: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        given = {name: loaded[name].reshape(inner[name].shape) for name in names}
+        result: torch.Tensor = type(tensor).__tensor_unflatten__(given, context, size, stride)
+        return result
+
+    return Parts(type(tensor).__qualname__, parts, None, put_together)
+
+
+def _fitted(part: torch.Tensor, tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """The part as a view with the wrapper's number of dimensions."""
+    if part.dim() == tensor.dim():
+        return part
+    if part.numel() == 1:
+        return part.view((1,) * tensor.dim())
+    if part.dim() == 1 and tensor.dim() > 1 and part.shape[0] == tensor.shape[0]:
+        return part.view(-1, *(1,) * (tensor.dim() - 1))
+    raise BadArgumentError(
+        f"{what} has shape {tuple(part.shape)}, which does not follow the {tensor.dim()} dimensions of "
+        f"{tuple(tensor.shape)}. Register the class with giantstep.register_wrapper and give the part as a view that does."
+    )
+
+
+def _lacks_memory(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
+        return False
+    try:
+        return tensor.untyped_storage().data_ptr() == 0
+    except (RuntimeError, NotImplementedError):
+        # So says torch of storages that hold nothing.
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """How lengths along one axis of a wrapper become lengths along the same axis of a part: times `part / whole`."""
+
+    part: int
+    whole: int
+
+    def of(self, length: int, what: str) -> int:
+        """A length or offset of the part; raises `BadArgumentError` if it is no whole number of elements."""
+        if self.part == self.whole:
+            return length
+        if self.whole == 0 or length * self.part % self.whole:
+            raise BadArgumentError(
+                f"{what}: position {length} of the tensor lies inside an element of the part, of which there is one per "
+                f"{self.whole}/{self.part} of the tensor's. Cut between packed values and between scale blocks only."
+            )
+        return length * self.part // self.whole
+
+
+def scalings(part: torch.Tensor, shape: tuple[int, ...]) -> list[Scaling]:
+    """Per axis, how regions of a wrapper of `shape` become regions of its part."""
+    return [Scaling(size, whole) for size, whole in zip(part.shape, shape, strict=True)]
+
+
+def description_of(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    """The object that is stored beside the parts of a wrapper.
+
+    Args:
+        shape: global shape of the wrapper.
+        dtype: dtype that it presents.
+    """
+    return {
+        "wrapper": parts.name,
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parts": sorted(parts.tensors),
+        "attributes": parts.attributes,
+    }
+
+
+def aligned_hull(
+    offset: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...], parts: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The smallest region around one of a wrapper that cuts no element of any part.
+
+    Args:
+        offset, size: the region, in elements of the wrapper.
+        shape: global shape of the wrapper.
+        parts: global shapes of its parts.
+
+    Returns:
+        Offset and size.
+    """
+    low, high = list(offset), [start + count for start, count in zip(offset, size, strict=True)]
+    for axis, whole in enumerate(shape):
+        step = math.lcm(*(whole // math.gcd(whole, part[axis]) for part in parts.values())) if whole else 1
+        low[axis] = low[axis] // step * step
+        high[axis] = min(-(-high[axis] // step) * step, whole)
+    return tuple(low), tuple(stop - start for start, stop in zip(low, high, strict=True))
+
+
+def dequantised(description: Mapping[str, Any], parts: Mapping[str, torch.Tensor], what: str) -> torch.Tensor:
+    """The plain tensor that stored parts stand for.
+
+    Raises:
+        UnsupportedTypeError: the wrapper is not registered in this process.
+    """
+    wrapper = _BY_NAME.get(str(description["wrapper"]))
+    if wrapper is None or description["attributes"] is None:
+        raise UnsupportedTypeError(
+            f"{what} is stored as a wrapper {description['wrapper']!r}, which is not registered "
+            f"{'here' if wrapper is None else 'when it was saved'}: it cannot be dequantised. Register it with "
+            "giantstep.register_wrapper, or load into a tensor of that class."
+        )
+    tensor: Any = wrapper.put_together(parts, dict(description["attributes"]))
+    plain = wrapper.dequantise(tensor) if wrapper.dequantise is not None else tensor.dequantize()
+    if not isinstance(plain, torch.Tensor):
+        raise UnsupportedTypeError(f"{what}: dequantising it gave a {type(plain).__name__}, expected a tensor")
+    return plain

@@ -1,0 +1,232 @@
+"""What a state dict requests of a checkpoint: which stored tensor or object each leaf is filled from.
+
+Pure matching of names, shapes and dtypes; reads the index and descriptions, no tensor data. Called by `load`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from giantstep.errors import CorruptionError
+from giantstep.format.index import Index
+from giantstep.mapping.describe import Described, ObjectLeaf
+from giantstep.mapping.leaves import TensorLeaf
+from giantstep.options import LoadOptions, ObjectsReshard
+from giantstep.planning.matching import Holdings, Requests
+from giantstep.reading.checkpoint import Checkpoint
+from giantstep.shards.dtypes import BY_CODE, BY_TORCH_NAME, DType
+from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor, wrapper_key
+from giantstep.shards.region import Int64s
+
+
+class StoredState:
+    """The names of a checkpoint, prepared for matching.
+
+    Attributes:
+        checkpoint, index: where they come from.
+        keys, row: tensors by row, rows by key.
+        twin: [tensors] number shared by tensors that share their bytes (tied ones); -1 for those without bytes.
+        grids: positions of sharded objects, by key and shape.
+        wrapped: keys of wrapper tensors.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.index: Index = checkpoint.index_tables().load_all()
+        self.keys = checkpoint.keys()
+        self.row = {key: row for row, key in enumerate(self.keys)}
+        self.twin = _twins(self.index)
+        self.grids: dict[str, dict[tuple[int, ...], dict[tuple[int, ...], ObjectPosition]]] = {}
+        self.wrapped: set[str] = set()
+        for name in checkpoint.object_keys():
+            position, tensor = position_of(name), wrapped_tensor(name)
+            if position is not None:
+                self.grids.setdefault(position.key, {}).setdefault(position.shape, {})[position.offset] = position
+            elif tensor is not None:
+                self.wrapped.add(tensor)
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """Global shape of a tensor."""
+        start, stop = self.index.tensor_dims_ends[row : row + 2]
+        return tuple(self.index.tensor_dims[start:stop].tolist())
+
+    def dtype(self, row: int) -> DType:
+        """Dtype of a tensor."""
+        return BY_CODE[int(self.index.tensor_dtype[row])]
+
+    def holdings(self) -> Holdings:
+        """The names, for judging requests."""
+        return Holdings(self.checkpoint.location, self.keys, self.grids.keys(), self.wrapped)
+
+
+def _twins(index: Index) -> Int64s:
+    first = index.tensor_chunk_ends[:-1]
+    filled = np.diff(index.tensor_chunk_ends) > 0
+    twin = np.full(len(filled), -1, dtype=np.int64)
+    places = np.stack((index.chunk_file[first[filled]], index.chunk_start[first[filled]]), axis=1)
+    twin[filled] = np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+    return twin
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedSource:
+    """A leaf that is filled by dequantising a stored wrapper tensor.
+
+    Attributes:
+        leaf: what is filled.
+        key: key of the wrapper.
+        description: what is stored beside its parts.
+        shape: its global shape.
+        parts: rows of its parts, by name.
+    """
+
+    leaf: TensorLeaf
+    key: str
+    description: Mapping[str, Any]
+    shape: tuple[int, ...]
+    parts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectSource:
+    """What a sharded object is loaded from.
+
+    Attributes:
+        leaf: where it goes.
+        positions: the stored objects to be read: the one of its position, or all of a grid of another shape.
+        reshard: makes a value of the latter; None for the former.
+    """
+
+    leaf: ObjectLeaf
+    positions: tuple[ObjectPosition, ...]
+    reshard: ObjectsReshard | None = None
+
+
+@dataclass(slots=True)
+class Matched:
+    """The leaves of a state dict with what they are filled from.
+
+    Attributes:
+        tensors: leaves with their rows.
+        dequantised: leaves that are filled from wrapper tensors.
+        objects: sharded objects that are stored.
+        requests: the same for the judge of all ranks.
+        cast: as in `LoadReport`.
+        skipped: requested keys that `rename` left out.
+        dropped: keys of sharded objects whose stored ones are dropped.
+    """
+
+    tensors: list[tuple[TensorLeaf, int]] = field(default_factory=list)
+    dequantised: list[WrappedSource] = field(default_factory=list)
+    objects: list[ObjectSource] = field(default_factory=list)
+    requests: Requests = field(default_factory=Requests)
+    cast: set[str] = field(default_factory=set)
+    skipped: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
+
+
+def match(described: Described, stored: StoredState, options: LoadOptions) -> Matched:
+    """Find for every leaf what it is filled from.
+
+    Raises:
+        CorruptionError: the description of a wrapper tensor does not fit its parts.
+    """
+    matched = Matched()
+    for leaf in described.leaves:
+        key = options.stored_key(leaf.key)
+        if key is None:
+            matched.skipped.add(leaf.key)
+        elif key in stored.row:
+            _match_tensor(leaf, stored.row[key], stored, options, matched)
+        elif options.dequantise and key in stored.wrapped:
+            _match_wrapper(leaf, key, stored, matched)
+        else:
+            matched.requests.unexpected.append(leaf.key)
+    for item in described.objects:
+        key = options.stored_key(item.source.key)
+        if key is None:
+            matched.skipped.add(item.source.key)
+        else:
+            _match_object(item, key, stored, options, matched)
+    return matched
+
+
+def _match_tensor(leaf: TensorLeaf, row: int, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
+    matched.tensors.append((leaf, row))
+    matched.requests.rows.append(row)
+    shape, dtype = stored.shape(row), stored.dtype(row)
+    if leaf.global_shape != shape and not (leaf.allow_shape_mismatch and len(shape) == len(leaf.global_shape)):
+        matched.requests.shapes.append((leaf.key, str(shape), str(leaf.global_shape)))
+    if leaf.dtype != dtype:
+        if _may_cast(dtype, leaf.dtype, options.cast):
+            matched.cast.add(f"{leaf.key}: {dtype.torch_name} -> {leaf.dtype.torch_name}")
+        else:
+            matched.requests.dtypes.append((leaf.key, dtype.torch_name, leaf.dtype.torch_name))
+
+
+def _match_wrapper(leaf: TensorLeaf, key: str, stored: StoredState, matched: Matched) -> None:
+    source = _wrapped_source(leaf, key, stored)
+    matched.dequantised.append(source)
+    matched.requests.rows.extend(source.parts.values())
+    if leaf.global_shape != source.shape:
+        matched.requests.shapes.append((leaf.key, str(source.shape), str(leaf.global_shape)))
+    if not getattr(torch, leaf.dtype.torch_name).is_floating_point:
+        matched.requests.dtypes.append((leaf.key, f"quantised {source.description['dtype']}", leaf.dtype.torch_name))
+
+
+def _wrapped_source(leaf: TensorLeaf, key: str, stored: StoredState) -> WrappedSource:
+    found = stored.checkpoint.object(wrapper_key(key))
+    fits = isinstance(found, dict) and set(found) == {"wrapper", "shape", "dtype", "parts", "attributes"}
+    fits = fits and isinstance(found["shape"], list) and all(type(size) is int and size >= 0 for size in found["shape"])
+    fits = fits and isinstance(found["parts"], list) and all(isinstance(name, str) for name in found["parts"])
+    fits = fits and isinstance(found["wrapper"], str) and found["dtype"] in BY_TORCH_NAME
+    fits = fits and (found["attributes"] is None or isinstance(found["attributes"], dict))
+    if not fits:
+        raise CorruptionError(f"object {wrapper_key(key)!r} in {stored.checkpoint.location} does not describe a wrapper tensor")
+    parts = {name: stored.row.get(f"{key}.{name}", -1) for name in found["parts"]}
+    shape = tuple(found["shape"])
+    wrong = [name for name, row in parts.items() if row < 0 or len(stored.shape(row)) != len(shape)]
+    if wrong or not parts:
+        raise CorruptionError(
+            f"wrapper tensor {key!r} in {stored.checkpoint.location} has {len(shape)} dimensions: its part "
+            f"{wrong[0] if wrong else '(none)'!r} is missing or has another number of them"
+        )
+    return WrappedSource(leaf, key, found, shape, parts)
+
+
+def _match_object(item: ObjectLeaf, key: str, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
+    asked = item.source
+    grids = stored.grids.get(key)
+    if grids is None:
+        matched.requests.unexpected.append(asked.key)
+        return
+    matched.requests.objects.append(key)
+    position = grids.get(asked.global_shape, {}).get(asked.global_offset)
+    if position is not None:
+        matched.objects.append(ObjectSource(item, (position,)))
+        return
+    policy = options.object_reshard(asked.key)
+    (shape, held), *others = grids.items()
+    if others or len(held) != math.prod(shape):
+        raise CorruptionError(f"object {key!r} in {stored.checkpoint.location}: not every position of grid {shape} is stored")
+    if policy == "drop":
+        matched.dropped.add(asked.key)
+    elif callable(policy):
+        matched.objects.append(ObjectSource(item, tuple(held.values()), policy))
+    else:
+        matched.requests.grids.append((asked.key, str(shape), str(asked.global_shape)))
+
+
+def _may_cast(stored: DType, wanted: DType, cast: str) -> bool:
+    kinds = [getattr(torch, dtype.torch_name) for dtype in (stored, wanted)]
+    if "F4X2" in (stored.name, wanted.name) or cast == "never":
+        return False
+    if cast == "floating":
+        return all(kind.is_floating_point for kind in kinds)
+    return not (kinds[0].is_complex and not kinds[1].is_complex)
