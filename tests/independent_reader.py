@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -117,7 +118,8 @@ def read_checkpoint(files: Mapping[str, bytes]) -> StoredCheckpoint:
     require(all(start % 4096 == 0 for _, start in headers), "alignment of data files")
     keys = texts(columns, "tensor_key")
     require(keys == sorted(set(keys), key=str.encode), "order of keys")
-    tensors = {key: read_tensor(row, key, columns, data, headers) for row, key in enumerate(keys)}
+    places = Counter(zip(columns["chunk_file"].tolist(), columns["chunk_start"].tolist(), strict=True))
+    tensors = {key: read_tensor(row, key, columns, data, headers, record, places) for row, key in enumerate(keys)}
     objects = {}
     for row, key in enumerate(texts(columns, "object_key")):
         file, start, size = (int(columns[f"object_{name}"][row]) for name in ("file", "start", "bytes"))
@@ -125,12 +127,17 @@ def read_checkpoint(files: Mapping[str, bytes]) -> StoredCheckpoint:
         objects[key] = data[file][start : start + size]
     totals = record["totals"]
     require(totals["tensors"] == len(tensors) and totals["objects"] == len(objects), "totals")
-    payload = int(columns["chunk_bytes"].sum() + columns["object_bytes"].sum())
+    chunks = set(zip(*(columns[f"chunk_{part}"].tolist() for part in ("file", "start", "bytes")), strict=True))
+    require(len({(file, start) for file, start, _ in chunks}) == len(chunks), "chunks at one place are one chunk")
+    payload = sum(size for _, _, size in chunks) + int(columns["object_bytes"].sum())
     require(totals["bytes"] == payload and totals["chunks"] == len(columns["chunk_file"]), "totals")
     return StoredCheckpoint(record, tensors, objects)
 
 
-def read_tensor(row: int, key: str, columns: Mapping[str, np.ndarray], data: list[bytes], headers: list) -> StoredTensor:
+def read_tensor(
+    row: int, key: str, columns: Mapping[str, np.ndarray], data: list[bytes], headers: list, record: dict, places: Counter
+) -> StoredTensor:
+    """One tensor. Chunks that tied tensors share (and any whose save was rewritten) may bear another tensor's name."""
     name, item, container, values = DTYPES[int(columns["tensor_dtype"][row])]
     low, high = columns["tensor_dims_ends"][row : row + 2]
     shape = tuple(columns["tensor_dims"][low:high].tolist())
@@ -150,7 +157,10 @@ def read_tensor(row: int, key: str, columns: Mapping[str, np.ndarray], data: lis
             stored[-1] *= 2
         elif values == 2:
             stored.append(2)
-        check_entry(headers[file], f"{key}[{region}]", container, stored, start, length)
+        tied = places[file, start] > 1 or not record["files"][file]["name"].startswith(f"data/{record['save_id']}-")
+        check_entry(
+            headers[file], f"[{region}]" if tied else f"{key}[{region}]", container, stored, start, length, by_place=tied
+        )
         where = tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
         result[where] = np.frombuffer(data[file][start : start + length], dtype=np.uint8).reshape(*size, item)
         covered[where] += 1
@@ -158,9 +168,17 @@ def read_tensor(row: int, key: str, columns: Mapping[str, np.ndarray], data: lis
     return StoredTensor(name, shape, result)
 
 
-def check_entry(header: tuple[dict, int], name: str, dtype: str, shape: list[int], start: int, length: int) -> None:
+def check_entry(
+    header: tuple[dict, int], name: str, dtype: str, shape: list[int], start: int, length: int, *, by_place: bool = False
+) -> None:
+    """The header has an entry of this name (or, by place, one whose name ends so) for these bytes."""
     entries, data_start = header
+    place = [start - data_start, start - data_start + length]
+    if by_place:
+        names = [found for found in entries if found.endswith(name) and entries[found].get("data_offsets") == place]
+        require(len(names) == 1, f"one entry '...{name}' lies at {place}, found {names}")
+        (name,) = names
     found = entries.get(name)
     require(found is not None, f"entry {name!r} is not in the data file's header")
     require(found["dtype"] == dtype and found["shape"] == shape, f"entry {name!r} is {found}")
-    require([data_start + offset for offset in found["data_offsets"]] == [start, start + length], f"place of {name!r}")
+    require(found["data_offsets"] == place, f"place of {name!r}")

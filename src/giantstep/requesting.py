@@ -17,6 +17,7 @@ from giantstep.errors import CorruptionError
 from giantstep.format.index import Index
 from giantstep.mapping.describe import Described, ObjectLeaf
 from giantstep.mapping.leaves import TensorLeaf
+from giantstep.mapping.wrappers import stored_wrapper
 from giantstep.options import LoadOptions, ObjectsReshard
 from giantstep.planning.matching import Holdings, Requests
 from giantstep.reading.checkpoint import Checkpoint
@@ -136,6 +137,7 @@ def match(described: Described, stored: StoredState, options: LoadOptions) -> Ma
 
     Raises:
         CorruptionError: the description of a wrapper tensor does not fit its parts.
+        UnsupportedTypeError: a wrapper tensor that is to be dequantised is not registered.
     """
     matched = Matched()
     for leaf in described.leaves:
@@ -189,6 +191,7 @@ def _wrapped_source(leaf: TensorLeaf, key: str, stored: StoredState) -> WrappedS
     fits = fits and (found["attributes"] is None or isinstance(found["attributes"], dict))
     if not fits:
         raise CorruptionError(f"object {wrapper_key(key)!r} in {stored.checkpoint.location} does not describe a wrapper tensor")
+    stored_wrapper(found, f"tensor {key!r} in {stored.checkpoint.location}")
     parts = {name: stored.row.get(f"{key}.{name}", -1) for name in found["parts"]}
     shape = tuple(found["shape"])
     wrong = [name for name, row in parts.items() if row < 0 or len(stored.shape(row)) != len(shape)]

@@ -19,7 +19,7 @@ from giantstep.errors import BadArgumentError
 from giantstep.mapping.factory import ShardedTensorFactory
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.tree import Tree, map_leaves
-from giantstep.mapping.wrappers import Parts, description_of, scalings, take_apart
+from giantstep.mapping.wrappers import Parts, description_of, following, scalings, take_apart
 from giantstep.shards.object_keys import wrapper_key
 from giantstep.shards.paths import Path, dotted
 
@@ -115,8 +115,10 @@ def _sharded(tensor: ShardedTensor, data: torch.Tensor, parts: Parts) -> _Wrappe
     if tensor.flattened_range is not None:
         raise BadArgumentError(f"tensor {tensor.key!r} is a wrapper tensor and flattened: save its parts instead")
     leaves: dict[str, Any] = {}
-    for name, part in parts.tensors.items():
+    given = {}
+    for name, held in parts.tensors.items():
         what = f"part {name!r} of tensor {tensor.key!r}"
+        part = given[name] = following(held, data, what)
         axes = scalings(part, tensor.local_shape)
         ahead = tensor.prepend_axis_num
         offset = [axis.of(start, what) for axis, start in zip(axes, tensor.global_offset[ahead:], strict=True)]
@@ -134,14 +136,16 @@ def _sharded(tensor: ShardedTensor, data: torch.Tensor, parts: Parts) -> _Wrappe
             tensor.allow_shape_mismatch,
         )
     description = description_of(parts, tensor.global_shape, tensor.dtype)
-    return _Wrapped(tensor.key, description, leaves, _Restore(data, dict(parts.tensors), parts.put_together))
+    return _Wrapped(tensor.key, description, leaves, _Restore(data, given, parts.put_together))
 
 
 def _distributed(key: str, tensor: DTensor, parts: Parts) -> _Wrapped:
     leaves: dict[str, Any] = {}
-    for name, part in parts.tensors.items():
+    for name, held in parts.tensors.items():
+        what = f"part {name!r} of tensor {key!r}"
+        part = following(held, tensor._local_tensor, what)
         axes = scalings(part, tuple(tensor._local_tensor.shape))
-        shape = [axis.of(count, f"part {name!r} of tensor {key!r}") for axis, count in zip(axes, tensor.shape, strict=True)]
+        shape = [axis.of(count, what) for axis, count in zip(axes, tensor.shape, strict=True)]
         leaves[name] = DTensor.from_local(
             part,
             tensor.device_mesh,

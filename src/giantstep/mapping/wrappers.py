@@ -29,6 +29,7 @@ Dequantise = Callable[[Any], torch.Tensor]
 class Wrapper:
     """How tensors of one subclass are taken apart and put together; see `register_wrapper`."""
 
+    kind: type
     name: str
     take_apart: TakeApart
     put_together: PutTogether
@@ -70,16 +71,11 @@ def register_wrapper(
         raise BadArgumentError(f"{kind!r} cannot be registered as a wrapper: expected a subclass of torch.Tensor")
     if not isinstance(name, str) or not name:
         raise BadArgumentError(f"wrapper name {name!r} must be a str that is not empty")
-    wrapper = Wrapper(name, take_apart, put_together, dequantise)
+    wrapper = Wrapper(kind, name, take_apart, put_together, dequantise)
     with _LOCK:
         if _BY_TYPE.get(kind, wrapper) != wrapper or _BY_NAME.get(name, wrapper) != wrapper:
             raise BadArgumentError(f"wrapper type {kind.__qualname__} or name {name!r} is registered with other functions")
         _BY_TYPE[kind] = _BY_NAME[name] = wrapper
-
-
-def registered_wrapper(name: str) -> Wrapper | None:
-    """The wrapper registered under a name."""
-    return _BY_NAME.get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +84,7 @@ class Parts:
 
     Attributes:
         name: registered name, or the name of the class.
-        tensors: the parts, sharing memory with the wrapper, each with its number of dimensions.
+        tensors: the parts, sharing memory with the wrapper.
         attributes: what is stored beside them; None for classes that are not registered.
         put_together: parts of the same names to a tensor like the one taken apart.
     """
@@ -112,10 +108,12 @@ def take_apart(tensor: torch.Tensor, what: str) -> Parts | None:
     wrapper = _BY_TYPE.get(kind)
     if wrapper is not None:
         found, attributes = wrapper.take_apart(tensor)
-        parts = {name: _fitted(part, tensor, f"part {name!r} of {what}") for name, part in found.items()}
-        return Parts(wrapper.name, parts, attributes, lambda loaded: wrapper.put_together(loaded, attributes))
+        crooked = [name for name, part in found.items() if part.dim() != tensor.dim()]
+        if crooked:
+            raise _does_not_follow(found[crooked[0]], tensor, f"part {crooked[0]!r} of {what}")
+        return Parts(wrapper.name, dict(found), attributes, lambda loaded: wrapper.put_together(loaded, attributes))
     if hasattr(tensor, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__"):
-        return _flattened(tensor, what)
+        return _flattened(tensor)
     if _lacks_memory(tensor):
         raise BadArgumentError(
             f"{what} is a {kind.__module__}.{kind.__qualname__}, which has no memory of its own. Say with "
@@ -124,10 +122,9 @@ def take_apart(tensor: torch.Tensor, what: str) -> Parts | None:
     return None
 
 
-def _flattened(tensor: Any, what: str) -> Parts:
+def _flattened(tensor: Any) -> Parts:
     names, context = tensor.__tensor_flatten__()
     inner = {name: getattr(tensor, name) for name in names}
-    parts = {name: _fitted(part, tensor, f"part {name!r} of {what}") for name, part in inner.items()}
     size, stride = tensor.size(), tensor.stride()
 
     def put_together(loaded: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -135,18 +132,26 @@ def _flattened(tensor: Any, what: str) -> Parts:
         result: torch.Tensor = type(tensor).__tensor_unflatten__(given, context, size, stride)
         return result
 
-    return Parts(type(tensor).__qualname__, parts, None, put_together)
+    return Parts(type(tensor).__qualname__, inner, None, put_together)
 
 
-def _fitted(part: torch.Tensor, tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """The part as a view with the wrapper's number of dimensions."""
+def following(part: torch.Tensor, tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """The part as a view that follows the wrapper's dimensions one by one, as cutting needs it.
+
+    A part of one element, or of one per row where no other dimension is as long, is viewed so; otherwise the number of
+    dimensions must be the wrapper's.
+    """
     if part.dim() == tensor.dim():
         return part
     if part.numel() == 1:
         return part.view((1,) * tensor.dim())
-    if part.dim() == 1 and tensor.dim() > 1 and part.shape[0] == tensor.shape[0]:
+    if part.dim() == 1 and [axis for axis, size in enumerate(tensor.shape) if size == part.shape[0]] == [0]:
         return part.view(-1, *(1,) * (tensor.dim() - 1))
-    raise BadArgumentError(
+    raise _does_not_follow(part, tensor, what)
+
+
+def _does_not_follow(part: torch.Tensor, tensor: torch.Tensor, what: str) -> BadArgumentError:
+    return BadArgumentError(
         f"{what} has shape {tuple(part.shape)}, which does not follow the {tensor.dim()} dimensions of "
         f"{tuple(tensor.shape)}. Register the class with giantstep.register_wrapper and give the part as a view that does."
     )
@@ -223,19 +228,25 @@ def aligned_hull(
     return tuple(low), tuple(stop - start for start, stop in zip(low, high, strict=True))
 
 
-def dequantised(description: Mapping[str, Any], parts: Mapping[str, torch.Tensor], what: str) -> torch.Tensor:
-    """The plain tensor that stored parts stand for.
+def stored_wrapper(description: Mapping[str, Any], what: str) -> Wrapper:
+    """The wrapper of a stored description.
 
     Raises:
-        UnsupportedTypeError: the wrapper is not registered in this process.
+        UnsupportedTypeError: it is not registered in this process, or was not when the tensor was saved.
     """
     wrapper = _BY_NAME.get(str(description["wrapper"]))
     if wrapper is None or description["attributes"] is None:
+        when = "is not registered here" if wrapper is None else "was not registered when it was saved"
         raise UnsupportedTypeError(
-            f"{what} is stored as a wrapper {description['wrapper']!r}, which is not registered "
-            f"{'here' if wrapper is None else 'when it was saved'}: it cannot be dequantised. Register it with "
+            f"{what} is stored as a wrapper {description['wrapper']!r}, which {when}: it cannot be dequantised. Register it with "
             "giantstep.register_wrapper, or load into a tensor of that class."
         )
+    return wrapper
+
+
+def dequantised(description: Mapping[str, Any], parts: Mapping[str, torch.Tensor], what: str) -> torch.Tensor:
+    """The plain tensor that stored parts stand for; raises as `stored_wrapper`."""
+    wrapper = stored_wrapper(description, what)
     tensor: Any = wrapper.put_together(parts, dict(description["attributes"]))
     plain = wrapper.dequantise(tensor) if wrapper.dequantise is not None else tensor.dequantize()
     if not isinstance(plain, torch.Tensor):

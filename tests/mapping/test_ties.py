@@ -1,0 +1,165 @@
+"""One memory under several keys: stored once, restored tied; memory that overlaps otherwise is not filled wrongly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import giantstep as gs
+from giantstep.errors import BadArgumentError, MismatchError
+from giantstep.mapping.overlap import shares_elements
+from giantstep.testing.ranks import run_ranks
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, *, tie: bool = True, device: str = "cpu") -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(16, 8, device=device)
+        self.head = torch.nn.Linear(8, 16, bias=False, device=device)
+        if tie:
+            self.head.weight = self.embed.weight
+
+
+def stored_bytes(path: Path) -> int:
+    return gs.open_checkpoint(path).record.totals.bytes
+
+
+def test_tied_weights_are_stored_once_and_open_under_both_keys(tmp_path: Path) -> None:
+    model = Tied()
+    report = gs.save(model.state_dict(), tmp_path)
+    assert report.bytes == report.bytes_written == stored_bytes(tmp_path) == 16 * 8 * 4
+    checkpoint = gs.open_checkpoint(tmp_path)
+    assert checkpoint.keys() == ["embed.weight", "head.weight"]
+    for key in checkpoint:
+        assert torch.equal(torch.from_numpy(checkpoint[key][...]), model.embed.weight)
+    assert checkpoint.info("head.weight").chunks == checkpoint.info("embed.weight").chunks
+    assert checkpoint.verify().ok
+
+
+def test_tied_weights_load_into_tied_and_into_separate_ones(tmp_path: Path) -> None:
+    model = Tied()
+    gs.save({"m": model}, tmp_path)
+    for tie in (True, False):
+        other = Tied(tie=tie)
+        report = gs.load({"m": other}, tmp_path).report
+        assert torch.equal(other.embed.weight, model.embed.weight)
+        assert torch.equal(other.head.weight, model.embed.weight)
+        assert report.bytes_filled == 16 * 8 * 4 * (1 if tie else 2)
+    alone = gs.load({"m": {"head.weight": torch.zeros(16, 8)}}, tmp_path, strict=gs.StrictHandling.RAISE_UNEXPECTED)
+    assert torch.equal(alone["m"]["head.weight"], model.embed.weight)
+
+
+def test_memory_that_load_allocates_is_tied_again(tmp_path: Path) -> None:
+    gs.save({"m": Tied()}, tmp_path)
+    loaded = gs.load({"m": Tied(device="meta").state_dict()}, tmp_path)["m"]
+    assert loaded["embed.weight"] is loaded["head.weight"]
+    module = Tied(device="meta")
+    gs.load({"m": module}, tmp_path)
+    assert module.head.weight is module.embed.weight
+    untied = gs.load(gs.load_tensors_metadata(tmp_path), tmp_path)
+    assert untied["m.embed.weight"].data_ptr() == untied["m.head.weight"].data_ptr()
+
+
+def test_two_requests_of_one_key_by_renaming_get_memory_of_their_own(tmp_path: Path) -> None:
+    gs.save(Tied().state_dict(), tmp_path)
+    names = ("policy.embed.weight", "policy.head.weight", "reference.embed.weight", "reference.head.weight")
+    wanted = {name: torch.empty(16, 8, device="meta") for name in names}
+    options = gs.LoadOptions(rename=lambda key: key.split(".", 1)[1])
+    loaded = gs.load(wanted, tmp_path, options=options)
+    pointers = [loaded[name].data_ptr() for name in names]
+    assert pointers[0] == pointers[1] != pointers[2] == pointers[3]
+
+
+def test_a_tie_must_hold_on_every_rank_that_holds_the_tensor(tmp_path: Path) -> None:
+    values = torch.arange(8.0)
+
+    def save(group: Any, tied_ranks: set[int]) -> None:
+        part = values[group.rank * 4 : group.rank * 4 + 4].clone()
+        other = part if group.rank in tied_ranks else part.clone()
+        state = {
+            name: gs.ShardedTensor.from_rank_offsets(name, data, (0, group.rank, 2))
+            for name, data in (("a", part), ("b", other))
+        }
+        # A rank that holds nothing of a tensor has no say.
+        state["none"] = gs.ShardedTensor(f"rank{group.rank}", torch.ones(1), torch.float32, (1,), (1,), (0,), None)
+        gs.save(state, tmp_path, process_group=group)
+
+    for tied_ranks, size in (({0, 1}, 32 + 8), ({0}, 64 + 8), (set(), 64 + 8)):
+        run_ranks(2, lambda group, tied=tied_ranks: save(group, tied))
+        assert stored_bytes(tmp_path) == size
+        for key in "ab":
+            assert gs.open_checkpoint(tmp_path)[key][...].tolist() == values.tolist()
+
+
+def test_a_tied_shard_that_one_rank_lacks_is_still_a_tie(tmp_path: Path) -> None:
+    def save(group: Any) -> None:
+        part = torch.full((0 if group.rank else 4,), 3.0)
+        offset = 4 if group.rank else 0
+        gs.save(
+            {n: gs.ShardedTensor(n, part, part.dtype, tuple(part.shape), (4,), (offset,), None) for n in ("a", "b")},
+            tmp_path,
+            process_group=group,
+        )
+
+    run_ranks(2, save)
+    assert stored_bytes(tmp_path) == 16
+
+
+def test_views_that_are_not_the_same_tensor_are_stored_each(tmp_path: Path) -> None:
+    base = torch.arange(6.0)
+    gs.save({"a": base, "b": base.view(2, 3), "c": base[:3], "d": base.view(torch.int32), "e": base[::2]}, tmp_path)
+    assert stored_bytes(tmp_path) == 24 * 3 + 12 * 2
+    conjugated = torch.tensor([1 + 2j])
+    gs.save({"a": conjugated, "b": conjugated.conj()}, tmp_path)
+    assert gs.load_plain_tensors(tmp_path)["b"].item() == 1 - 2j
+
+
+def test_a_tied_target_of_two_stored_tensors_is_loaded_if_they_are_equal(tmp_path: Path) -> None:
+    one = torch.arange(4.0)
+    target = torch.zeros(4)
+    gs.save({"a": one, "b": one.clone()}, tmp_path)
+    gs.load({"a": target, "b": target}, tmp_path)
+    assert torch.equal(target, one)
+    gs.save({"a": one, "b": one + 1}, tmp_path)
+    with pytest.raises(MismatchError, match="'b' shares memory with another tensor"):
+        gs.load({"a": target, "b": target}, tmp_path)
+
+
+def test_contiguous_targets_that_overlap_in_part_are_compared_after_loading(tmp_path: Path) -> None:
+    flat = torch.arange(12.0)
+    state = {"flat": flat, "view": flat[4:8].view(2, 2)}
+    gs.save(state, tmp_path)
+    target = torch.zeros(12)
+    gs.load({"flat": target, "view": target[4:8].view(2, 2)}, tmp_path)
+    assert torch.equal(target, flat)
+    gs.save({"flat": flat, "view": flat[4:8].view(2, 2) + 1}, tmp_path)
+    with pytest.raises(MismatchError, match="shares memory"):
+        gs.load({"flat": target, "view": target[4:8].view(2, 2)}, tmp_path)
+    # Columns of one matrix interleave without sharing an element.
+    gs.save({"left": torch.ones(4, 2), "right": torch.full((4, 2), 2.0)}, tmp_path)
+    both = torch.zeros(4, 4)
+    gs.load({"left": both[:, :2], "right": both[:, 2:]}, tmp_path)
+    assert both.tolist() == [[1, 1, 2, 2]] * 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=4))
+def test_sharing_elements_is_seen_for_any_strides(axes: list[tuple[int, int]]) -> None:
+    shape, strides = [size for size, _ in axes], [stride for _, stride in axes]
+    addresses = [0]
+    for size, stride in axes:
+        addresses = [address + n * stride for address in addresses for n in range(size)]
+    assert shares_elements(shape, strides) == (len(set(addresses)) < len(addresses))
+
+
+def test_a_target_that_overlaps_itself_is_refused(tmp_path: Path) -> None:
+    gs.save({"x": torch.ones(3, 3)}, tmp_path)
+    with pytest.raises(BadArgumentError, match="overlaps itself"):
+        gs.load({"x": torch.zeros(5).as_strided((3, 3), (1, 1))}, tmp_path)
+    odd = torch.zeros(16).as_strided((3, 3), (2, 5))
+    gs.load({"x": odd}, tmp_path)
+    assert odd.tolist() == [[1.0] * 3] * 3
