@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "giantstep"
 
 # From the highest layer to the lowest; a module may import only from layers below its own, or from its own package.
 LAYERS: list[set[str]] = [
-    {"cli", "testing", "__init__"},
+    {"cli", "integrations", "testing", "__init__"},
     {"metadata"},
     {"opening", "saving", "loading", "removal"},
     {"filling", "unwrapping"},

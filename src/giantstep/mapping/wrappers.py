@@ -111,8 +111,12 @@ def take_apart(tensor: torch.Tensor, what: str) -> Parts | None:
         crooked = [name for name, part in found.items() if part.dim() != tensor.dim()]
         if crooked:
             raise _does_not_follow(found[crooked[0]], tensor, f"part {crooked[0]!r} of {what}")
+        # Torch's own protocol keeps settings of the given tensor that are not stored.
+        like = _flattened(tensor) if _flattens(tensor) else None
+        if like is not None and like.tensors.keys() == found.keys():
+            return Parts(wrapper.name, dict(found), attributes, like.put_together)
         return Parts(wrapper.name, dict(found), attributes, lambda loaded: wrapper.put_together(loaded, attributes))
-    if hasattr(tensor, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__"):
+    if _flattens(tensor):
         return _flattened(tensor)
     if _lacks_memory(tensor):
         raise BadArgumentError(
@@ -120,6 +124,10 @@ def take_apart(tensor: torch.Tensor, what: str) -> Parts | None:
             "giantstep.register_wrapper how to take it apart, or save its parts."
         )
     return None
+
+
+def _flattens(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "__tensor_flatten__") and hasattr(type(tensor), "__tensor_unflatten__")
 
 
 def _flattened(tensor: Any) -> Parts:
@@ -238,8 +246,8 @@ def stored_wrapper(description: Mapping[str, Any], what: str) -> Wrapper:
     if wrapper is None or description["attributes"] is None:
         when = "is not registered here" if wrapper is None else "was not registered when it was saved"
         raise UnsupportedTypeError(
-            f"{what} is stored as a wrapper {description['wrapper']!r}, which {when}: it cannot be dequantised. Register it with "
-            "giantstep.register_wrapper, or load into a tensor of that class."
+            f"{what} is stored as a wrapper {description['wrapper']!r}, which {when}: it cannot be dequantised. Register it "
+            "with giantstep.register_wrapper, or load into a tensor of that class."
         )
     return wrapper
 

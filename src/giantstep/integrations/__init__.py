@@ -1,0 +1,1 @@
+"""Where people already are: other libraries' tensors and formats. Each module needs its library installed."""
