@@ -93,7 +93,7 @@ else:
 
 
 def audit(event, arguments):
-    if event.startswith("pickle.") or event in ("os.fork", "os.forkpty", "os.exec", "os.system", "os.posix_spawn", "subprocess.Popen"):
+    if event.startswith(("pickle.", "os.fork", "os.exec", "os.system", "os.posix_spawn", "subprocess.")):
         raise RuntimeError(f"{event} {arguments}")
 
 
@@ -127,7 +127,7 @@ checkpoint = gs.open_checkpoint(path)
 assert checkpoint.verify().ok
 checkpoint.objects(), checkpoint.common, checkpoint["model.0.weight"][:1]
 gs.load_plain_tensors(path), gs.load_sharded_metadata(path), gs.load_common_state_dict(path)
-gs.remove_sharded_tensors(path, "optimizer")
+gs.remove_sharded_tensors(path, "model.0")
 print("trained on", expected[-1] == step(*training_state(3)) or "as before")
 """
 
