@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from giantstep.errors import CorruptionError
 from giantstep.format.index import Index
@@ -24,6 +23,7 @@ from giantstep.reading.checkpoint import Checkpoint
 from giantstep.shards.dtypes import BY_CODE, BY_TORCH_NAME, DType
 from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor, wrapper_key
 from giantstep.shards.region import Int64s
+from giantstep.words import torch_dtype
 
 
 class StoredState:
@@ -178,7 +178,7 @@ def _match_wrapper(leaf: TensorLeaf, key: str, stored: StoredState, matched: Mat
     matched.requests.rows.extend(source.parts.values())
     if leaf.global_shape != source.shape:
         matched.requests.shapes.append((leaf.key, str(source.shape), str(leaf.global_shape)))
-    if not getattr(torch, leaf.dtype.torch_name).is_floating_point:
+    if not torch_dtype(leaf.dtype).is_floating_point:
         matched.requests.dtypes.append((leaf.key, f"quantised {source.description['dtype']}", leaf.dtype.torch_name))
 
 
@@ -227,9 +227,9 @@ def _match_object(item: ObjectLeaf, key: str, stored: StoredState, options: Load
 
 
 def _may_cast(stored: DType, wanted: DType, cast: str) -> bool:
-    kinds = [getattr(torch, dtype.torch_name) for dtype in (stored, wanted)]
     if "F4X2" in (stored.name, wanted.name) or cast == "never":
         return False
+    kinds = [torch_dtype(dtype) for dtype in (stored, wanted)]
     if cast == "floating":
         return all(kind.is_floating_point for kind in kinds)
     return not (kinds[0].is_complex and not kinds[1].is_complex)

@@ -31,7 +31,7 @@ from giantstep.mapping.differences import describe_differences, fingerprints
 from giantstep.mapping.flat_ranges import describe_flat, flat_shards
 from giantstep.options import SaveOptions
 from giantstep.phases import Stopwatch, same_call, settings, with_call
-from giantstep.planning.description import Description
+from giantstep.planning.description import COPY, Description
 from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
 from giantstep.reports import SaveReport
@@ -270,10 +270,11 @@ class _Save:
 
 
 def _encoded(stored: Mapping[str, StoredObject]) -> dict[str, bytes]:
-    """Objects as bytes, by name; none for a common state without anything in it."""
+    """Objects that this rank may write, as bytes by name; no bytes for a common state without anything in it."""
     return {
         name: b"" if name == COMMON_KEY and item.value == {} else OBJECT_CODEC.encode(item.value, item.path)
         for name, item in stored.items()
+        if item.role != COPY
     }
 
 

@@ -15,6 +15,7 @@ from giantstep.reading.checkpoint import Checkpoint
 from giantstep.requesting import ObjectSource, WrappedSource
 from giantstep.shards.dtypes import BY_TORCH_NAME
 from giantstep.shards.region import Region
+from giantstep.words import torch_dtype
 
 
 def read_object(source: ObjectSource, checkpoint: Checkpoint) -> Any:
@@ -65,5 +66,4 @@ def _dequantised_region(source: WrappedSource, region: Region, checkpoint: Check
 
 def _read_tensor(checkpoint: Checkpoint, key: str, region: Region) -> torch.Tensor:
     info, words = checkpoint.read_words(key, region)
-    kind = getattr(torch, BY_TORCH_NAME[info].torch_name)
-    return torch.from_numpy(words).view(kind)
+    return torch.from_numpy(words).view(torch_dtype(BY_TORCH_NAME[info]))

@@ -10,6 +10,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from giantstep.errors import UnsupportedTypeError
+from giantstep.shards.dtypes import DType
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Torch's dtype of a stored one.
+
+    Raises:
+        UnsupportedTypeError: this version of torch has no such dtype.
+    """
+    found = getattr(torch, dtype.torch_name, None)
+    if not isinstance(found, torch.dtype):
+        raise UnsupportedTypeError(f"torch {torch.__version__} has no dtype {dtype.torch_name}: a newer one is needed")
+    return found
+
+
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

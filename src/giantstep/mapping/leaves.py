@@ -21,6 +21,7 @@ from giantstep.planning.description import COPY, IMPLICIT, MAIN
 from giantstep.shards.dtypes import DType, dtype_of_torch_name
 from giantstep.shards.paths import Path, dotted
 from giantstep.shards.region import Region, check_shape
+from giantstep.words import torch_dtype
 
 
 @dataclass(slots=True)
@@ -71,7 +72,7 @@ class TensorLeaf:
         """Give memory to a leaf that has none, on the CPU; `result` is then the new tensor."""
         if not self.lacks_memory:
             return
-        kind = getattr(torch, self.dtype.torch_name)
+        kind = torch_dtype(self.dtype)
         if isinstance(self.source, ShardedTensor):
             self.source = ShardedTensor(
                 **{name: getattr(self.source, name) for name in _SHARDED_FIELDS if name != "data"},
@@ -143,6 +144,10 @@ class LeafMaker:
 
     def _sharded(self, path: Path, tensor: ShardedTensor) -> TensorLeaf:
         tensor.validate()
+        if isinstance(tensor.data, DTensor):
+            raise BadArgumentError(
+                f"tensor {tensor.key!r} is a ShardedTensor around a DTensor: give the DTensor itself, or its to_local()"
+            )
         role = MAIN if is_main_replica(tensor.replica_id) else COPY
         leaf = TensorLeaf(path, tensor.key, dtype_of_torch_name(str(tensor.dtype)), tensor.global_shape, tensor, role)
         leaf.allow_shape_mismatch = tensor.allow_shape_mismatch

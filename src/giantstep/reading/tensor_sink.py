@@ -9,7 +9,7 @@ from giantstep.errors import MismatchError
 from giantstep.reading.array_sink import ArraySink
 from giantstep.reading.fetch import WORDS, Bits, Sink
 from giantstep.shards.dtypes import DType
-from giantstep.words import words_of
+from giantstep.words import torch_dtype, words_of
 
 
 def sink_for(view: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> Sink:
@@ -31,7 +31,7 @@ class _Boxes:
 
     def __init__(self, target: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> None:
         self._target = target
-        self._stored: torch.dtype = getattr(torch, stored.torch_name)
+        self._stored = torch_dtype(stored)
         self._words = WORDS[stored.item_bytes]
         self._origin = origin
 
