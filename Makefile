@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per process: several ranks share this machine's cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
@@ -20,6 +20,13 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/save_load.py
+
+# Seconds per target; corpora, findings and logs go to build/fuzz.
+SECS ?= 60
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	nice -n 10 $(BIN)/python -m tests.fuzz.run_atheris --secs $(SECS)
 
 # torch is pinned: an unpinned one may bring gigabytes of GPU libraries along.
 $(VENV)/.installed: pyproject.toml

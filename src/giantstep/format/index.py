@@ -238,18 +238,34 @@ def _check_regions(index: Index, require: Callable[[bool, str], None]) -> None:
     require(bool((stored == whole).all()), "the chunks of a tensor do not add up to its size")
     exact = partitioned(per_tensor, dims, index.tensor_dims, index.chunk_offset, index.chunk_size)
     require(bool(exact.all()), "the chunks of a tensor overlap")
-    _check_disjoint(index, require)
+    _check_places(index, require)
+    _check_ties(index, require)
 
 
 def stored_chunks(index: Index) -> Int64s:
     """One row for each place in the files: chunks that tied tensors share count once."""
-    places = np.stack((index.chunk_file, index.chunk_start, index.chunk_bytes), axis=1)
-    rows: Int64s = np.unique(places, axis=0, return_index=True)[1]
+    order, shared = _by_place(index)
+    rows: Int64s = order[np.concatenate((np.ones(min(1, len(order)), dtype=bool), ~shared))]
     return rows
 
 
-def _check_disjoint(index: Index, require: Callable[[bool, str], None]) -> None:
-    """No byte of a file belongs to two entries, other than whole chunks that tied tensors share."""
+def _by_place(index: Index) -> tuple[Int64s, NDArray[np.bool_]]:
+    """Chunks in the order of their places, and for all but the first whether the place is that of the one before."""
+    columns = (index.chunk_file, index.chunk_start, index.chunk_bytes)
+    order = np.lexsort(columns[::-1])
+    shared = np.ones(max(0, len(order) - 1), dtype=bool)
+    for column in columns:
+        placed = column[order]
+        shared &= placed[1:] == placed[:-1]
+    return order, shared
+
+
+def _check_places(index: Index, require: Callable[[bool, str], None]) -> None:
+    """No byte of a file belongs to two entries, other than whole chunks that (tied) tensors share."""
+    order, shared = _by_place(index)
+    tensor = np.repeat(np.arange(len(index.tensor_dtype)), np.diff(index.tensor_chunk_ends))[order]
+    # The order is stable, so that chunks of one tensor at one place would be neighbours.
+    require(not (shared & (tensor[1:] == tensor[:-1])).any(), "two chunks of one tensor share bytes of a file")
     chunks = stored_chunks(index)
     file = np.concatenate((index.chunk_file[chunks], index.object_file))
     start = np.concatenate((index.chunk_start[chunks], index.object_start))
@@ -258,3 +274,28 @@ def _check_disjoint(index: Index, require: Callable[[bool, str], None]) -> None:
     file, start, size = file[order], start[order], size[order]
     overlaps = (file[1:] == file[:-1]) & (start[1:] < start[:-1] + size[:-1])
     require(not overlaps.any(), "two entries share bytes of a file")
+
+
+def _check_ties(index: Index, require: Callable[[bool, str], None]) -> None:
+    """Tensors whose first chunks lie at one place are tied: the same in all but their keys. Loaders give them one memory."""
+    filled = np.flatnonzero(np.diff(index.tensor_chunk_ends))
+    first = index.tensor_chunk_ends[filled]
+    file, start = index.chunk_file[first], index.chunk_start[first]
+    order = np.lexsort((filled, start, file))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(file[order]) != 0) | (np.diff(start[order]) != 0)
+    home = filled[order[np.flatnonzero(new)]][np.cumsum(new) - 1]
+    copy, home = filled[order[~new]], home[~new]
+    same = bool((index.tensor_dtype[copy] == index.tensor_dtype[home]).all())
+    for ends, columns in (
+        (index.tensor_dims_ends, (index.tensor_dims,)),
+        (index.tensor_chunk_ends, (index.chunk_file, index.chunk_start)),
+        (index.chunk_coordinate_ends, (index.chunk_offset, index.chunk_size)),
+    ):
+        counts = np.diff(ends)[copy]
+        same = same and bool((counts == np.diff(ends)[home]).all())
+        if same:
+            within = axes_of(counts)
+            ours, theirs = np.repeat(ends[copy], counts) + within, np.repeat(ends[home], counts) + within
+            same = all(bool((column[ours] == column[theirs]).all()) for column in columns)
+    require(same, "two tensors share their first chunk and are not the same")
