@@ -9,6 +9,7 @@ export OMP_NUM_THREADS := 1
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
+	$(BIN)/python demo/state.py
 
 test: lint
 	$(BIN)/python -m pytest -q

@@ -10,6 +10,10 @@ def _secs(seconds: dict[str, float]) -> str:
     return ", ".join(f"{phase} {secs:.2f} s" for phase, secs in seconds.items())
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def size_text(count: int) -> str:
     """Bytes in the largest unit that leaves a number of at least 1."""
     value = float(count)
@@ -44,8 +48,9 @@ class SaveReport:
     removed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        what = f"{_counted(self.tensors, 'tensor')} and {_counted(self.objects, 'object')}"
         return (
-            f"saved {self.tensors} tensors and {self.objects} objects, {size_text(self.bytes)}, to {self.location} "
+            f"saved {what}, {size_text(self.bytes)}, to {self.location} "
             f"(this rank wrote {size_text(self.bytes_written)}; {_secs(self.seconds)})"
         )
 
@@ -85,7 +90,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         filled, read = size_text(self.bytes_filled), size_text(self.bytes_read)
-        what = f"{self.tensors} tensors" + (f" and {self.objects} objects" if self.objects else "")
+        what = _counted(self.tensors, "tensor") + (f" and {_counted(self.objects, 'object')}" if self.objects else "")
         lines = [f"loaded {what}, {filled}, from {self.location} (read {read}; {_secs(self.seconds)})"]
         for title, names in (
             ("not requested", self.missing),

@@ -128,9 +128,9 @@ def judge(requests: Sequence[Requests], holdings: Holdings, strict: Strictness) 
     errors = [
         _keys(not_stored, [key for key in unexpected if strict.of(key).raises_unexpected], holdings, set(missing)),
         _keys(not_asked, [key for key in missing if strict.of(key).raises_missing]),
-        _triples(ShapeMismatchError, "tensors are stored with another global shape", [r.shapes for r in requests]),
-        _triples(ShapeMismatchError, "sharded objects are stored with another global shape", [r.grids for r in requests]),
-        _triples(DtypeMismatchError, "tensors are stored with another dtype", [r.dtypes for r in requests]),
+        _triples(ShapeMismatchError, "tensor", "global shape", [r.shapes for r in requests]),
+        _triples(ShapeMismatchError, "sharded object", "global shape", [r.grids for r in requests]),
+        _triples(DtypeMismatchError, "tensor", "dtype", [r.dtypes for r in requests]),
     ]
     found = [section for section in errors if section.lines]
     if found:
@@ -164,10 +164,11 @@ def _keys(title: str, keys: list[str], holdings: Holdings | None = None, missing
     return _Section(KeyMismatchError, f"{len(keys)} {'key is' if len(keys) == 1 else 'keys are'} {title}", lines)
 
 
-def _triples(kind: type[MismatchError], title: str, found: Sequence[list[tuple[str, str, str]]]) -> _Section:
+def _triples(kind: type[MismatchError], noun: str, what: str, found: Sequence[list[tuple[str, str, str]]]) -> _Section:
     triples = sorted({item for part in found for item in part})
     lines = [f"{_shown(key)}: stored {stored}, requested {wanted}" for key, stored, wanted in triples]
-    return _Section(kind, f"{len(triples)} {title}", lines)
+    are = f"{noun} is" if len(triples) == 1 else f"{noun}s are"
+    return _Section(kind, f"{len(triples)} {are} stored with another {what}", lines)
 
 
 def _listing(sections: Sequence[_Section]) -> str:
