@@ -188,7 +188,8 @@ class LoadOptions:
 
     rename: Rename | None = None
     """Where requested tensors and sharded objects are found, for checkpoints with other names: a function or mapping
-    from the requested key to the stored one. None as a result leaves the tensor or object as it is (a filter)."""
+    from the requested key to the stored one. None as a result leaves the tensor or object as it is (a filter); it is then
+    neither unexpected nor missing."""
 
     on_object_reshard: OnObjectReshard | Mapping[str, OnObjectReshard] = "raise"
     """A `ShardedObject` that is stored in a grid of another shape (another number of ranks): `raise`; `drop` the stored

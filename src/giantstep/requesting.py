@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from giantstep.errors import CorruptionError
+from giantstep.errors import CorruptionError, UnsupportedTypeError
 from giantstep.format.index import Index
 from giantstep.mapping.describe import Described, ObjectLeaf
 from giantstep.mapping.leaves import TensorLeaf
@@ -143,7 +143,9 @@ def match(described: Described, stored: StoredState, options: LoadOptions) -> Ma
     for leaf in described.leaves:
         key = options.stored_key(leaf.key)
         if key is None:
+            # The caller knows of it: it is not missing.
             matched.skipped.add(leaf.key)
+            matched.requests.rows.extend([stored.row[leaf.key]] if leaf.key in stored.row else [])
         elif key in stored.row:
             _match_tensor(leaf, stored.row[key], stored, options, matched)
         elif options.dequantise and key in stored.wrapped:
@@ -154,6 +156,7 @@ def match(described: Described, stored: StoredState, options: LoadOptions) -> Ma
         key = options.stored_key(item.source.key)
         if key is None:
             matched.skipped.add(item.source.key)
+            matched.requests.objects.append(item.source.key)
         else:
             _match_object(item, key, stored, options, matched)
     return matched
@@ -194,6 +197,12 @@ def _wrapped_source(leaf: TensorLeaf, key: str, stored: StoredState) -> WrappedS
     stored_wrapper(found, f"tensor {key!r} in {stored.checkpoint.location}")
     parts = {name: stored.row.get(f"{key}.{name}", -1) for name in found["parts"]}
     shape = tuple(found["shape"])
+    nested = [name for name in parts if f"{key}.{name}" in stored.wrapped]
+    if nested:
+        raise UnsupportedTypeError(
+            f"tensor {key!r} in {stored.checkpoint.location} is stored as a wrapper whose part {nested[0]!r} is a wrapper too: "
+            "it cannot be dequantised. Load into a tensor of its class."
+        )
     wrong = [name for name, row in parts.items() if row < 0 or len(stored.shape(row)) != len(shape)]
     if wrong or not parts:
         raise CorruptionError(

@@ -166,3 +166,15 @@ def test_a_terminal_gets_a_progress_bar(path: Path) -> None:
     os.close(parent)
     assert found.returncode == 0
     assert "━" in shown
+
+
+def test_objects_of_one_grid_are_listed_together(tmp_path: Path) -> None:
+    def save(group: Any) -> None:
+        rng = gs.ShardedObject("rng", group.rank, (group.size,), (group.rank,))
+        state = {"rng": rng, "one": gs.ShardedObject("one", 1, (1,), (0,), replica_id=group.rank), "lr": 0.1}
+        gs.save(state, tmp_path, process_group=group)
+
+    run_ranks(5, save)
+    assert "objects: common_state, one/shard_0_1, rng/shard_*_5 (5)\n" in run("ls", str(tmp_path)).stdout
+    listed = json.loads(run("ls", "--json", str(tmp_path)).stdout)
+    assert len(listed["objects"]) == 7

@@ -242,3 +242,24 @@ def test_distributed_tensors_of_wrappers(tmp_path: Path) -> None:
         assert torch.equal(plain, saved.dequantize())
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_wrapper_inside_a_wrapper_is_saved_and_loaded_but_not_dequantised(tmp_path: Path) -> None:
+    class Outer(RowScaled):
+        pass
+
+    def outer(inner: RowScaled) -> Any:
+        tensor = torch.Tensor._make_wrapper_subclass(Outer, inner.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        tensor.inner = inner
+        return tensor
+
+    gs.register_wrapper(
+        Outer, name="outer", take_apart=lambda t: ({"inner": t.inner}, {}), put_together=lambda p, _: outer(p["inner"])
+    )
+    saved, target = outer(RowScaled.quantised(values())), outer(empty())
+    gs.save({"w": saved}, tmp_path)
+    assert gs.open_checkpoint(tmp_path).keys() == ["w.inner.data8", "w.inner.scale"]
+    assert gs.load({"w": target}, tmp_path)["w"] is target
+    assert same(target.inner, saved.inner)
+    with pytest.raises(UnsupportedTypeError, match="whose part 'inner' is a wrapper too"):
+        gs.load({"w": torch.zeros(ROWS, WIDTH)}, tmp_path, options=gs.LoadOptions(dequantise=True))

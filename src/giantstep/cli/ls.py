@@ -10,6 +10,7 @@ import click
 
 from giantstep.cli.text import print_table, shape_text
 from giantstep.reports import size_text
+from giantstep.shards.object_keys import position_of
 
 if TYPE_CHECKING:
     from giantstep.reading.checkpoint import Checkpoint, TensorInfo
@@ -56,7 +57,7 @@ def _print(checkpoint: Checkpoint, infos: list[TensorInfo]) -> None:
         click.echo()
     objects = checkpoint.object_keys()
     if objects:
-        click.echo(f"objects: {', '.join(objects)}")
+        click.echo(f"objects: {_objects_text(objects)}")
     if record.content_metadata is not None:
         click.echo(f"content metadata: {json.dumps(record.content_metadata)}")
     shown = "" if len(infos) == record.totals.tensors else f"{len(infos)} of "
@@ -64,3 +65,21 @@ def _print(checkpoint: Checkpoint, infos: list[TensorInfo]) -> None:
         f"{shown}{record.totals.tensors} tensors, {size_text(record.totals.bytes)} in {len(record.files)} data files; saved by "
         f"{record.world_size} ranks at {record.created} with {record.library} (format {record.version})"
     )
+
+
+def _objects_text(names: list[str]) -> str:
+    """Names of objects; those of one grid together."""
+    grids: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    texts: list[str] = []
+    for name in names:
+        position = position_of(name)
+        if position is None:
+            texts.append(name)
+        else:
+            grids.setdefault((position.key, position.shape), []).append(name)
+    for (key, shape), held in grids.items():
+        if len(held) == 1:
+            texts.append(held[0])
+        else:
+            texts.append(f"{key}/shard_*_{'.'.join(map(str, shape))} ({len(held)})")
+    return ", ".join(sorted(texts))
