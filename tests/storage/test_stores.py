@@ -129,7 +129,7 @@ def test_write_errors_name_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(gs.StoreError, match=r"\[rank 0, phase write\].*No space left"):
+    with pytest.raises(gs.errors.StoreError, match=r"\[rank 0, phase write\].*No space left"):
         gs.save({"w": torch.zeros(3)}, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
