@@ -53,6 +53,8 @@ class Findings:
             return
         self._seen.add(found)
         name = hashlib.sha256(found.encode()).hexdigest()[:10]
+        if (self._folder / f"{name}.bin").exists():
+            return  # found in an earlier round
         (self._folder / f"{name}.bin").write_bytes(data)
         (self._folder / f"{name}.txt").write_text(f"{found}\n{''.join(traceback.format_exception(error))}")
 

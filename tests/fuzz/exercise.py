@@ -10,7 +10,7 @@ import math
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -53,12 +53,14 @@ class FindingError(Exception):
 class DictStore:
     """A store that holds given files, and counts the bytes read."""
 
-    location = "dict://mutant"
-
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self.files = files
         self.stored_bytes = sum(map(len, files.values()))
         self.bytes_read = 0
+
+    @property
+    def location(self) -> str:
+        return "dict://mutant"
 
     def exists(self) -> bool:
         return True
@@ -74,11 +76,20 @@ class DictStore:
     def names(self, folder: str) -> Iterator[str]:
         yield from [name for name in self.files if name.rpartition("/")[0] == folder]
 
-    def create(self, name: str, size: int, *, direct: bool) -> Any:
+    def prepare(self, folder: str) -> None:
+        raise FindingError(f"reading made the folder {folder!r}")
+
+    def create(self, name: str, size: int, *, direct: bool) -> NoReturn:
         raise FindingError(f"reading created {name}")
+
+    def sync_names(self, folder: str) -> None:
+        raise FindingError(f"reading changed names in {folder!r}")
 
     def publish(self, name: str, data: bytes, temporary: str) -> None:
         raise FindingError(f"reading published {name}")
+
+    def delete(self, name: str) -> None:
+        raise FindingError(f"reading deleted {name}")
 
 
 class _Handle:

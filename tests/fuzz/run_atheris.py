@@ -15,6 +15,8 @@ from pathlib import Path
 
 NAMES = ("record", "index", "data_file", "object", "checkpoint")
 ROOT = Path(__file__).parents[2]
+# The fuzzer itself takes some more memory with every input, and so is started anew now and then.
+ROUND_SECS = 600
 # Exit codes of libFuzzer.
 ENDS = {0: "time is up", 70: "hung", 71: "out of memory", 77: "crashed"}
 
@@ -33,21 +35,31 @@ class Row:
 
 
 def fuzz(target: str, secs: int, work: Path) -> Row:
-    """Run one target in a process of its own; what it prints goes to a file and is read at the end."""
+    """Run one target for that long, in rounds that share a corpus; what they print goes to a file."""
     folder = work / target
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "findings").glob("*"):
         old.unlink()
     log = folder / "log.txt"
-    command = [sys.executable, "-m", "tests.fuzz.atheris_child", target, str(secs), str(folder)]
-    with log.open("wb") as output:
+    log.write_bytes(b"")
+    row = Row(target, 0, 0, 0, 0, 0, ENDS[0])
+    while row.secs < secs and row.end == ENDS[0]:
+        _round(row, min(ROUND_SECS, secs - row.secs), folder, log)
+    row.findings = len(list((folder / "findings").glob("*.bin")))
+    return row
+
+
+def _round(row: Row, secs: int, folder: Path, log: Path) -> None:
+    """Add a round of a process of its own to the row."""
+    command = [sys.executable, "-m", "tests.fuzz.atheris_child", row.target, str(secs), str(folder)]
+    before = log.stat().st_size
+    with log.open("ab") as output:
         ended = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
-    text = log.read_text(errors="replace")
-    found = len(list((folder / "findings").glob("*.bin")))
-    executions = _last(r"stat::number_of_executed_units:\s*(\d+)", text) or _last(r"^#(\d+)\s", text)
-    end = ENDS.get(ended.returncode, f"exit code {ended.returncode}, see {log}")
-    took = _last(r"Done \d+ runs in (\d+) second", text) or secs
-    return Row(target, executions, took, _last(r"cov: (\d+)", text), _last(r"ft: (\d+)", text), found, end)
+    text = log.read_bytes()[before:].decode(errors="replace")
+    row.executions += _last(r"stat::number_of_executed_units:\s*(\d+)", text) or _last(r"^#(\d+)\s", text)
+    row.secs += _last(r"Done \d+ runs in (\d+) second", text) or secs
+    row.edges, row.features = _last(r"cov: (\d+)", text), _last(r"ft: (\d+)", text)
+    row.end = ENDS.get(ended.returncode, f"exit code {ended.returncode}, see {log}")
 
 
 def _last(pattern: str, text: str) -> int:

@@ -1,6 +1,6 @@
 """What is fuzzed: functions from bytes, which steer the mutations, to nothing; a `FindingError` is what must not happen.
 
-Called by `atheris_child`, `regressions` and the tests.
+Called by `atheris_child`, `kept` and the tests.
 """
 
 from __future__ import annotations

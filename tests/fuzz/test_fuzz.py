@@ -17,15 +17,15 @@ import giantstep as gs
 from fuzz.draft import INDEX, RECORD, Columns, Edits, file_name, seal
 from fuzz.exercise import DictStore, FindingError, Steps, exercise
 from fuzz.guard import no_effects
+from fuzz.kept import files_of, kept
 from fuzz.mutations import TAGS
-from fuzz.regressions import files_of, kept
 from fuzz.seeds import KEYS, encoded_objects, seed_draft, small_draft
 from fuzz.targets import TARGETS, check_object, read_mutant, run, sealed_seed, warm_up
 from giantstep.codecs import OBJECT_CODEC
 from independent_reader import read_checkpoint
 
 # How many mutants of each kind.
-EXAMPLES = {"record": 250, "index": 150, "data_file": 80, "object": 300, "checkpoint": 60}
+EXAMPLES = {"record": 150, "index": 100, "data_file": 50, "object": 200, "checkpoint": 40}
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Mutants that once were findings, kept as they are, so that later changes to the mutations do not lose them.
 
-To keep one: `python -m tests.fuzz.regressions index build/fuzz/index/findings/0123456789.bin overlapping-chunks`.
+To keep one: `python -m tests.fuzz.kept index build/fuzz/index/findings/0123456789.bin overlapping-chunks`.
 Read by test_fuzz.py.
 """
 
