@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,3 +282,16 @@ def test_cells_know_gaps_and_overlaps_exactly(
             assert cell.gap == bool((part == 0).any())
             assert cell.twice == bool((part > 1).any())
     assert seen == counts.numel()
+
+
+def test_the_pictures_in_the_documentation_are_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    exec(compile(program, "testing.md", "exec"), {})  # noqa: S102 - the project's own page
+    printed = capsys.readouterr().out
+    shown = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(shown) == 2
+    for picture in shown:
+        # An error message is cut short on the page.
+        assert picture.rpartition("...\n\n")[2] in printed
+        assert picture.partition(" ...\n")[0] in printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import giantstep as gs
+import giantstep.testing
 from giantstep.errors import BadArgumentError, CoverageError, DisagreementError, LayoutError, UnsupportedTypeError
 from giantstep.storage.memory import MemoryStore
-from giantstep.testing import check_coverage
+from giantstep.testing import check_coverage, draw, round_trip
 from giantstep.testing.ranks import run_ranks, run_ranks_collecting
 from layouts import Case, cases, cut
 
@@ -98,7 +100,7 @@ def test_shards_and_replicas_are_counted() -> None:
     assert (found.tensors, found.shards, found.replicas) == (2, 16, 4 + 7)
     assert sorted(found.bytes_by_rank)[:7] == [68] * 7  # 4 x 4 x 8 floats and the bias; rank 0 has the common state besides
     assert found.imbalance == max(found.bytes_by_rank) / (found.bytes / 8)
-    assert str(found).splitlines()[0] == "8 ranks cover 2 tensors once: 16 shards, 11 replicas among them"
+    assert str(found).splitlines()[0] == "2 tensors on 8 ranks, each covered once: 16 shards, 11 replicas among them"
 
 
 def test_sixty_four_ranks_share_the_work() -> None:
@@ -186,7 +188,7 @@ def test_common_state_that_differs_is_told_or_refused(caplog: pytest.LogCaptureF
     strict = gs.SaveOptions(on_object_difference="raise")
     with pytest.raises(DisagreementError) as error:
         check_coverage(states, options=strict)
-    assert error.value.message == getattr(saved_error(states, strict), "message", None)
+    assert str(error.value) == str(saved_error(states, strict))
 
 
 def test_states_without_values_are_checked_but_not_compared() -> None:
@@ -278,3 +280,12 @@ def test_any_partition_is_covered_and_one_shard_less_is_not(drawn: tuple[list[Ca
     else:
         # Nobody mentions the tensor, or nothing of it is lacking.
         check_coverage(states, options=options)
+
+
+@pytest.mark.parametrize("function", [check_coverage, draw, round_trip])
+def test_the_examples_in_the_docstrings_run(function: Any) -> None:
+    lines = inspect.cleandoc(function.__doc__).splitlines()
+    example = "\n".join(line[4:] for line in lines[1 : lines.index("Args:")] if line.startswith("    "))
+    assert f"{function.__name__}(rows" in example
+    names = {name: getattr(giantstep.testing, name) for name in giantstep.testing.__all__}
+    exec(example, {"torch": torch, "gs": gs} | names)  # noqa: S102 - the project's own example

@@ -60,10 +60,11 @@ class Coverage:
         return max(self.bytes_by_rank) * len(self.bytes_by_rank) / self.bytes if self.bytes else 1.0
 
     def __str__(self) -> str:
-        ranks, most = len(self.bytes_by_rank), int(np.argmax(self.bytes_by_rank))
+        most = int(np.argmax(self.bytes_by_rank))
+        ranks, tensors = counted(len(self.bytes_by_rank), "rank"), counted(self.tensors, "tensor")
         shards, repeated = counted(self.shards, "shard"), counted(self.replicas, "replica")
         lines = [
-            f"{counted(ranks, 'rank')} cover {counted(self.tensors, 'tensor')} once: {shards}, {repeated} among them",
+            f"{tensors} on {ranks}, each covered once: {shards}, {repeated} among them",
             f"  {counted(self.objects, 'object')}, {size_text(self.bytes)} in all",
             f"  most on rank {most}: {size_text(self.bytes_by_rank[most])}, {self.imbalance:.2f} x the mean",
         ]
@@ -81,8 +82,8 @@ def check_coverage(states: States, *, options: SaveOptions | None = None) -> Cov
         ]
         assert check_coverage(rows).imbalance == 1.0
 
-    They are described and planned exactly as `save` does it. Beyond that, replicas that are declared by `replica_id`
-    are compared too, which `save` takes on trust.
+    They are described and planned exactly as `save` does it. Beyond that, shards of the same region that their
+    `replica_id` declares to be equal are compared, which `save` takes on trust.
 
     States may be without values (meta tensors, ShardedTensors whose data are None), so that the layout of a model is
     checked that fits in no memory. Replicas without values cannot be compared (see `Coverage.uncompared`), and tied
@@ -104,6 +105,7 @@ def check_coverage(states: States, *, options: SaveOptions | None = None) -> Cov
     with failing("plan"):
         plan = _planned(described, descriptions_of(described, options.buffer_bytes), options)
         uncompared = compare_declared(described, options.buffer_bytes)
+    with failing("describe"):
         differences = _differences(described, plan, options)
     written = np.zeros(len(states), dtype=np.int64)
     np.add.at(written, plan.writer, plan.bytes)
