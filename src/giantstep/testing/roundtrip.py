@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -48,8 +49,8 @@ def round_trip(
     up (with zero where `allow_shape_mismatch` lets the target be larger), sharded objects, and the common state, but for
     what objects with `load_state_dict` keep of it. Of a factory, what `build_fn` makes of the merged tensor is compared.
 
-    The targets' tensors are overwritten in place, first with a pattern, so that one that is never filled is found.
-    They may share memory with `states`. The global tensors are in memory once beside both.
+    The targets' tensors are overwritten in place, first with a pattern, so that one that is never filled is found. They
+    may share memory with `states`. The global tensors are in memory once beside both.
 
     Args:
         states, targets: by rank, as for `save` and for `load`; at least one each.
@@ -70,22 +71,42 @@ def round_trip(
     if loading.dequantise:
         raise BadArgumentError("dequantise=True loads other values than were saved, so there is nothing to compare: use False")
     check_coverage(states, options=saving)
-    saved = Saved.of(describe_states(states, need_values=True))
-    before = describe_states(targets, for_load=True)
+    trip = _Trip(states, targets, strict, saving, loading)
+    if path is not None:
+        return trip.through(path)
     memory = MemoryStore(f"round-trip-{next(_NUMBERS)}")
-    place: StoreLike = memory if path is None else path
     try:
-        _on_ranks(len(states), lambda group: save(states[group.rank], place, process_group=group, options=saving))
-        _overwrite(before, saved, loading)
-        loaded = _on_ranks(
-            len(targets),
-            lambda group: load(targets[group.rank], place, strict=strict, process_group=group, options=loading),
-        )
+        return trip.through(memory)
     finally:
         memory.clear()
-    for rank, state in enumerate(loaded):
-        check_loaded(Loaded(rank, targets[rank], before[rank], state, loading), saved)
-    return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class _Trip:
+    """What is saved and loaded, and how; see `round_trip`."""
+
+    states: States
+    targets: States
+    strict: StrictHandling
+    saving: SaveOptions
+    loading: LoadOptions
+
+    def through(self, path: StoreLike) -> list[LoadedState]:
+        """Save, load and compare."""
+        saved = Saved.of(describe_states(self.states, need_values=True))
+        before = describe_states(self.targets, for_load=True)
+        _on_ranks(len(self.states), lambda group: self._save(path, group))
+        _overwrite(before, saved, self.loading)
+        loaded = _on_ranks(len(self.targets), lambda group: self._load(path, group))
+        for rank, state in enumerate(loaded):
+            check_loaded(Loaded(rank, self.targets[rank], before[rank], state, self.loading), saved)
+        return loaded
+
+    def _save(self, path: StoreLike, group: ThreadGroup) -> None:
+        save(self.states[group.rank], path, process_group=group, options=self.saving)
+
+    def _load(self, path: StoreLike, group: ThreadGroup) -> LoadedState:
+        return load(self.targets[group.rank], path, strict=self.strict, process_group=group, options=self.loading)
 
 
 def _on_ranks(size: int, function: Callable[[ThreadGroup], Result]) -> list[Result]:
