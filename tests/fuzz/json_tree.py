@@ -104,17 +104,17 @@ def change_tree(root: list[Any], steering: Steering, words: Sequence[Node]) -> N
     value = holder[position]
     operation = steering.below(11)
     if operation == 0:
-        holder[position] = steering.pick(HOSTILE)
+        holder[position] = deepcopy(steering.pick(HOSTILE))
     elif operation in (1, 2):
         holder[position] = steering.number(value if isinstance(value, int) else 0)
     elif operation == 3:
         other, place = places[steering.below(len(places))]
         holder[position] = deepcopy(other[place])
     elif operation in (4, 5):
-        holder[position] = steering.pick(words)
+        holder[position] = deepcopy(steering.pick(words))
     elif operation == 6:
         holder[position] = (
-            [value, deepcopy(value)] if steering.below(2) else Object([["$", steering.pick(words)], ["v", value]])
+            [value, deepcopy(value)] if steering.below(2) else Object([["$", deepcopy(steering.pick(words))], ["v", value]])
         )
     elif operation == 7:
         holder[position] = _changed_text(value, steering) if isinstance(value, str) else Raw(steering.blob())
@@ -139,4 +139,4 @@ def _change_items(value: Node, operation: int, steering: Steering, words: Sequen
     elif isinstance(value, Object):
         value[place][0] = str(steering.pick(words))
     else:
-        value.append(steering.pick(words))
+        value.append(deepcopy(steering.pick(words)))

@@ -218,9 +218,11 @@ def _check_regions(index: Index, require: Callable[[bool, str], None]) -> None:
     require(bool((index.tensor_dims >= 0).all()), "a tensor has a negative dimension")
     dims = np.diff(index.tensor_dims_ends)
     require(bool((dims <= MAX_DIMS).all()), f"a tensor has more than {MAX_DIMS} dimensions")
-    # Products in float64 first: they tell what is too large for int64. They may be infinite, or no number at all.
-    with np.errstate(over="ignore", invalid="ignore"):
-        bound = products(index.tensor_dims.astype(np.float64), dims) * np.maximum(item_bytes, 1)
+    # Products in float64 first: they tell what is too large for int64. They may be infinite. Of empty tensors the other
+    # dimensions count, without the size of an element: neither NumPy nor torch has them of any size.
+    filled = products(np.minimum(index.tensor_dims, 1), dims)
+    with np.errstate(over="ignore"):
+        bound = products(np.maximum(index.tensor_dims, 1).astype(np.float64), dims) * np.where(filled, item_bytes, 1)
     require(bool((bound <= MAX_ELEMENTS).all()), "a tensor has more elements than any can")
     per_tensor = np.diff(index.tensor_chunk_ends)
     fits = (np.diff(index.chunk_coordinate_ends) == per_tensor * dims).all()

@@ -187,7 +187,9 @@ class IndexReader:
         if dtype is None:
             raise CorruptionError(f"index {self._what}: tensor {key!r} has an unknown dtype")
         dims = self._ints("tensor_dims", *self._ints("tensor_dims_ends", row, row + 2))
-        if len(dims) > MAX_DIMS or min(dims, default=0) < 0 or math.prod(dims) * dtype.item_bytes > MAX_ELEMENTS:
+        # Of empty tensors the other dimensions count, without the size of an element.
+        bound = math.prod(part or 1 for part in dims[:MAX_DIMS]) * (dtype.item_bytes if all(dims) else 1)
+        if len(dims) > MAX_DIMS or min(dims, default=0) < 0 or bound > MAX_ELEMENTS:
             raise CorruptionError(f"index {self._what}: tensor {key!r} cannot have shape {dims[:MAX_DIMS]}")
         shape = tuple(dims)
         chunks = self._chunks(row, key, shape, dtype)

@@ -85,10 +85,11 @@ def as_ints(values: Sequence[int], what: str) -> tuple[int, ...]:
 def check_shape(shape: Sequence[int], what: str) -> tuple[int, ...]:
     """The shape as a tuple of ints that a tensor can have; raises `BadArgumentError` naming `what` otherwise."""
     result = as_ints(shape, f"the shape of {what}")
-    if len(result) > MAX_DIMS or any(part < 0 for part in result) or math.prod(result) > MAX_ELEMENTS:
+    # Of an empty tensor the dimensions that are not 0 count: readers refuse others.
+    if len(result) > MAX_DIMS or any(part < 0 for part in result) or math.prod(part or 1 for part in result) > MAX_ELEMENTS:
         raise BadArgumentError(
             f"{what} cannot have shape {result}: expected at most {MAX_DIMS} dimensions, none negative, "
-            f"and at most 2**62 elements"
+            f"and at most 2**62 elements, dimensions of 0 not counted"
         )
     return result
 
