@@ -5,6 +5,7 @@ Called by `save`, and by tests that plan for ranks that do not exist.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
@@ -92,18 +93,34 @@ def _object_digests(objects: Sequence[StoredObject], ranks: int) -> NDArray[np.u
 
 
 def _ties(leaves: Sequence[TensorLeaf], numbers: dict[str, int]) -> NDArray[np.int64]:
-    """Per key, the row of the first key (in order of text) whose shards are the same regions in the same memory."""
-    shards: dict[str, list[Hashable]] = {key: [] for key in numbers}
-    for leaf in leaves:
-        shards[leaf.key] += [
-            (region.offset, region.size, None if view is None else memory_of(view))
-            for region, view in leaf.pieces
-            if region.elements
-        ]
-    shapes = {leaf.key: (leaf.dtype.code, leaf.global_shape) for leaf in leaves}
+    """Per key, the row of the first key (in order of text) whose shards are the same regions in the same memory.
+
+    A key's own row if there is none, or if it has no memory; -1 if this rank holds nothing of it.
+    """
     tied = np.full(len(numbers), -1, dtype=np.int64)
+    begins: dict[str, int] = {}
+    for leaf in leaves:
+        for region, view in leaf.pieces:
+            if region.elements:
+                tied[numbers[leaf.key]] = numbers[leaf.key]
+                begins.setdefault(leaf.key, 0 if view is None else view.data_ptr())
+                break
+    # Few tensors begin where another does, and only those are looked at more closely.
+    repeated = {begin for begin, count in Counter(begins.values()).items() if count > 1 and begin}
+    shards: dict[str, list[Hashable]] = {key: [] for key in sorted(begins) if begins[key] in repeated}
+    for leaf in leaves:
+        if leaf.key in shards:
+            shards[leaf.key] += [(leaf.dtype.code, leaf.global_shape), *_places(leaf)]
     first: dict[Hashable, int] = {}
-    for key in sorted(numbers):
-        if shards[key]:
-            tied[numbers[key]] = first.setdefault((shapes[key], *shards[key]), numbers[key])
+    for key, held in shards.items():
+        tied[numbers[key]] = first.setdefault(tuple(held), numbers[key])
     return tied
+
+
+def _places(leaf: TensorLeaf) -> list[Hashable]:
+    """The leaf's regions with their memory; a region without memory is like no other."""
+    return [
+        (region.offset, region.size, object() if view is None else memory_of(view))
+        for region, view in leaf.pieces
+        if region.elements
+    ]

@@ -62,14 +62,16 @@ def plan_filling(tensors: Sequence[tuple[TensorLeaf, int]], stored: StoredState)
     _allocate(tensors, stored)
     filled: list[Wanted] = []
     compared: list[Wanted] = []
-    first: dict[Hashable, Wanted] = {}
+    begins: dict[int, list[Wanted]] = {}
     for leaf, row in tensors:
         for piece, (region, view) in enumerate(leaf.pieces):
             if not region.elements or view is None:
                 continue
             wanted = Wanted(leaf, piece, row)
-            same = first.setdefault(memory_of(view), wanted)
-            if same is wanted:
+            others = begins.setdefault(view.data_ptr(), [])
+            same = next((other for other in others if memory_of(other.view) == memory_of(view)), None)
+            if same is None:
+                others.append(wanted)
                 filled.append(wanted)
             elif same.region != region or stored.twin[same.row] != stored.twin[row]:
                 compared.append(wanted)
@@ -80,11 +82,15 @@ def _allocate(tensors: Sequence[tuple[TensorLeaf, int]], stored: StoredState) ->
     """Tensors that are stored as one and are of one kind get one memory; each of several requests of one key its own."""
     seen: dict[tuple[int, int], int] = {}
     homes: dict[Hashable, tuple[TensorLeaf, int]] = {}
+    tied = stored.tied_rows
     for leaf, row in tensors:
+        if row not in tied:
+            leaf.allocate()
+            continue
         twin = int(stored.twin[row])
         turn = seen[twin, row] = seen.get((twin, row), -1) + 1
         home, home_row = homes.setdefault((twin, turn, leaf.layout), (leaf, row))
-        if leaf.lacks_memory and twin >= 0 and home is not leaf and home_row != row:
+        if leaf.lacks_memory and home is not leaf and home_row != row:
             leaf.share(home)
         else:
             leaf.allocate()
@@ -96,16 +102,16 @@ def _overlapping(filled: Sequence[Wanted]) -> list[Wanted]:
     for wanted in filled:
         view = wanted.view
         if view.is_contiguous() and view.device.type != "meta":
-            start = view.data_ptr()
-            spans.append((str(view.device), start, start + view.numel() * view.element_size(), wanted))
+            start, device = view.data_ptr(), (view.device.type, view.device.index or 0)
+            spans.append((device, start, start + view.numel() * view.element_size(), wanted))
     spans.sort(key=lambda span: span[:3])
     found: dict[int, Wanted] = {}
-    device, end, holder = "", 0, None
+    there, end, holder = ("", 0), 0, None
     for where, start, stop, wanted in spans:
-        if where == device and start < end and holder is not None:
+        if where == there and start < end and holder is not None:
             found[id(holder)], found[id(wanted)] = holder, wanted
-        if where != device or stop > end:
-            device, end, holder = where, stop, wanted
+        if where != there or stop > end:
+            there, end, holder = where, stop, wanted
     return list(found.values())
 
 

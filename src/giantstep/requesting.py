@@ -33,6 +33,7 @@ class StoredState:
         checkpoint, index: where they come from.
         keys, row: tensors by row, rows by key.
         twin: [tensors] number shared by tensors that share their bytes (tied ones); -1 for those without bytes.
+        tied_rows: rows of tensors that share their bytes with another.
         grids: positions of sharded objects, by key and shape.
         wrapped: keys of wrapper tensors.
     """
@@ -43,6 +44,8 @@ class StoredState:
         self.keys = checkpoint.keys()
         self.row = {key: row for row, key in enumerate(self.keys)}
         self.twin = _twins(self.index)
+        numbers, counts = np.unique(self.twin[self.twin >= 0], return_counts=True)
+        self.tied_rows = set(np.flatnonzero(np.isin(self.twin, numbers[counts > 1])).tolist())
         self.grids: dict[str, dict[tuple[int, ...], dict[tuple[int, ...], ObjectPosition]]] = {}
         self.wrapped: set[str] = set()
         for name in checkpoint.object_keys():

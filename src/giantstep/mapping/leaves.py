@@ -170,7 +170,7 @@ class LeafMaker:
             if self._for_load:
                 return None
             raise BadArgumentError(f"tensor {key!r} is on the meta device and has no values to save")
-        if self._for_load and shares_elements(tuple(view.shape), view.stride()):
+        if self._for_load and not view.is_contiguous() and shares_elements(tuple(view.shape), view.stride()):
             raise BadArgumentError(
                 f"tensor {key!r} is expanded or overlaps itself: several of its elements share memory, so it cannot be "
                 "loaded into"

@@ -40,6 +40,8 @@ def memory_of(view: torch.Tensor) -> Hashable:
     """
     if not view.numel() or view.is_meta:
         return None
-    strides = tuple(stride if count > 1 else 0 for count, stride in zip(view.shape, view.stride(), strict=True))
-    flags = (view.is_conj(), view.is_neg())
-    return str(view.device), view.data_ptr(), view.dtype, tuple(view.shape), strides, flags
+    shape, strides = tuple(view.shape), view.stride()
+    if 1 in shape:
+        strides = tuple(stride if count > 1 else 0 for count, stride in zip(shape, strides, strict=True))
+    device = view.device
+    return device.type, device.index, view.data_ptr(), view.dtype, shape, strides, view.is_conj(), view.is_neg()
