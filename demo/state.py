@@ -84,8 +84,8 @@ def survives(tensor: torch.Tensor, saved: Cut, saving: int, loaded: Cut, loading
 def every_dtype(story: Story) -> None:
     """The table of dtypes."""
     story.section("Every dtype, to the bit: saved and loaded alike, and resharded")
-    story.row("dtype", ["1 -> 1", "rows 4 -> 3", "rows 4", "flat 5", "flat 5"])
-    story.row("", ["", "", "-> cols 3", "-> rows 2", "-> flat 7"])
+    story.row("dtype", ["1 -> 1", "rows 4", "rows 4", "flat 5", "flat 5"])
+    story.row("", ["", "-> rows 3", "-> cols 3", "-> rows 2", "-> flat 7"])
     tried = failed = 0
     for name in BY_TORCH_NAME:
         dtype = getattr(torch, name, None)
