@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from giantstep.errors import BadArgumentError, CorruptionError, UnsupportedTypeError
-from giantstep.format.object_text import SAFE_INT, Json, parse_text, write_text
+from giantstep.format.object_text import SAFE_INT, Json, is_plain, parse_text, write_text
 from giantstep.format.payload import int_of, items_of
 from giantstep.shards.paths import Path, dotted
 
@@ -94,7 +94,7 @@ class Writer:
     def value(self, value: Any, path: Path) -> Json:
         """The value as JSON; raises `UnsupportedTypeError` naming `path`."""
         kind = type(value)
-        if value is None or kind is bool or kind is str:
+        if value is None or kind is bool or (kind is str and is_plain(value)):
             return value
         if kind is int and -SAFE_INT <= value <= SAFE_INT:
             return value
@@ -102,7 +102,7 @@ class Writer:
             return value
         if self._depth >= MAX_DEPTH:
             raise BadArgumentError(
-                f"object at {dotted(path)!r} is nested more than {MAX_DEPTH} levels deep (or contains itself)"
+                f"object at {dotted(path)[:200]!r} is nested more than {MAX_DEPTH} levels deep (or contains itself)"
             )
         self._depth += 1
         try:
@@ -250,6 +250,11 @@ class Codec:
                     del self._more[0]
             found = look_up()
         return found or look_up()
+
+    def tags(self) -> set[str]:
+        """All tags on disk; fetches all kinds."""
+        self._find(lambda: None)
+        return set(self._by_tag)
 
     def _of_type(self, kind: type) -> Kind | None:
         found = self._by_type.get(kind)

@@ -20,8 +20,8 @@ from giantstep.format.codec import Codec, Kind, Reader, TensorSlot, Writer
 from giantstep.format.kinds_numpy import NUMPY_KINDS
 from giantstep.format.kinds_text import TEXT_KINDS
 from giantstep.format.kinds_user import user_kinds
-from giantstep.format.object_text import Json
-from giantstep.format.payload import int_of, items_of, same_text, text_of
+from giantstep.format.object_text import Json, is_plain
+from giantstep.format.payload import int_of, items_of, plain_text, same_text, text_of
 from giantstep.format.registry import TypeRegistry
 from giantstep.shards.paths import Path, dotted
 
@@ -55,7 +55,14 @@ def _decode_range(payload: Json, reader: Reader) -> range:
     return range(start, stop, step)
 
 
-# Bytes.
+# Texts and bytes.
+
+
+def _decode_text(payload: Json, reader: Reader) -> str:
+    found = bytes(reader.attachment(payload)).decode("utf-8", "surrogatepass")
+    if is_plain(found):
+        raise ValueError("a text that is to be a JSON string")
+    return found
 
 
 def _encode_file(value: io.BytesIO, writer: Writer, path: Path) -> Json:
@@ -127,6 +134,7 @@ _NUMBER_KINDS: tuple[Kind, ...] = (
 )
 
 _BYTES_KINDS: tuple[Kind, ...] = (
+    Kind("str", str, lambda v, w, p: w.attach(v.encode("utf-8", "surrogatepass")), _decode_text),
     Kind("bytes", bytes, lambda v, w, p: w.attach(v), lambda j, r: bytes(r.attachment(j))),
     Kind("bytearray", bytearray, lambda v, w, p: w.attach(bytes(v)), lambda j, r: bytearray(r.attachment(j))),
     Kind("io.BytesIO", io.BytesIO, _encode_file, lambda j, r: io.BytesIO(bytes(r.attachment(j)))),
@@ -141,7 +149,7 @@ _CONTAINER_KINDS: tuple[Kind, ...] = (
     Kind("deque", collections.deque, _encode_deque, _decode_deque),
     _namespace_kind("argparse.Namespace", argparse.Namespace),
     _namespace_kind("types.SimpleNamespace", types.SimpleNamespace),
-    Kind("tensor_slot", TensorSlot, lambda v, w, p: v.key, lambda j, r: TensorSlot(text_of(j))),
+    Kind("tensor_slot", TensorSlot, lambda v, w, p: plain_text(v.key, p), lambda j, r: TensorSlot(text_of(j))),
 )
 
 

@@ -10,7 +10,7 @@ import uuid
 from giantstep.errors import UnsupportedTypeError
 from giantstep.format.codec import Kind, Reader, Writer
 from giantstep.format.object_text import Json
-from giantstep.format.payload import int_of, items_of, same_text, text_of
+from giantstep.format.payload import int_of, items_of, plain_text, same_text, text_of
 from giantstep.shards.paths import Path, dotted
 
 
@@ -20,7 +20,7 @@ def _path_kind(tag: str, cls: type[pathlib.PurePath]) -> Kind:
         same_text(str(found), payload)
         return found
 
-    return Kind(tag, cls, lambda v, w, p: str(v), decode)
+    return Kind(tag, cls, lambda v, w, p: plain_text(str(v), p), decode)
 
 
 def _encode_moment(value: dt.datetime | dt.time, _writer: Writer, path: Path) -> Json:
@@ -34,7 +34,7 @@ def _encode_moment(value: dt.datetime | dt.time, _writer: Writer, path: Path) ->
         )
     name = zone.tzname(None)
     plain = [value.isoformat(), value.fold]
-    return plain if name == dt.timezone(zone.utcoffset(None)).tzname(None) else [*plain, name]
+    return plain if name == dt.timezone(zone.utcoffset(None)).tzname(None) else [*plain, plain_text(name, path)]
 
 
 def _moment_kind(tag: str, cls: type[dt.datetime | dt.time]) -> Kind:

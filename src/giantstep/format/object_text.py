@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, TypeAlias
 
 Json: TypeAlias = Any
@@ -17,6 +18,8 @@ SAFE_INT = 1 << 53
 _INT_DIGITS = len(str(-SAFE_INT))
 # Python writes a float with at most 24 characters.
 _FLOAT_DIGITS = 40
+# Two code points to Python, but JSON's escapes of the one character that they stand for in UTF-16 are the same.
+_PAIR = re.compile(r"[\ud800-\udbff][\udc00-\udfff]")
 
 
 def _tagged(fields: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -45,6 +48,11 @@ def _literal(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_tagged, parse_int=_int, parse_float=_float, parse_constant=_literal)
+
+
+def is_plain(text: str) -> bool:
+    """Whether a JSON string gives the text back."""
+    return text.isascii() or _PAIR.search(text) is None
 
 
 def parse_text(text: memoryview) -> Json:

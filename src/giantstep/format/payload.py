@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from giantstep.errors import UnsupportedTypeError
-from giantstep.format.object_text import SAFE_INT, Json
+from giantstep.format.object_text import SAFE_INT, Json, is_plain
 from giantstep.shards.paths import Path, dotted
 
 # As many as a stored tensor may have; NumPy has no more either.
@@ -47,6 +47,15 @@ def same_text(written: str, payload: str) -> None:
     """Refuse a text that its value would not be written as, so that a value has one text only."""
     if written != payload:
         raise ValueError(f"expected {written!r:.60}, found {payload!r:.60}")
+
+
+def plain_text(text: str, path: Path) -> str:
+    """A text as a payload. Raises `UnsupportedTypeError` where JSON could not hold it exactly."""
+    if not is_plain(text):
+        raise UnsupportedTypeError(
+            f"object at {dotted(path)!r} has a text with a pair of surrogates in it: expected valid Unicode. Save another text."
+        )
+    return text
 
 
 def plain_ints(values: Iterable[int], path: Path) -> list[int]:

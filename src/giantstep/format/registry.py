@@ -21,6 +21,7 @@ from giantstep.format.field_types import (
     named_tuple_from_plain,
     named_tuple_to_plain,
 )
+from giantstep.format.object_text import is_plain
 
 _MAX_NAME = 200
 
@@ -79,7 +80,7 @@ class TypeRegistry:
         if not isinstance(cls, type):
             raise BadArgumentError(f"register_type was given {cls!r:.100}: expected a class")
         name = cls.__qualname__ if name is None else name
-        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME:
+        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not is_plain(name):
             raise BadArgumentError(f"name={name!r:.100} of type {cls.__qualname__}: expected 1 to {_MAX_NAME} characters")
         functions = _functions(cls, encode, decode)
         added = Registration(cls, name, *functions, given=(name, encode, decode))
