@@ -65,7 +65,7 @@ TIED = ("tied", "w")
 KEYS = (*sorted((*(key for key, *_ in TENSORS), TIED[0])),)
 
 PLAIN_VALUES: dict[str, Any] = {
-    "plain": [None, True, -(2**53), 0.25, "text", [], {}],
+    "plain": [None, True, -(2**53), 0.25, "text", "\ud800\udc00", [], {}],
     "numbers": [2**80, float("nan"), float("-inf"), complex(0.0, float("inf"))],
     "bytes": [b"attached", bytearray(b"too"), b"", io.BytesIO(b"file")],
     "containers": [(1, (2,)), deque([1, 2], 3), {3, 4}, frozenset({"a"}), {None: 1, (1, b"k"): 2}, OrderedDict(z=1, a=2)],
