@@ -238,3 +238,29 @@ def test_the_report_prints_shortly(stored: Path) -> None:
 def test_options_that_cannot_be(settings: dict[str, Any]) -> None:
     with pytest.raises(BadArgumentError, match=next(iter(settings))):
         gs.LoadOptions(**settings)
+
+
+class Schedule:
+    """An object whose state is plain values only."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.loads = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "empty": {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.loads = state["epoch"], self.loads + 1
+
+
+def test_a_stateful_object_of_which_nothing_is_stored_is_unexpected_and_left_alone(stored: Path) -> None:
+    schedule = Schedule(3)
+    with pytest.raises(KeyMismatchError, match=r"train\.schedule"):
+        gs.load({**everything(), "train": {"schedule": schedule}}, stored)
+    loaded = gs.load({**everything(), "train": {"schedule": schedule}}, stored, strict=StrictHandling.RETURN_ALL)
+    assert loaded.report.unexpected == ("train.schedule",)
+    assert loaded["train"]["schedule"] is schedule
+    assert (schedule.epoch, schedule.loads) == (3, 0)
+    gs.save({"train": {"schedule": Schedule(9)}}, stored)
+    gs.load({"train": {"schedule": schedule}}, stored)
+    assert (schedule.epoch, schedule.loads) == (9, 1)

@@ -14,10 +14,10 @@ import torch
 
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.leaves import TensorLeaf
-from giantstep.mapping.overlap import memory_of
+from giantstep.mapping.overlap import disjoint, memory_of, span_of
 from giantstep.reading.fetch import Sink
 from giantstep.reading.tensor_sink import CompareSink, sink_for
-from giantstep.requesting import StoredState
+from giantstep.requesting import Matched, StoredState
 from giantstep.shards.region import Region
 from giantstep.words import words_of
 
@@ -57,13 +57,17 @@ class Filling:
     compared: list[Wanted]
 
 
-def plan_filling(tensors: Sequence[tuple[TensorLeaf, int]], stored: StoredState) -> Filling:
-    """Give memory to tensors that have none, and decide which regions are read."""
-    _allocate(tensors, stored)
+def plan_filling(matched: Matched, stored: StoredState) -> Filling:
+    """Give memory to tensors that have none, and decide which regions are read.
+
+    Raises:
+        BadArgumentError: tensors that cannot be compared with what is stored for them share memory with others.
+    """
+    _allocate(matched.tensors, stored)
     filled: list[Wanted] = []
     compared: list[Wanted] = []
     begins: dict[int, list[Wanted]] = {}
-    for leaf, row in tensors:
+    for leaf, row in matched.tensors:
         for piece, (region, view) in enumerate(leaf.pieces):
             if not region.elements or view is None:
                 continue
@@ -74,8 +78,17 @@ def plan_filling(tensors: Sequence[tuple[TensorLeaf, int]], stored: StoredState)
                 others.append(wanted)
                 filled.append(wanted)
             elif same.region != region or stored.twin[same.row] != stored.twin[row]:
-                compared.append(wanted)
-    return Filling(filled, compared + _overlapping(filled))
+                compared += [same, wanted]
+    made = [view for source in matched.dequantised for _, view in source.leaf.pieces if view is not None and view.numel()]
+    compared += _overlapping(filled, made)
+    chosen = list({id(wanted): wanted for wanted in compared}.values())
+    for wanted in chosen:
+        if wanted.leaf.allow_shape_mismatch and stored.shape(wanted.row) != wanted.leaf.global_shape:
+            raise BadArgumentError(
+                f"tensor {wanted.leaf.key!r} is loaded with another padding into memory that it shares with another tensor of "
+                "the state dict. Load it into memory of its own."
+            )
+    return Filling(filled, chosen)
 
 
 def _allocate(tensors: Sequence[tuple[TensorLeaf, int]], stored: StoredState) -> None:
@@ -96,23 +109,33 @@ def _allocate(tensors: Sequence[tuple[TensorLeaf, int]], stored: StoredState) ->
             leaf.allocate()
 
 
-def _overlapping(filled: Sequence[Wanted]) -> list[Wanted]:
-    """Of contiguous regions, those whose memory overlaps that of others without being the same."""
-    spans = []
-    for wanted in filled:
-        view = wanted.view
-        if view.is_contiguous() and view.device.type != "meta":
-            start, device = view.data_ptr(), (view.device.type, view.device.index or 0)
-            spans.append((device, start, start + view.numel() * view.element_size(), wanted))
+def _overlapping(filled: Sequence[Wanted], made: Sequence[torch.Tensor]) -> list[Wanted]:
+    """Regions whose memory overlaps that of others, or may, without being the same.
+
+    Raises:
+        BadArgumentError: tensors that are made by dequantising do.
+    """
+    # None stands for the memory of a dequantised tensor, of which nothing is stored to compare it with.
+    spans: list[tuple[tuple[str, int], int, int, torch.Tensor, Wanted | None]] = [
+        (*span_of(wanted.view), wanted.view, wanted) for wanted in filled
+    ]
+    spans += [(*span_of(view), view, None) for view in made]
     spans.sort(key=lambda span: span[:3])
-    found: dict[int, Wanted] = {}
-    there, end, holder = ("", 0), 0, None
-    for where, start, stop, wanted in spans:
-        if where == there and start < end and holder is not None:
-            found[id(holder)], found[id(wanted)] = holder, wanted
-        if where != there or stop > end:
-            there, end, holder = where, stop, wanted
-    return list(found.values())
+    found: list[Wanted] = []
+    active: list[tuple[tuple[str, int], int, int, torch.Tensor, Wanted | None]] = []
+    for span in spans:
+        active = [other for other in active if other[0] == span[0] and other[2] > span[1]]
+        for other in active:
+            if disjoint(other[3], span[3]):
+                continue
+            if other[4] is None or span[4] is None:
+                raise BadArgumentError(
+                    "two tensors of the state dict share memory, and one of them is to be dequantised from another stored "
+                    "tensor. Load them into memory of their own."
+                )
+            found += [other[4], span[4]]
+        active.append(span)
+    return found
 
 
 def fill_sinks(wanted: Sequence[Wanted], stored: StoredState) -> list[Sink]:
@@ -120,7 +143,8 @@ def fill_sinks(wanted: Sequence[Wanted], stored: StoredState) -> list[Sink]:
     sinks = []
     for item in wanted:
         if item.leaf.allow_shape_mismatch:
-            words_of(item.view).zero_()
+            lazy = item.view.is_conj() or item.view.is_neg()
+            (item.view if lazy else words_of(item.view)).zero_()
         sinks.append(sink_for(item.view, stored.dtype(item.row), item.region.offset))
     return sinks
 

@@ -32,7 +32,7 @@ from giantstep.restoring import restore
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
-from giantstep.unwrapping import fill_dequantised, read_object
+from giantstep.unwrapping import Moved, fill_dequantised, read_object, verify_parts
 
 _LOG = logging.getLogger("giantstep")
 # Up to this many times the stored bytes, all ranks together, bytes count as read once.
@@ -105,7 +105,7 @@ class _Load:
         self._options = options if isinstance(options, LoadOptions) else LoadOptions()
         self._group: Group = group_of(process_group)
         self._fetched = Fetched(0)
-        self._dequantised_bytes = 0
+        self._dequantised = Moved(0, 0)
 
     # Open: rank 0 reads the commit record, so that all ranks load the same save.
 
@@ -145,7 +145,8 @@ class _Load:
     def _match(self) -> bytes:
         self._checkpoint = Checkpoint(self._store, self._record, OBJECT_CODEC)
         self._stored = StoredState(self._checkpoint)
-        self._matched = match(self._described, self._stored, self._options)
+        self._common = self._checkpoint.common
+        self._matched = match(self._described, self._stored, self._common, self._options)
         return self._matched.requests.encode()
 
     def _judge(self, reports: Sequence[bytes]) -> list[bytes]:
@@ -169,9 +170,8 @@ class _Load:
 
     def _plan(self) -> bytes:
         # Objects are decoded before the first tensor is touched.
-        self._common = self._checkpoint.common
         self._objects = {source.leaf.path: read_object(source, self._checkpoint) for source in self._matched.objects}
-        self._filling = plan_filling(self._matched.tensors, self._stored)
+        self._filling = plan_filling(self._matched, self._stored)
         self._chunks = tabulate_chunks(self._stored.index)
         self._reads = self._plan_reads(self._filling.filled)
         return str(sum(read.stop - read.start for read in self._reads)).encode("ascii")
@@ -193,7 +193,11 @@ class _Load:
         return [b"direct" if total <= _READ_ONCE * stored else b"cached"] * len(reports)
 
     def _verify(self) -> bytes:
-        fetch(self._source(verify=True), self._reads, None, self._options.reader_threads)
+        source = self._source(verify=True)
+        for reads in (self._reads, self._plan_reads(self._filling.compared)):
+            fetch(source, reads, None, self._options.reader_threads)
+        for wrapped in self._matched.dequantised:
+            verify_parts(wrapped, self._checkpoint)
         return b""
 
     def _fill(self) -> bytes:
@@ -204,7 +208,7 @@ class _Load:
         if compared:
             fetch(source, self._plan_reads(compared), compare_sinks(compared, self._stored), threads)
         for wrapped in self._matched.dequantised:
-            self._dequantised_bytes += fill_dequantised(wrapped, self._checkpoint)
+            self._dequantised += fill_dequantised(wrapped, self._checkpoint)
         return b""
 
     def _source(self, *, verify: bool) -> Source:
@@ -227,7 +231,7 @@ class _Load:
         return LoadedState(self._tree, self._report())
 
     def _restore(self) -> bytes:
-        self._tree = restore(self._described, self._objects, self._common)
+        self._tree = restore(self._described, self._objects, self._common, self._matched.absent)
         return b""
 
     def _report(self) -> LoadReport:
@@ -244,7 +248,7 @@ class _Load:
             dequantised=tuple(sorted({wrapped.leaf.key for wrapped in matched.dequantised})),
             skipped=tuple(sorted(matched.skipped)),
             dropped=tuple(sorted(matched.dropped)),
-            bytes_filled=filled + self._dequantised_bytes,
-            bytes_read=self._fetched.bytes_read,
+            bytes_filled=filled + self._dequantised.filled,
+            bytes_read=self._fetched.bytes_read + self._dequantised.read,
             seconds=self.watch.seconds,
         )

@@ -12,6 +12,8 @@ from typing import Any
 
 from giantstep.errors import DisagreementError
 
+_SHOWN = 300
+
 
 class Stopwatch:
     """Seconds per phase, in order."""
@@ -64,7 +66,12 @@ def same_call(reports: Sequence[bytes]) -> list[bytes]:
             if heads[0].get(name) != head.get(name):
                 first, other = heads[0].get(name), head.get(name)
                 raise DisagreementError(
-                    f"ranks make different calls: {name} is {first!r} on rank 0 and {other!r} on rank {rank}. "
+                    f"ranks make different calls: {name} is {_short(first)} on rank 0 and {_short(other)} on rank {rank}. "
                     "All ranks of the group must make the same call."
                 )
     return payloads
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."

@@ -12,16 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from giantstep.codecs import OBJECT_CODEC
 from giantstep.errors import CorruptionError, UnsupportedTypeError
 from giantstep.format.index import Index
-from giantstep.mapping.describe import Described, ObjectLeaf
+from giantstep.mapping.describe import Described, ObjectLeaf, StoredObject
+from giantstep.mapping.differences import fingerprint_digest
 from giantstep.mapping.leaves import TensorLeaf
+from giantstep.mapping.tree import Tree
 from giantstep.mapping.wrappers import stored_wrapper
 from giantstep.options import LoadOptions, ObjectsReshard
+from giantstep.planning.description import IMPLICIT
 from giantstep.planning.matching import Holdings, Requests
 from giantstep.reading.checkpoint import Checkpoint
 from giantstep.shards.dtypes import BY_CODE, BY_TORCH_NAME, DType
 from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor, wrapper_key
+from giantstep.shards.paths import Path, dotted
 from giantstep.shards.region import Int64s
 from giantstep.words import torch_dtype
 
@@ -123,6 +128,7 @@ class Matched:
         requests: the same for the judge of all ranks.
         cast: as in `LoadReport`.
         skipped: requested keys that `rename` left out.
+        absent: places of Stateful objects of which nothing is stored.
         dropped: keys of sharded objects whose stored ones are dropped.
     """
 
@@ -132,11 +138,17 @@ class Matched:
     requests: Requests = field(default_factory=Requests)
     cast: set[str] = field(default_factory=set)
     skipped: set[str] = field(default_factory=set)
+    absent: list[Path] = field(default_factory=list)
     dropped: set[str] = field(default_factory=set)
 
 
-def match(described: Described, stored: StoredState, options: LoadOptions) -> Matched:
+def match(described: Described, stored: StoredState, common: Tree, options: LoadOptions) -> Matched:
     """Find for every leaf what it is filled from.
+
+    Args:
+        described: what is wanted.
+        stored, common: what there is: tensors and objects, and the common state.
+        options: how names, dtypes and grids may differ.
 
     Raises:
         CorruptionError: the description of a wrapper tensor does not fit its parts.
@@ -149,10 +161,12 @@ def match(described: Described, stored: StoredState, options: LoadOptions) -> Ma
             # The caller knows of it: it is not missing.
             matched.skipped.add(leaf.key)
             matched.requests.rows.extend([stored.row[leaf.key]] if leaf.key in stored.row else [])
+            if leaf.key in stored.wrapped:
+                matched.requests.rows.extend(_part_rows(leaf.key, _description(leaf.key, stored), stored).values())
         elif key in stored.row:
             _match_tensor(leaf, stored.row[key], stored, options, matched)
         elif options.dequantise and key in stored.wrapped:
-            _match_wrapper(leaf, key, stored, matched)
+            _match_wrapper(leaf, key, stored, options, matched)
         else:
             matched.requests.unexpected.append(leaf.key)
     for item in described.objects:
@@ -162,7 +176,53 @@ def match(described: Described, stored: StoredState, options: LoadOptions) -> Ma
             matched.requests.objects.append(item.source.key)
         else:
             _match_object(item, key, stored, options, matched)
+    _match_descriptions(described, stored, options, matched)
+    _match_statefuls(described, common, matched)
     return matched
+
+
+def _match_statefuls(described: Described, common: Tree, matched: Matched) -> None:
+    """Objects with a state of plain values only are requested as a whole."""
+    paths = [leaf.path for leaf in described.leaves] + [leaf.path for leaf in described.objects]
+    paths += [path for path, _ in described.locals]
+    leading = {path[:length] for path in paths for length in range(len(path) + 1)}
+    for joint in described.joints:
+        plain = joint.merge is None and joint.path not in leading
+        if plain and _holds(described.tree, joint.path) and not _holds(common, joint.path):
+            matched.requests.unexpected.append(dotted(joint.path))
+            matched.absent.append(joint.path)
+
+
+def _holds(tree: Tree, path: Path) -> bool:
+    """Whether something is at a path, other than an empty container."""
+    for step in path:
+        inside = (isinstance(tree, dict) and step in tree) or (
+            type(tree) in (list, tuple) and isinstance(step, int) and step < len(tree)
+        )
+        if not inside:
+            return False
+        tree = tree[step]
+    return not (isinstance(tree, dict | list | tuple) and not tree)
+
+
+def _match_descriptions(described: Described, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
+    """Parts mean what they meant when they were saved: the same class, dtype and attributes put them together."""
+    for name, item in described.stored.items():
+        tensor = wrapped_tensor(name)
+        key = options.stored_key(tensor) if tensor is not None else None
+        if tensor is None or key is None or key not in stored.wrapped:
+            continue
+        found, wanted = _description(key, stored), item.value
+        # Classes that were not registered have a name and attributes of their own process only.
+        known = found["attributes"] is not None and wanted["attributes"] is not None
+        fields = ("parts", "dtype", *(("wrapper", "attributes") if known else ()))
+        if any(_digest(found[name]) != _digest(wanted[name]) for name in fields):
+            texts = [", ".join(f"{name} {item[name]!r:.60}" for name in fields) for item in (found, wanted)]
+            matched.requests.wrappers.append((tensor, texts[0], texts[1]))
+
+
+def _digest(value: Any) -> tuple[int, int]:
+    return fingerprint_digest(StoredObject(value, IMPLICIT), OBJECT_CODEC)
 
 
 def _match_tensor(leaf: TensorLeaf, row: int, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
@@ -178,17 +238,20 @@ def _match_tensor(leaf: TensorLeaf, row: int, stored: StoredState, options: Load
             matched.requests.dtypes.append((leaf.key, dtype.torch_name, leaf.dtype.torch_name))
 
 
-def _match_wrapper(leaf: TensorLeaf, key: str, stored: StoredState, matched: Matched) -> None:
+def _match_wrapper(leaf: TensorLeaf, key: str, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
     source = _wrapped_source(leaf, key, stored)
     matched.dequantised.append(source)
     matched.requests.rows.extend(source.parts.values())
     if leaf.global_shape != source.shape:
         matched.requests.shapes.append((leaf.key, str(source.shape), str(leaf.global_shape)))
-    if not torch_dtype(leaf.dtype).is_floating_point:
-        matched.requests.dtypes.append((leaf.key, f"quantised {source.description['dtype']}", leaf.dtype.torch_name))
+    presented = BY_TORCH_NAME[source.description["dtype"]]
+    castable = leaf.dtype == presented or _may_cast(presented, leaf.dtype, options.cast)
+    if not castable or not torch_dtype(leaf.dtype).is_floating_point:
+        matched.requests.dtypes.append((leaf.key, f"quantised {presented.torch_name}", leaf.dtype.torch_name))
 
 
-def _wrapped_source(leaf: TensorLeaf, key: str, stored: StoredState) -> WrappedSource:
+def _description(key: str, stored: StoredState) -> dict[str, Any]:
+    """The description of a stored wrapper tensor, checked."""
     found = stored.checkpoint.object(wrapper_key(key))
     fits = isinstance(found, dict) and set(found) == {"wrapper", "shape", "dtype", "parts", "attributes"}
     fits = fits and isinstance(found["shape"], list) and all(type(size) is int and size >= 0 for size in found["shape"])
@@ -197,16 +260,27 @@ def _wrapped_source(leaf: TensorLeaf, key: str, stored: StoredState) -> WrappedS
     fits = fits and (found["attributes"] is None or isinstance(found["attributes"], dict))
     if not fits:
         raise CorruptionError(f"object {wrapper_key(key)!r} in {stored.checkpoint.location} does not describe a wrapper tensor")
+    checked: dict[str, Any] = found
+    return checked
+
+
+def _part_rows(key: str, description: Mapping[str, Any], stored: StoredState) -> dict[str, int]:
+    """Rows of those parts of a wrapper tensor that are stored as tensors."""
+    rows = {name: stored.row.get(f"{key}.{name}", -1) for name in description["parts"]}
+    return {name: row for name, row in rows.items() if row >= 0}
+
+
+def _wrapped_source(leaf: TensorLeaf, key: str, stored: StoredState) -> WrappedSource:
+    found = _description(key, stored)
     stored_wrapper(found, f"tensor {key!r} in {stored.checkpoint.location}")
-    parts = {name: stored.row.get(f"{key}.{name}", -1) for name in found["parts"]}
-    shape = tuple(found["shape"])
-    nested = [name for name in parts if f"{key}.{name}" in stored.wrapped]
+    nested = [name for name in found["parts"] if f"{key}.{name}" in stored.wrapped]
     if nested:
         raise UnsupportedTypeError(
             f"tensor {key!r} in {stored.checkpoint.location} is stored as a wrapper whose part {nested[0]!r} is a wrapper too: "
             "it cannot be dequantised. Load into a tensor of its class."
         )
-    wrong = [name for name, row in parts.items() if row < 0 or len(stored.shape(row)) != len(shape)]
+    parts, shape = _part_rows(key, found, stored), tuple(found["shape"])
+    wrong = [name for name in found["parts"] if name not in parts or len(stored.shape(parts[name])) != len(shape)]
     if wrong or not parts:
         raise CorruptionError(
             f"wrapper tensor {key!r} in {stored.checkpoint.location} has {len(shape)} dimensions: its part "

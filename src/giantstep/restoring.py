@@ -6,26 +6,35 @@ Called by `load` once all bytes are where they belong.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
+from giantstep.errors import MismatchError
 from giantstep.mapping.describe import Described
+from giantstep.mapping.expand import Joint
+from giantstep.mapping.overlap import memory_of
 from giantstep.mapping.tree import DROPPED, Placed, Tree, map_leaves, merge, replace_at, unplaced
 from giantstep.shards.paths import Path
+from giantstep.words import words_of
 
 
-def restore(described: Described, objects: Mapping[Path, Any], common: Tree) -> dict[Any, Any]:
+def restore(described: Described, objects: Mapping[Path, Any], common: Tree, absent: Iterable[Path]) -> dict[Any, Any]:
     """The stored common state with everything else in its place.
 
     Args:
         described: the caller's state; its tensors are filled.
         objects: values of its sharded objects by path; those that were not loaded keep the local value.
         common: the stored common state.
+        absent: places of Stateful objects of which nothing is stored; they are left as they are.
+
+    Raises:
+        MismatchError: parameters that a module ties have different stored values.
     """
     places = {leaf.path: leaf.result for leaf in described.leaves}
+    hollow = [path for path, result in places.items() if result is None or result.is_meta]
     places |= {leaf.path: objects.get(leaf.path, leaf.source.data) for leaf in described.objects}
     places |= dict(described.locals)
 
@@ -34,30 +43,61 @@ def restore(described: Described, objects: Mapping[Path, Any], common: Tree) -> 
 
     merged = merge(map_leaves(described.tree, place), common)
     tree = {} if merged is DROPPED else unplaced(merged)
+    left = set(absent)
     for joint in described.joints:
-        tree = replace_at(tree, joint.path, joint.merge)
-    for path, stateful in described.statefuls:
-        tree = replace_at(tree, path, partial(_load_into, stateful))
+        tree = replace_at(tree, joint.path, partial(_joined, joint, hollow, joint.path in left))
     result: dict[Any, Any] = tree
     return result
 
 
-def _load_into(stateful: Any, state: Any) -> Any:
-    if not isinstance(stateful, torch.nn.Module):
-        stateful.load_state_dict(state)
-        return stateful
-    held = itertools.chain(stateful.parameters(), stateful.buffers())
-    if not any(tensor.is_meta for tensor in held):
-        stateful.load_state_dict(state)
-        return stateful
-    # A module without memory cannot copy into its parameters; it takes the loaded tensors as its own. A parameter
-    # that several submodules share would become several.
+def _joined(joint: Joint, hollow: list[Path], absent: bool, loaded: Tree) -> Any:
+    """The value of a joint."""
+    if joint.merge is None:
+        if not absent:
+            _load_into(joint.value, loaded)
+        return joint.value
+    # What was not loaded and has no memory cannot be merged.
+    if any(path[: len(joint.path)] == joint.path for path in hollow):
+        return joint.value
+    return joint.merge(loaded)
+
+
+def _load_into(stateful: Any, state: Any) -> None:
+    if isinstance(stateful, torch.nn.Module) and isinstance(state, dict):
+        held = itertools.chain(stateful.parameters(), stateful.buffers())
+        if any(tensor.is_meta for tensor in held):
+            _give_memory(stateful, state)
+    stateful.load_state_dict(state)
+
+
+def _give_memory(module: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Make loaded tensors the parameters and buffers of a module that have no memory, tied as the module ties them.
+
+    Those that have memory stay the objects that they are.
+    """
     names: dict[int, list[str]] = {}
-    for name, parameter in stateful.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    stateful.load_state_dict(state, assign=True)
-    for first, *others in names.values():
-        for name in others:
+    meta: dict[int, torch.Tensor] = {}
+    named = itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        if tensor.is_meta:
+            names.setdefault(id(tensor), []).append(name)
+            meta[id(tensor)] = tensor
+    taken = set()
+    for identity, tied in names.items():
+        found = [state[name] for name in tied if isinstance(state.get(name), torch.Tensor)]
+        if not found or found[0].is_meta:
+            continue
+        for other in found[1:]:
+            if memory_of(other) != memory_of(found[0]) and not torch.equal(words_of(other), words_of(found[0])):
+                raise MismatchError(
+                    f"parameters {', '.join(map(repr, tied))} are one tensor in the module, but other values are stored for "
+                    "each. Untie them before loading; this state must not be used."
+                )
+        # Tensors that are stored as one but are two in the module must not become one.
+        value = found[0].clone() if memory_of(found[0]) in taken else found[0]
+        taken.add(memory_of(value))
+        old = meta[identity]
+        new = torch.nn.Parameter(value, old.requires_grad) if isinstance(old, torch.nn.Parameter) else value
+        for name in tied:
             owner, _, attribute = name.rpartition(".")
-            setattr(stateful.get_submodule(owner), attribute, stateful.get_parameter(first))
-    return stateful
+            setattr(module.get_submodule(owner), attribute, new)

@@ -35,7 +35,7 @@ from giantstep.planning.description import COPY, Description
 from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
 from giantstep.reports import SaveReport
-from giantstep.shards.object_keys import COMMON_KEY
+from giantstep.shards.object_keys import COMMON_KEY, wrapped_tensor
 from giantstep.staging.host import host_pieces
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
@@ -164,8 +164,11 @@ class _Save:
 
     def _meet_differing_objects(self) -> None:
         def decide(reports: Sequence[bytes]) -> list[bytes]:
-            message = describe_differences(reports, self._planned().objects.differing())
-            if self._options.on_object_difference == "raise":
+            differing = self._planned().objects.differing()
+            message = describe_differences(reports, differing)
+            # How a tensor is to be read is no matter of policy.
+            unreadable = any(wrapped_tensor(name) is not None for name in differing)
+            if unreadable or self._options.on_object_difference == "raise":
                 raise DisagreementError(message + ". Make them equal, or give each rank a ShardedObject position of its own.")
             _LOG.warning("%s; rank 0's or the main replica's is stored", message)
             return [b""] * len(reports)

@@ -5,17 +5,21 @@ Called by `load`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from giantstep.errors import BadArgumentError, CorruptionError
-from giantstep.mapping.wrappers import aligned_hull, dequantised
+from giantstep.mapping.wrappers import aligned_hull, alignment, dequantised, part_of
 from giantstep.reading.checkpoint import Checkpoint
 from giantstep.requesting import ObjectSource, WrappedSource
 from giantstep.shards.dtypes import BY_TORCH_NAME
 from giantstep.shards.region import Region
 from giantstep.words import torch_dtype
+
+_STRIPE_ELEMENTS = 1 << 20
 
 
 def read_object(source: ObjectSource, checkpoint: Checkpoint) -> Any:
@@ -27,41 +31,80 @@ def read_object(source: ObjectSource, checkpoint: Checkpoint) -> Any:
     return source.reshard(asked.key, stored, asked.global_shape, asked.global_offset)
 
 
-def fill_dequantised(source: WrappedSource, checkpoint: Checkpoint) -> int:
-    """Fill a leaf from a stored wrapper tensor, region by region; return the bytes filled.
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes of tensors that were filled, and bytes that were read for them."""
 
-    As much of the parts as a region needs is in memory at a time, beside the dequantised region.
-    """
+    filled: int
+    read: int
+
+    def __add__(self, other: Moved) -> Moved:
+        return Moved(self.filled + other.filled, self.read + other.read)
+
+
+def fill_dequantised(source: WrappedSource, checkpoint: Checkpoint) -> Moved:
+    """Fill a leaf from a stored wrapper tensor, stripe by stripe, so that memory is bounded."""
     source.leaf.allocate()
-    filled = 0
+    moved = Moved(0, 0)
     for region, view in source.leaf.pieces:
-        if not region.elements:
-            continue
         if view is None:
             raise BadArgumentError(f"tensor {source.leaf.key!r} has no memory")
-        values = _dequantised_region(source, region, checkpoint)
-        with torch.no_grad():
-            view.copy_(values)
-        filled += view.numel() * view.element_size()
-    return filled
+        for stripe in _stripes(source, region, checkpoint):
+            values, read = _dequantised_region(source, stripe, checkpoint)
+            with torch.no_grad():
+                target = view[stripe.relative_to(region.offset).slices()]
+                target.copy_(values)
+            moved += Moved(target.numel() * target.element_size(), read)
+    return moved
 
 
-def _dequantised_region(source: WrappedSource, region: Region, checkpoint: Checkpoint) -> torch.Tensor:
+def verify_parts(source: WrappedSource, checkpoint: Checkpoint) -> None:
+    """Read the parts that filling a leaf will need, and drop them; raises `CorruptionError` as that would."""
+    for region, _ in source.leaf.pieces:
+        for stripe in _stripes(source, region, checkpoint):
+            _read_parts(source, stripe, checkpoint)
+
+
+def _shapes(source: WrappedSource, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: checkpoint[f"{source.key}.{name}"].shape for name in source.parts}
+
+
+def _stripes(source: WrappedSource, region: Region, checkpoint: Checkpoint) -> Iterator[Region]:
+    """The region in parts along its first axis, of bounded size, that cut no element of any part."""
+    if not region.elements:
+        return
+    if not region.size:
+        yield region
+        return
+    step = alignment(source.shape, _shapes(source, checkpoint))[0]
+    rows = max(1, _STRIPE_ELEMENTS // max(1, region.elements // region.size[0]))
+    rows = max(step, rows // step * step)
+    stop = region.offset[0] + region.size[0]
+    start = region.offset[0]
+    while start < stop:
+        # Stripes end where an element of every part does.
+        end = min(stop, (start // step) * step + rows)
+        yield Region((start, *region.offset[1:]), (end - start, *region.size[1:]))
+        start = end
+
+
+def _read_parts(source: WrappedSource, region: Region, checkpoint: Checkpoint) -> tuple[Region, dict[str, torch.Tensor]]:
+    """The smallest region around one that cuts no element of any part, and the parts of it."""
+    shapes = _shapes(source, checkpoint)
+    hull = aligned_hull(region, source.shape, shapes)
+    return hull, {
+        name: _read_tensor(checkpoint, f"{source.key}.{name}", part_of(hull, source.shape, shape))
+        for name, shape in shapes.items()
+    }
+
+
+def _dequantised_region(source: WrappedSource, region: Region, checkpoint: Checkpoint) -> tuple[torch.Tensor, int]:
     what = f"tensor {source.key!r} in {checkpoint.location}"
-    inside = region.intersect(Region.whole(source.shape))
-    if inside != region:
-        raise BadArgumentError(f"{what} has shape {source.shape}: a padded tensor cannot be loaded by dequantising it")
-    shapes = {name: checkpoint[f"{source.key}.{name}"].shape for name in source.parts}
-    offset, size = aligned_hull(region.offset, region.size, source.shape, shapes)
-    parts = {}
-    for name, shape in shapes.items():
-        low = [start * part // whole if whole else 0 for start, part, whole in zip(offset, shape, source.shape, strict=True)]
-        count = [n * part // whole if whole else 0 for n, part, whole in zip(size, shape, source.shape, strict=True)]
-        parts[name] = _read_tensor(checkpoint, f"{source.key}.{name}", Region(tuple(low), tuple(count)))
+    hull, parts = _read_parts(source, region, checkpoint)
     values = dequantised(source.description, parts, what)
-    if tuple(values.shape) != size:
-        raise CorruptionError(f"{what}: dequantising region {Region(offset, size)} gave shape {tuple(values.shape)}")
-    return values[region.relative_to(offset).slices()]
+    if tuple(values.shape) != hull.size:
+        raise CorruptionError(f"{what}: dequantising region {hull} gave shape {tuple(values.shape)}")
+    return values[region.relative_to(hull.offset).slices()], sum(p.numel() * p.element_size() for p in parts.values())
 
 
 def _read_tensor(checkpoint: Checkpoint, key: str, region: Region) -> torch.Tensor:

@@ -104,7 +104,8 @@ def test_a_quantised_weight_is_dequantised_into_a_plain_one(tmp_path: Path, conf
         target = torch.zeros(ROWS // 2, WIDTH // 2, dtype=torch.float32)
         where = (slice(16 * (group.rank // 2), None), slice(32 * (group.rank % 2), None))
         wanted = gs.ShardedTensor.from_rank_offsets("w", target, (0, group.rank // 2, 2), (1, group.rank % 2, 2))
-        gs.load({"w": wanted}, tmp_path, process_group=group, options=gs.LoadOptions(dequantise=True))
+        options = gs.LoadOptions(dequantise=True, cast="floating")
+        gs.load({"w": wanted}, tmp_path, process_group=group, options=options)
         assert torch.equal(target, plain[where][:16, :32].float())
 
     run_ranks(4, load)

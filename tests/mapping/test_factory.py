@@ -138,3 +138,30 @@ def test_the_flattened_range_reaches_the_build_function(tmp_path: Path) -> None:
 def test_factories_that_cannot_be(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(BadArgumentError):
         gs.ShardedTensorFactory(*arguments)
+
+
+def test_a_factory_may_build_objects_with_a_state_of_their_own(tmp_path: Path) -> None:
+    def build(key: str, data: torch.Tensor, _replica: Any, _flat: Any) -> dict[str, Any]:
+        linear = torch.nn.Linear(2, 2)
+        with torch.no_grad():
+            linear.weight.copy_(data)
+        return {"m": linear, "object": gs.ShardedObject(f"{key}.o", 5, (1,), (0,)), "local": gs.LocalNonpersistentObject(6)}
+
+    def merge(built: dict[str, Any]) -> Any:
+        assert (built["object"], built["local"]) == (5, 6)
+        return built["m"].weight.detach()
+
+    data = torch.arange(4.0).reshape(2, 2)
+    gs.save({"f": gs.ShardedTensorFactory("f", data, build, merge)}, tmp_path)
+    target = torch.zeros(2, 2)
+    assert gs.load({"f": gs.ShardedTensorFactory("f", target, build, merge)}, tmp_path)["f"] is target
+    assert torch.equal(target, data)
+
+
+def test_parts_that_are_not_stored_and_have_no_memory_are_not_merged(tmp_path: Path) -> None:
+    weight = torch.arange(24.0).reshape(6, 4)
+    gs.save({"other": torch.ones(1)}, tmp_path)
+    hollow = gated("w", torch.empty(6, 4, device="meta"), 0, 1)
+    loaded = gs.load({"w": hollow, "mine": gated("v", weight, 0, 1)}, tmp_path, strict=gs.StrictHandling.IGNORE_ALL)
+    assert loaded["w"] is hollow.data
+    assert loaded["mine"] is weight

@@ -262,3 +262,23 @@ def test_a_local_object_wins_over_what_an_earlier_save_stored_there(tmp_path: Pa
     gs.save({"a": {"x": 1, "y": {"z": 2}}}, tmp_path)
     local = {"a": {"x": gs.LocalNonpersistentObject("mine"), "y": gs.LocalNonpersistentObject({"w": 3})}}
     assert gs.load(local, tmp_path) == {"a": {"x": "mine", "y": {"w": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ({"a.b": 1, "a": {"b": 2}}, {"a.b": 9, "a": {"b": 2}}),
+        ({1: 5, "1": 6}, {1: 5, "1": 7}),
+        ([1, 2], (1, 2)),
+        ({0: 1}, [1]),
+        ({1: 5}, {"1": 5}),
+        ({True: 5}, {1: 5}),
+    ],
+)
+def test_differences_that_read_alike_are_noticed(tmp_path: Path, here: Any, there: Any) -> None:
+    def save(group: Any) -> None:
+        options = gs.SaveOptions(on_object_difference="raise")
+        gs.save({"x": there if group.rank else here}, tmp_path, process_group=group, options=options)
+
+    _, errors = run_ranks_collecting(2, save)
+    assert {type(error) for error in errors} == {DisagreementError}

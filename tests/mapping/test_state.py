@@ -274,3 +274,9 @@ def test_pruning(tree: Any, pruned: Any) -> None:
 )
 def test_merging(given: Any, common: Any, merged: Any) -> None:
     assert merge(given, common) == merged
+
+
+def test_a_list_where_a_tuple_is_stored_loses_nothing(tmp_path: Path) -> None:
+    gs.save({"s": (torch.ones(1), 5)}, tmp_path)
+    loaded = gs.load({"s": [torch.zeros(1), 0]}, tmp_path)["s"]
+    assert (type(loaded), loaded[0].tolist(), loaded[1]) == (tuple, [1], 5)

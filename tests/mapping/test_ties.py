@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, MismatchError
-from giantstep.mapping.overlap import shares_elements
+from giantstep.mapping.overlap import disjoint, shares_elements
 from giantstep.testing.ranks import run_ranks
 
 
@@ -163,3 +163,98 @@ def test_a_target_that_overlaps_itself_is_refused(tmp_path: Path) -> None:
     odd = torch.zeros(16).as_strided((3, 3), (2, 5))
     gs.load({"x": odd}, tmp_path)
     assert odd.tolist() == [[1.0] * 3] * 3
+
+
+def test_targets_that_overlap_in_any_way_are_compared(tmp_path: Path) -> None:
+    square = torch.arange(9.0).reshape(3, 3)
+    gs.save({"a": square, "b": square.t()}, tmp_path)
+    target = torch.zeros(3, 3)
+    gs.load({"a": target, "b": target.t()}, tmp_path)
+    assert torch.equal(target, square)
+    gs.save({"a": square, "b": square}, tmp_path)
+    with pytest.raises(MismatchError, match="shares memory"):
+        gs.load({"a": target, "b": target.t()}, tmp_path)
+    base = torch.zeros(4, 6)
+    gs.save({"left": torch.ones(4, 3), "right": torch.full((4, 4), 2.0)}, tmp_path)
+    with pytest.raises(MismatchError, match="shares memory"):
+        gs.load({"left": base[:, :3], "right": base[:, 2:]}, tmp_path)
+
+
+def test_one_memory_for_two_regions_of_a_tensor_holds_both_only_if_they_are_equal(tmp_path: Path) -> None:
+    gs.save({"x": torch.tensor([1.0, 2.0, 1.0])}, tmp_path)
+    target = torch.zeros(1)
+
+    def shard(offset: int) -> gs.ShardedTensor:
+        return gs.ShardedTensor("x", target, torch.float32, (1,), (3,), (offset,), None)
+
+    gs.load({"a": shard(0), "b": shard(2)}, tmp_path)
+    with pytest.raises(MismatchError, match="shares memory"):
+        gs.load({"a": shard(0), "b": shard(1)}, tmp_path)
+
+
+@given(st.data())
+def test_boxes_that_are_called_disjoint_share_no_element(data: st.DataObject) -> None:
+    base = torch.zeros(120)
+    shape = data.draw(st.sampled_from([(120,), (10, 12), (4, 5, 6)]))
+    whole = base.view(shape)
+
+    def box() -> torch.Tensor:
+        view = whole
+        for axis, size in enumerate(shape):
+            start = data.draw(st.integers(0, size - 1))
+            view = view.narrow(axis, start, data.draw(st.integers(1, size - start)))
+            if data.draw(st.booleans()):
+                view = view[tuple(slice(None, None, 2 if n == axis else 1) for n in range(len(shape)))]
+        return view
+
+    a, b = box(), box()
+    base.zero_()
+    a.fill_(1.0)
+    shares = bool((b == 1.0).any())
+    if disjoint(a, b):
+        assert not shares
+    same_strides = all(x == y for x, y, p, q in zip(a.stride(), b.stride(), a.shape, b.shape, strict=True) if p > 1 and q > 1)
+    if not shares and same_strides and a.stride() == whole.stride() == b.stride():
+        assert disjoint(a, b), "plain boxes of one array are told apart"
+
+
+def test_padding_that_changes_needs_memory_of_its_own(tmp_path: Path) -> None:
+    gs.save({"p": torch.ones(2), "q": torch.ones(4)}, tmp_path)
+    target = torch.zeros(4)
+    padded = gs.ShardedTensor("p", target, torch.float32, (4,), (4,), (0,), None, allow_shape_mismatch=True)
+    with pytest.raises(BadArgumentError, match="another padding into memory that it shares"):
+        gs.load({"q": target, "p": padded}, tmp_path)
+
+
+def test_a_tied_module_without_memory_takes_two_stored_tensors_only_if_they_are_equal(tmp_path: Path) -> None:
+    untied = Tied(tie=False)
+    with torch.no_grad():
+        untied.head.weight.copy_(untied.embed.weight)
+    gs.save({"m": untied}, tmp_path)
+    module = Tied(device="meta")
+    gs.load({"m": module}, tmp_path)
+    assert module.head.weight is module.embed.weight
+    assert torch.equal(module.head.weight, untied.embed.weight)
+    gs.save({"m": Tied(tie=False)}, tmp_path)
+    with pytest.raises(MismatchError, match="one tensor in the module"):
+        gs.load({"m": Tied(device="meta")}, tmp_path)
+
+
+def test_a_module_that_ties_nothing_gets_two_parameters(tmp_path: Path) -> None:
+    gs.save({"m": Tied()}, tmp_path)
+    module = Tied(tie=False, device="meta")
+    gs.load({"m": module}, tmp_path)
+    assert torch.equal(module.head.weight, module.embed.weight)
+    assert module.head.weight.data_ptr() != module.embed.weight.data_ptr()
+
+
+def test_parameters_that_have_memory_stay_the_objects_that_they_are(tmp_path: Path) -> None:
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    gs.save({"m": model}, tmp_path)
+    other.bias = torch.nn.Parameter(torch.empty(2, device="meta"), requires_grad=False)
+    weight = other.weight
+    gs.load({"m": other}, tmp_path)
+    assert other.weight is weight
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(other.bias, model.bias)
+    assert not other.bias.requires_grad

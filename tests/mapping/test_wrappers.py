@@ -12,10 +12,20 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 from wrapped import BLOCK, Flattening, Opaque, RowScaled, put_together, take_apart
 
 import giantstep as gs
-from giantstep.errors import BadArgumentError, DtypeMismatchError, KeyMismatchError, ShapeMismatchError, UnsupportedTypeError
+from giantstep.errors import (
+    BadArgumentError,
+    CorruptionError,
+    DisagreementError,
+    DtypeMismatchError,
+    KeyMismatchError,
+    MismatchError,
+    ShapeMismatchError,
+    UnsupportedTypeError,
+)
 from giantstep.mapping import wrappers
-from giantstep.mapping.wrappers import aligned_hull
-from giantstep.testing.ranks import run_ranks
+from giantstep.mapping.wrappers import aligned_hull, part_of
+from giantstep.shards.region import Region
+from giantstep.testing.ranks import run_ranks, run_ranks_collecting
 
 ROWS, WIDTH = 24, 6
 
@@ -152,7 +162,8 @@ def test_a_quantised_tensor_is_dequantised_on_load_if_asked(tmp_path: Path, rank
         start, stop = group.rank * ROWS // ranks, (group.rank + 1) * ROWS // ranks
         target = torch.zeros(stop - start, WIDTH, dtype=torch.bfloat16)
         wanted = gs.ShardedTensor("w", target, target.dtype, (stop - start, WIDTH), (ROWS, WIDTH), (start, 0), None)
-        loaded = gs.load({"w": wanted}, tmp_path, process_group=group, options=gs.LoadOptions(dequantise=True))
+        options = gs.LoadOptions(dequantise=True, cast="floating")
+        loaded = gs.load({"w": wanted}, tmp_path, process_group=group, options=options)
         assert loaded["w"] is target
         assert torch.equal(target, plain[start:stop].bfloat16())
         return loaded.report
@@ -206,9 +217,15 @@ def test_registering_twice_and_registering_what_is_no_wrapper() -> None:
 
 def test_a_hull_cuts_no_element_of_any_part() -> None:
     parts = {"data": (24, 6), "scale": (6, 1), "packed": (24, 3)}
-    assert aligned_hull((3, 1), (2, 1), (24, 6), parts) == ((0, 0), (8, 6))
-    assert aligned_hull((4, 0), (4, 6), (24, 6), {"data": (24, 6), "scale": (6, 1)}) == ((4, 0), (4, 6))
-    assert aligned_hull((0,), (0,), (0,), {"data": (0,)}) == ((0,), (0,))
+    assert aligned_hull(Region((3, 1), (2, 1)), (24, 6), parts) == Region((0, 0), (8, 6))
+    rows = Region((4, 0), (4, 6))
+    assert aligned_hull(rows, (24, 6), {"data": (24, 6), "scale": (6, 1)}) == rows
+    assert aligned_hull(Region((0,), (0,)), (0,), {"data": (0,)}) == Region((0,), (0,))
+    # One scale for a whole axis serves any range of it; eight bits of a byte do not.
+    narrow = Region((3, 1), (2, 1))
+    assert aligned_hull(narrow, (24, 16), {"data": (24, 16), "scale": (1, 1)}) == narrow
+    assert part_of(narrow, (24, 16), (1, 1)) == Region((0, 0), (1, 1))
+    assert aligned_hull(narrow, (24, 8), {"bits": (24, 1)}) == Region((3, 0), (2, 8))
 
 
 def test_modules_with_quantised_weights_save_and_load_as_modules(tmp_path: Path) -> None:
@@ -263,3 +280,164 @@ def test_a_wrapper_inside_a_wrapper_is_saved_and_loaded_but_not_dequantised(tmp_
     assert same(target.inner, saved.inner)
     with pytest.raises(UnsupportedTypeError, match="whose part 'inner' is a wrapper too"):
         gs.load({"w": torch.zeros(ROWS, WIDTH)}, tmp_path, options=gs.LoadOptions(dequantise=True))
+
+
+class Scaled(RowScaled):
+    """`data8 * factor`, the factor an attribute."""
+
+    factor: float
+
+
+def scaled(data: torch.Tensor, factor: float) -> Any:
+    tensor: Any = torch.Tensor._make_wrapper_subclass(Scaled, data.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+    tensor.data8, tensor.factor = data, factor
+    return tensor
+
+
+def register_scaled() -> None:
+    gs.register_wrapper(
+        Scaled,
+        name="scaled",
+        take_apart=lambda tensor: ({"data8": tensor.data8}, {"factor": tensor.factor}),
+        put_together=lambda parts, attributes: scaled(parts["data8"], attributes["factor"]),
+        dequantise=lambda tensor: tensor.data8.float() * tensor.factor,
+    )
+
+
+def test_a_wrapper_is_not_loaded_into_one_that_is_put_together_otherwise(tmp_path: Path) -> None:
+    register_scaled()
+    ones = torch.ones(4, 16, dtype=torch.int8)
+    gs.save({"w": scaled(ones, 0.5), "other": torch.ones(2)}, tmp_path)
+    for target in (scaled(torch.zeros_like(ones), 8.0), RowScaled(torch.zeros_like(ones), torch.zeros(1))):
+        before = torch.zeros(2)
+        with pytest.raises(MismatchError, match="wrapper tensor is stored with another kind"):
+            gs.load({"w": target, "other": before}, tmp_path, strict=gs.StrictHandling.IGNORE_ALL)
+        assert not target.data8.any()
+        assert not before.any()
+    same_kind = scaled(torch.zeros_like(ones), 0.5)
+    assert gs.load({"w": same_kind, "other": torch.zeros(2)}, tmp_path)["w"] is same_kind
+    assert same_kind.data8.all()
+
+
+def test_shards_with_different_attributes_are_refused_whatever_the_policy(tmp_path: Path) -> None:
+    register_scaled()
+    ones = torch.ones(2, 16, dtype=torch.int8)
+
+    def shard(place: int, factor: float) -> gs.ShardedTensor:
+        return gs.ShardedTensor.from_rank_offsets("w", scaled(ones.clone(), factor), (0, place, 2))
+
+    with pytest.raises(BadArgumentError, match="different attributes in different shards"):
+        gs.save({"a": shard(0, 0.5), "b": shard(1, 2.0)}, tmp_path)
+
+    def save(group: Any) -> None:
+        gs.save({"w": shard(group.rank, 0.5 + group.rank)}, tmp_path, process_group=group)
+
+    _, errors = run_ranks_collecting(2, save)
+    assert {type(error) for error in errors} == {DisagreementError}
+    assert "'w/wrapper' differs from rank 0's at 'attributes.factor' (rank 1)" in str(errors[1])
+
+    def mixed(group: Any) -> None:
+        plain = torch.ones(2, 16)
+        gs.save({"w": plain if group.rank else scaled(ones.clone(), 0.5)}, tmp_path, process_group=group)
+
+    _, errors = run_ranks_collecting(2, mixed)
+    assert {type(error) for error in errors} == {DisagreementError}
+    assert "'w' is a wrapper tensor, stored as its parts, and also a plain tensor" in str(errors[0])
+
+
+def test_a_class_that_is_taken_apart_into_copies_is_put_together_again(tmp_path: Path) -> None:
+    class Copying(RowScaled):
+        pass
+
+    def copies(tensor: Copying) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {"data8": tensor.data8.clone(), "scale": tensor.scale.clone().view(-1, 1)}, {}
+
+    def together(parts: Any, _: Any) -> Any:
+        return Copying(parts["data8"], parts["scale"].reshape(-1))
+
+    gs.register_wrapper(Copying, name="copying", take_apart=copies, put_together=together)
+    saved = Copying.quantised(values())
+    gs.save({"w": saved}, tmp_path)
+    loaded = gs.load({"w": empty(Copying)}, tmp_path)["w"]
+    assert type(loaded) is Copying
+    assert same(loaded, saved)
+
+
+def test_empty_shards_of_wrappers(tmp_path: Path) -> None:
+    whole = RowScaled.quantised(values())
+
+    def shard(tensor: Any, rank: int) -> gs.ShardedTensor:
+        part = rows_of(tensor, 0, ROWS) if rank == 0 else RowScaled(tensor.data8[:0], tensor.scale[:0])
+        start = 0 if rank == 0 else ROWS
+        return gs.ShardedTensor("w", part, torch.float32, tuple(part.shape), (ROWS, WIDTH), (start, 0), None)
+
+    run_ranks(2, lambda group: gs.save({"w": shard(whole, group.rank)}, tmp_path, process_group=group))
+    target = empty()
+    run_ranks(2, lambda group: gs.load({"w": shard(target, group.rank)}, tmp_path, process_group=group))
+    assert same(target, whole)
+
+
+def test_wrappers_of_torchs_protocol_move_between_whole_and_cut(tmp_path: Path) -> None:
+    rows = 2 * BLOCK
+    saved = Flattening(torch.ones(rows, WIDTH, dtype=torch.int8), torch.arange(float(rows)))
+    gs.save({"w": saved}, tmp_path)
+    target: Any = Flattening(torch.zeros(4, WIDTH, dtype=torch.int8), torch.zeros(4))
+    gs.load({"w": gs.ShardedTensor("w", target, torch.float32, (4, WIDTH), (rows, WIDTH), (4, 0), None)}, tmp_path)
+    assert target.scale.tolist() == [4, 5, 6, 7]
+
+
+def test_dequantising_is_bounded_in_memory_and_counted(tmp_path: Path) -> None:
+    register_scaled()
+    rows, width, read, largest = 4096, 1024, 0, 0
+    gs.save({"w": scaled(torch.ones(rows, width, dtype=torch.int8), 0.5)}, tmp_path)
+    wrappers._BY_NAME.clear()
+    wrappers._BY_TYPE.clear()
+
+    def together(parts: Any, attributes: dict[str, Any]) -> Any:
+        nonlocal largest, read
+        largest, read = max(largest, parts["data8"].numel()), read + parts["data8"].numel()
+        return scaled(parts["data8"], attributes["factor"])
+
+    gs.register_wrapper(
+        Scaled,
+        name="scaled",
+        take_apart=lambda _: ({}, {}),
+        put_together=together,
+        dequantise=lambda t: t.data8.float() * t.factor,
+    )
+    target = torch.zeros(rows, width)
+    report = gs.load({"w": target}, tmp_path, options=gs.LoadOptions(dequantise=True)).report
+    assert bool((target == 0.5).all())
+    assert (largest, read) == (1 << 20, rows * width)
+    assert (report.bytes_read, report.bytes_filled) == (rows * width, rows * width * 4)
+
+
+def test_verifying_before_covers_what_is_dequantised(tmp_path: Path) -> None:
+    # So large that its last block holds nothing else.
+    large = RowScaled(torch.ones(8192, 64, dtype=torch.int8), torch.ones(8192 // BLOCK))
+    gs.save({"a": torch.ones(5), "w": large}, tmp_path)
+    checkpoint = gs.open_checkpoint(tmp_path)
+    (chunk,) = checkpoint.info("w.data8").chunks
+    damaged = tmp_path / chunk.file
+    data = bytearray(damaged.read_bytes())
+    data[chunk.start + chunk.bytes - 1] ^= 1
+    damaged.write_bytes(data)
+    target = torch.zeros(5)
+    options = gs.LoadOptions(dequantise=True, verify="before")
+    with pytest.raises(CorruptionError, match=r"w\.data8"):
+        gs.load({"a": target, "w": torch.zeros(8192, 64)}, tmp_path, options=options)
+    assert not target.any()
+
+
+def test_dequantised_tensors_share_no_memory_and_respect_casting_and_filters(tmp_path: Path) -> None:
+    gs.save({"v": torch.ones(ROWS, WIDTH), "w": RowScaled.quantised(values())}, tmp_path)
+    target = torch.zeros(ROWS, WIDTH)
+    options = gs.LoadOptions(dequantise=True)
+    with pytest.raises(BadArgumentError, match="share memory, and one of them is to be dequantised"):
+        gs.load({"v": target, "w": target}, tmp_path, options=options)
+    assert not target.any()
+    with pytest.raises(DtypeMismatchError, match="w: stored quantised float32, requested bfloat16"):
+        gs.load({"v": target, "w": torch.zeros(ROWS, WIDTH, dtype=torch.bfloat16)}, tmp_path, options=options)
+    left_out = gs.LoadOptions(dequantise=True, rename={"w": None})
+    report = gs.load({"v": target, "w": torch.zeros(ROWS, WIDTH)}, tmp_path, options=left_out).report
+    assert (report.skipped, report.missing) == (("w",), ())

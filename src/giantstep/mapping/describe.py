@@ -58,7 +58,7 @@ class Described:
         stored: what is stored as objects, by name: sharded objects, descriptions of wrapper tensors, and the common
             state, i.e. all other leaves (see `tree.prune`; an empty dict if there are none).
         tree: the state dict with Stateful objects, factories and wrapper tensors replaced by what stands for them.
-        statefuls, joints: see `Expanded`.
+        joints: see `Expanded`.
     """
 
     leaves: list[TensorLeaf]
@@ -66,7 +66,6 @@ class Described:
     locals: list[tuple[Path, Any]]
     stored: dict[str, StoredObject]
     tree: Tree
-    statefuls: list[tuple[Path, Any]]
     joints: list[Joint]
 
 
@@ -105,7 +104,7 @@ def describe(state_dict: Any, *, for_load: bool) -> Described:
     stored = _stored(objects, for_load=for_load)
     stored |= {name: StoredObject(value, IMPLICIT, (name,)) for name, value in expanded.wrappers.items()}
     stored[COMMON_KEY] = StoredObject({} if common is DROPPED else common, IMPLICIT)
-    return Described(leaves, objects, local, stored, expanded.tree, expanded.statefuls, expanded.joints)
+    return Described(leaves, objects, local, stored, expanded.tree, expanded.joints)
 
 
 def _stored(objects: Sequence[ObjectLeaf], *, for_load: bool) -> dict[str, StoredObject]:

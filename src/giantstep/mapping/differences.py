@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from giantstep.format.codec import Codec
 from giantstep.format.digests import ContentDigest
 from giantstep.mapping.describe import StoredObject
-from giantstep.mapping.tree import map_leaves
+from giantstep.mapping.tree import Tree
 from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.paths import Path, dotted
 
 _SHOWN = 20
 
 
-def fingerprint(stored: StoredObject, codec: Codec) -> dict[str, str]:
-    """A digest of every leaf of an object by its dotted path.
+def fingerprint(stored: StoredObject, codec: Codec) -> dict[str, list[str]]:
+    """Every leaf of an object by where it stands: its dotted path, for people, and a digest of its value.
 
     Equal on two ranks if and only if their values are: the order of keys and empty containers do not count.
     """
-    found: dict[str, str] = {}
-
-    def note(path: Path, leaf: object) -> object:
-        digest = ContentDigest()
-        digest.update(codec.encode(leaf, (*stored.path, *path)))
-        found[dotted(path)] = f"{digest.halves()[0]:016x}"
-        return leaf
-
-    map_leaves(stored.value, note)
+    found: dict[str, list[str]] = {}
+    _note(stored.value, (), "", stored, codec, found)
     return found
+
+
+def _note(tree: Tree, path: Path, place: str, stored: StoredObject, codec: Codec, found: dict[str, list[str]]) -> None:
+    """Note the leaves of a tree; the place says of each step also the kind of container and of key."""
+    if isinstance(tree, dict):
+        kind = "o" if isinstance(tree, OrderedDict) else "d"
+        for key, value in tree.items():
+            _note(value, (*path, key), f"{place}/{kind}{type(key).__name__}:{key!r}", stored, codec, found)
+    elif type(tree) in (list, tuple):
+        for position, value in enumerate(tree):
+            _note(value, (*path, position), f"{place}/{type(tree).__name__}:{position}", stored, codec, found)
+    else:
+        digest = ContentDigest()
+        digest.update(codec.encode(tree, (*stored.path, *path)))
+        found[place] = [dotted(path), f"{digest.halves()[0]:016x}"]
 
 
 def fingerprint_digest(stored: StoredObject, codec: Codec) -> tuple[int, int]:
@@ -52,16 +61,17 @@ def describe_differences(reports: Sequence[bytes], writers: Mapping[str, int]) -
         reports: by rank.
         writers: rank whose value is stored, by name of object.
     """
-    maps: list[dict[str, dict[str, str]]] = [json.loads(report) for report in reports]
+    maps: list[dict[str, dict[str, list[str]]]] = [json.loads(report) for report in reports]
     sentences = []
     for name, writer in writers.items():
         stored = maps[writer][name]
         paths: dict[str, list[int]] = {}
         for rank, objects in enumerate(maps):
             found = objects.get(name, stored)
-            for path in [*stored, *(path for path in found if path not in stored)]:
-                if stored.get(path) != found.get(path):
-                    paths.setdefault(path, []).append(rank)
+            different = {**stored, **found}
+            # Two places may read alike: a key 1 and a key "1".
+            for path in dict.fromkeys(path for place, (path, _) in different.items() if stored.get(place) != found.get(place)):
+                paths.setdefault(path, []).append(rank)
         shown = [(f"{path!r} " if path else "") + f"({_listed(ranks)})" for path, ranks in list(paths.items())[:_SHOWN]]
         more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
         what = "common state" if name == COMMON_KEY else f"object {name!r}"

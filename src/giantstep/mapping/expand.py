@@ -26,10 +26,17 @@ from giantstep.shards.paths import Path, dotted
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """A place where one value stands for a subtree: `merge` makes it of the loaded subtree."""
+    """A place where one value stands for a subtree.
+
+    Attributes:
+        path: the place.
+        value: the Stateful object, the factory's data, or the wrapper tensor.
+        merge: makes a value of the loaded subtree; None for a Stateful object, which is given the subtree.
+    """
 
     path: Path
-    merge: Callable[[Tree], Any]
+    value: Any
+    merge: Callable[[Tree], Any] | None
 
 
 @dataclass(slots=True)
@@ -38,13 +45,11 @@ class Expanded:
 
     Attributes:
         tree: the state dict with subtrees in their place.
-        statefuls: (path, object) of the Stateful ones; inner ones before outer ones.
-        joints: of factories and wrappers; inner ones before outer ones.
+        joints: of Stateful objects, factories and wrappers; inner ones before outer ones.
         wrappers: key and description of every wrapper tensor.
     """
 
     tree: Tree = None
-    statefuls: list[tuple[Path, Any]] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
     wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -65,19 +70,19 @@ def _expand(tree: Tree, path: Path, found: Expanded) -> Tree:
         if isinstance(leaf, ShardedTensorFactory):
             leaf.validate()
             inner = _expand(leaf.build(), where, found)
-            found.joints.append(Joint(where, leaf.merge))
+            found.joints.append(Joint(where, leaf.data, leaf.merge))
             return inner
         wrapped = _wrapped(where, leaf)
         if wrapped is not None:
-            found.wrappers[wrapper_key(wrapped.key)] = wrapped.description
+            _note_description(wrapped, found.wrappers)
             inner = _expand(wrapped.leaves, where, found)
-            found.joints.append(Joint(where, wrapped.restore))
+            found.joints.append(Joint(where, wrapped.restore.wrapper, wrapped.restore))
             return inner
         is_stateful = callable(getattr(leaf, "state_dict", None)) and callable(getattr(leaf, "load_state_dict", None))
         if not is_stateful or isinstance(leaf, torch.Tensor | type):
             return leaf
         inner = _expand(leaf.state_dict(), where, found)
-        found.statefuls.append((where, leaf))
+        found.joints.append(Joint(where, leaf, None))
         return inner
 
     return map_leaves(tree, replace, path)
@@ -90,7 +95,17 @@ class _Wrapped:
     key: str
     description: dict[str, Any]
     leaves: dict[str, Any]
-    restore: Callable[[Tree], Any]
+    restore: _Restore
+
+
+def _note_description(wrapped: _Wrapped, found: dict[str, dict[str, Any]]) -> None:
+    """Several shards of one wrapper tensor have one description."""
+    known = found.setdefault(wrapper_key(wrapped.key), wrapped.description)
+    if known != wrapped.description:
+        raise BadArgumentError(
+            f"tensor {wrapped.key!r} is a wrapper tensor with different attributes in different shards: {known} and "
+            f"{wrapped.description}. Give them different keys, or parts that hold what differs."
+        )
 
 
 def _wrapped(path: Path, leaf: Any) -> _Wrapped | None:
@@ -105,10 +120,18 @@ def _wrapped(path: Path, leaf: Any) -> _Wrapped | None:
         parts = take_apart(leaf, f"tensor {key!r}")
         if parts is None:
             return None
-        tensors = dict(parts.tensors)
+        tensors = {name: _followed(part, leaf) for name, part in parts.tensors.items()}
         description = description_of(parts, tuple(leaf.shape), leaf.dtype)
         return _Wrapped(key, description, tensors, _Restore(leaf, tensors, parts.put_together))
     return None
+
+
+def _followed(part: torch.Tensor, wrapper: torch.Tensor) -> torch.Tensor:
+    """The part as it is stored for cut wrappers too, if that can be told from its shape."""
+    try:
+        return following(part, wrapper, "")
+    except BadArgumentError:
+        return part
 
 
 def _sharded(tensor: ShardedTensor, data: torch.Tensor, parts: Parts) -> _Wrapped:
@@ -116,7 +139,8 @@ def _sharded(tensor: ShardedTensor, data: torch.Tensor, parts: Parts) -> _Wrappe
         raise BadArgumentError(f"tensor {tensor.key!r} is a wrapper tensor and flattened: save its parts instead")
     leaves: dict[str, Any] = {}
     given = {}
-    for name, held in parts.tensors.items():
+    # Of an empty shard's parts nothing is known: how long they would be is not to be seen.
+    for name, held in parts.tensors.items() if data.numel() else ():
         what = f"part {name!r} of tensor {tensor.key!r}"
         part = given[name] = following(held, data, what)
         axes = scalings(part, tensor.local_shape)
@@ -141,7 +165,7 @@ def _sharded(tensor: ShardedTensor, data: torch.Tensor, parts: Parts) -> _Wrappe
 
 def _distributed(key: str, tensor: DTensor, parts: Parts) -> _Wrapped:
     leaves: dict[str, Any] = {}
-    for name, held in parts.tensors.items():
+    for name, held in parts.tensors.items() if tensor._local_tensor.numel() else ():
         what = f"part {name!r} of tensor {key!r}"
         part = following(held, tensor._local_tensor, what)
         axes = scalings(part, tuple(tensor._local_tensor.shape))
@@ -180,8 +204,17 @@ class _Restore:
     put_together: Callable[[Any], torch.Tensor]
 
     def __call__(self, loaded: Tree) -> Any:
-        if not isinstance(loaded, dict) or any(loaded.get(name) is None for name in self.given):
+        if not self.given:
             return self.wrapper
-        if all(loaded[name] is part for name, part in self.given.items()):
+        if all(loaded[name] is part for name, part in self.given.items()) and self._shares_memory():
             return self.wrapper
         return self.put_together({name: loaded[name] for name in self.given})
+
+    def _shares_memory(self) -> bool:
+        """Whether filling the parts has filled the wrapper; not so if it was taken apart into copies."""
+        if isinstance(self.wrapper, DTensor):
+            return True
+        again = take_apart(self.wrapper, "tensor")
+        return again is not None and all(
+            again.tensors[name].data_ptr() == part.data_ptr() for name, part in self.given.items() if not part.is_meta
+        )

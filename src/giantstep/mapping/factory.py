@@ -69,7 +69,7 @@ class ShardedTensorFactory:
         for name in ("build_fn", "merge_fn"):
             if not callable(getattr(self, name)):
                 raise BadArgumentError(f"factory {self.key!r}: {name} {getattr(self, name)!r} must be callable")
-        check_replica_id(self.replica_id, f"factory {self.key!r}")
+        self.replica_id = check_replica_id(self.replica_id, f"factory {self.key!r}")
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -45,3 +45,50 @@ def memory_of(view: torch.Tensor) -> Hashable:
         strides = tuple(stride if count > 1 else 0 for count, stride in zip(shape, strides, strict=True))
     device = view.device
     return device.type, device.index, view.data_ptr(), view.dtype, shape, strides, view.is_conj(), view.is_neg()
+
+
+def span_of(view: torch.Tensor) -> tuple[tuple[str, int], int, int]:
+    """Device, first byte, and the byte behind the last, of the memory that a tensor with elements reaches over."""
+    reach = sum((count - 1) * stride for count, stride in zip(view.shape, view.stride(), strict=True)) + 1
+    start = view.data_ptr()
+    return (view.device.type, view.device.index or 0), start, start + reach * view.element_size()
+
+
+def disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors surely share no byte; False where that cannot be told cheaply."""
+    (device, start, stop), (other, first, last) = span_of(a), span_of(b)
+    if device != other or stop <= first or last <= start:
+        return True
+    if a.dim() == b.dim() and a.element_size() == b.element_size() and (first - start) % a.element_size() == 0:
+        return _boxes_disjoint(a, b, (first - start) // a.element_size())
+    return False
+
+
+def _boxes_disjoint(a: torch.Tensor, b: torch.Tensor, distance: int) -> bool:
+    """Whether two boxes of one larger array, `distance` elements apart, have no element in common.
+
+    With equal strides, each larger than all that finer axes of both boxes reach, an address has one place in the array
+    only, and boxes meet if and only if they do along every axis.
+    """
+    axes = []
+    for count, other, stride, second in zip(a.shape, b.shape, a.stride(), b.stride(), strict=True):
+        if count > 1 and other > 1 and stride != second:
+            return False
+        if count > 1 or other > 1:
+            axes.append((stride if count > 1 else second, count, other))
+    axes.sort(reverse=True)
+    offsets = []
+    for stride, _, _ in axes:
+        if stride == 0:
+            return False
+        steps, distance = divmod(distance, stride)
+        offsets.append(steps)
+    apart = distance != 0
+    reach = 1
+    for (stride, count, other), offset in zip(reversed(axes), reversed(offsets), strict=True):
+        if stride < reach:
+            return False
+        low, high = min(0, offset), max(count, offset + other)
+        reach += (high - low - 1) * stride
+        apart = apart or offset >= count or -offset >= other
+    return apart

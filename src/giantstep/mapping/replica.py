@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from giantstep.errors import BadArgumentError
 
 ReplicaId = int | tuple[int, ...]
@@ -12,8 +14,13 @@ def is_main_replica(replica_id: ReplicaId) -> bool:
     return replica_id == 0 if isinstance(replica_id, int) else all(part == 0 for part in replica_id)
 
 
-def check_replica_id(replica_id: object, what: str) -> None:
-    """Raise `BadArgumentError` unless it is an int or a tuple of ints, none negative."""
+def check_replica_id(replica_id: object, what: str) -> ReplicaId:
+    """The replica id with plain ints; raises `BadArgumentError` unless it is an int or a tuple of ints, none negative."""
     parts = replica_id if isinstance(replica_id, tuple) else (replica_id,)
-    if not all(isinstance(part, int) and part >= 0 for part in parts):
+    try:
+        found = tuple(operator.index(part) for part in parts)
+    except TypeError:
+        found = (-1,)
+    if any(part < 0 for part in found):
         raise BadArgumentError(f"{what}: replica_id {replica_id!r} must be an int or a tuple of ints, none negative")
+    return found if isinstance(replica_id, tuple) else found[0]

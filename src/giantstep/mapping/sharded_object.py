@@ -76,7 +76,7 @@ class ShardedObject:
             raise BadArgumentError(f"{what}: global_offset {self.global_offset} is no position of grid {self.global_shape}")
         if math.prod(self.global_shape) >= 1 << 62:
             raise BadArgumentError(f"{what}: grid {self.global_shape} has too many positions")
-        check_replica_id(self.replica_id, what)
+        self.replica_id = check_replica_id(self.replica_id, what)
 
 
 class LocalNonpersistentObject:

@@ -6,6 +6,7 @@ The vocabulary is Megatron-Core's. Parallelism appears only here, as offsets; no
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -116,6 +117,10 @@ class ShardedTensor:
         allow_shape_mismatch: bool,
         flattened_range: slice | None,
     ) -> ShardedTensor:
+        if not isinstance(data, torch.Tensor):
+            raise BadArgumentError(f"tensor {key!r}: data must be a torch.Tensor, not {type(data).__name__}")
+        if not all(isinstance(offset, tuple) and len(offset) == 3 for offset in rank_offsets):
+            raise BadArgumentError(f"tensor {key!r}: rank offsets {rank_offsets} must be tuples (axis, index, parts)")
         shard_shape = (1,) * prepend_axis_num + local_shape
         parts, offset = [1] * len(shard_shape), [0] * len(shard_shape)
         seen: set[int] = set()
@@ -239,7 +244,7 @@ class ShardedTensor:
         self.global_offset = as_ints(self.global_offset, f"global_offset of tensor {self.key!r}")
         self._validate_region()
         self._validate_grid()
-        check_replica_id(self.replica_id, f"tensor {self.key!r}")
+        self.replica_id = check_replica_id(self.replica_id, f"tensor {self.key!r}")
         self._validate_flattened_range()
         self._validate_data()
 
@@ -277,9 +282,17 @@ class ShardedTensor:
     def _validate_flattened_range(self) -> None:
         if self.flattened_range is None:
             return
-        start, stop, step = self.flattened_range.start, self.flattened_range.stop, self.flattened_range.step
         total = math.prod(self.local_shape)
-        if step not in (None, 1) or not (isinstance(start, int) and isinstance(stop, int) and 0 <= start <= stop <= total):
+        flat = self.flattened_range
+        try:
+            start, stop, step = (
+                operator.index(part) for part in (flat.start, flat.stop, 1 if flat.step is None else flat.step)
+            )
+        except (AttributeError, TypeError):
+            start, stop, step = -1, -1, 1
+        if step == 1 and 0 <= start <= stop <= total:
+            self.flattened_range = slice(start, stop)
+        else:
             raise BadArgumentError(
                 f"tensor {self.key!r}: flattened_range {self.flattened_range} must be slice(start, stop) inside the "
                 f"{total} elements of the local shape {self.local_shape}"

@@ -155,7 +155,7 @@ def merge(loaded: Tree, common: Tree) -> Tree:
                 if found is not DROPPED:
                     merged[key] = found
         return OrderedDict(merged) if isinstance(common, OrderedDict) else merged
-    if type(common) in (list, tuple) and type(loaded) is type(common):
+    if type(common) in (list, tuple) and type(loaded) in (list, tuple):
         length = max(len(common), len(_without_tail(loaded)))
         values = (
             merge(loaded[n] if n < len(loaded) else DROPPED, common[n] if n < len(common) else DROPPED) for n in range(length)

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from giantstep.errors import BadArgumentError, UnsupportedTypeError
+from giantstep.shards.region import Region
 
 Attributes = dict[str, Any]
 TakeApart = Callable[[Any], tuple[Mapping[str, torch.Tensor], Attributes]]
@@ -36,6 +37,8 @@ class Wrapper:
     dequantise: Dequantise | None
 
 
+# Values that share one element of a part, at most: 1-bit values in a byte.
+_MOST_PACKED = 8
 _LOCK = threading.Lock()
 _BY_TYPE: dict[type, Wrapper] = {}
 _BY_NAME: dict[str, Wrapper] = {}
@@ -61,7 +64,8 @@ def register_wrapper(
             one, each with as many dimensions (views with dimensions of 1 where needed); saving reads them and loading
             fills them. They may be wrappers themselves. Attributes are plain values, equal on all ranks, that hold for
             every part of the tensor: what depends on sizes is to be taken from the parts.
-        put_together: the inverse, for parts of any shapes that fit each other.
+        put_together: the inverse, for parts of any shapes that fit each other: for any range of rows or columns too,
+            with the scales that serve it.
         dequantise: `(tensor) -> ` plain floating-point tensor; default: the method `dequantize`.
 
     Raises:
@@ -215,25 +219,42 @@ def description_of(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> 
     }
 
 
-def aligned_hull(
-    offset: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...], parts: Mapping[str, tuple[int, ...]]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The smallest region around one of a wrapper that cuts no element of any part.
+def _is_shared(part: int, whole: int) -> bool:
+    """Whether one value of a part serves a whole axis, any range of it as well: a scale, not values packed together."""
+    return part == 1 and whole > _MOST_PACKED
+
+
+def alignment(shape: tuple[int, ...], parts: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """Per axis of a wrapper, the multiples at which it can be cut without cutting an element of a part.
 
     Args:
-        offset, size: the region, in elements of the wrapper.
         shape: global shape of the wrapper.
         parts: global shapes of its parts.
-
-    Returns:
-        Offset and size.
     """
-    low, high = list(offset), [start + count for start, count in zip(offset, size, strict=True)]
+    steps = []
     for axis, whole in enumerate(shape):
-        step = math.lcm(*(whole // math.gcd(whole, part[axis]) for part in parts.values())) if whole else 1
-        low[axis] = low[axis] // step * step
-        high[axis] = min(-(-high[axis] // step) * step, whole)
-    return tuple(low), tuple(stop - start for start, stop in zip(low, high, strict=True))
+        lengths = [part[axis] for part in parts.values() if not _is_shared(part[axis], whole)]
+        steps.append(math.lcm(*(whole // math.gcd(whole, length) for length in lengths)) if whole else 1)
+    return steps
+
+
+def aligned_hull(region: Region, shape: tuple[int, ...], parts: Mapping[str, tuple[int, ...]]) -> Region:
+    """The smallest region around one of a wrapper that cuts no element of any part; see `alignment`."""
+    steps = alignment(shape, parts)
+    low = [start // step * step for start, step in zip(region.offset, steps, strict=True)]
+    ends = [start + count for start, count in zip(region.offset, region.size, strict=True)]
+    high = [min(-(-end // step) * step, whole) for end, step, whole in zip(ends, steps, shape, strict=True)]
+    return Region(tuple(low), tuple(stop - start for start, stop in zip(low, high, strict=True)))
+
+
+def part_of(hull: Region, shape: tuple[int, ...], part: tuple[int, ...]) -> Region:
+    """The region of a part that belongs to an aligned region of its wrapper."""
+    offset, size = [], []
+    for start, count, length, whole in zip(hull.offset, hull.size, part, shape, strict=True):
+        shared = _is_shared(length, whole)
+        offset.append(0 if shared or not whole else start * length // whole)
+        size.append(1 if shared else count * length // whole if whole else 0)
+    return Region(tuple(offset), tuple(size))
 
 
 def stored_wrapper(description: Mapping[str, Any], what: str) -> Wrapper:

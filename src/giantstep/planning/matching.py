@@ -28,6 +28,7 @@ class Requests:
         shapes: (key, stored shape, requested shape) that differ.
         dtypes: (key, stored dtype, requested dtype) that differ and may not be cast.
         grids: (key, stored grid, requested grid) of sharded objects that differ and may not be resharded.
+        wrappers: (key, stored kind, requested kind) of wrapper tensors that differ.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -36,10 +37,11 @@ class Requests:
     shapes: list[tuple[str, str, str]] = field(default_factory=list)
     dtypes: list[tuple[str, str, str]] = field(default_factory=list)
     grids: list[tuple[str, str, str]] = field(default_factory=list)
+    wrappers: list[tuple[str, str, str]] = field(default_factory=list)
 
     def encode(self) -> bytes:
         """As bytes."""
-        fields = [self.rows, self.objects, self.unexpected, self.shapes, self.dtypes, self.grids]
+        fields = [self.rows, self.objects, self.unexpected, self.shapes, self.dtypes, self.grids, self.wrappers]
         return json.dumps(fields).encode("ascii")
 
     @classmethod
@@ -118,7 +120,7 @@ def judge(requests: Sequence[Requests], holdings: Holdings, strict: Strictness) 
     """Compare all ranks' requests with the checkpoint.
 
     Raises:
-        KeyMismatchError, ShapeMismatchError, DtypeMismatchError: the first that applies; its message lists
+        KeyMismatchError, ShapeMismatchError, DtypeMismatchError, MismatchError: the first that applies; its message lists
             all differences of all kinds, at most 20 names of each and 50 lines in all.
     """
     differences = _differences(requests, holdings)
@@ -131,6 +133,7 @@ def judge(requests: Sequence[Requests], holdings: Holdings, strict: Strictness) 
         _triples(ShapeMismatchError, "tensor", "global shape", [r.shapes for r in requests]),
         _triples(ShapeMismatchError, "sharded object", "global shape", [r.grids for r in requests]),
         _triples(DtypeMismatchError, "tensor", "dtype", [r.dtypes for r in requests]),
+        _triples(MismatchError, "wrapper tensor", "kind", [r.wrappers for r in requests]),
     ]
     found = [section for section in errors if section.lines]
     if found:
@@ -214,5 +217,7 @@ def _remedy(sections: Sequence[_Section]) -> str:
         ShapeMismatchError: "build the model with the stored shapes, set allow_shape_mismatch on a padded ShardedTensor, or "
         "say with LoadOptions(on_object_reshard=...) what becomes of objects",
         DtypeMismatchError: "pass LoadOptions(cast='floating') or 'any' to convert",
+        MismatchError: "load wrapper tensors into ones that are put together alike, or into floating-point tensors with "
+        "LoadOptions(dequantise=True)",
     }
     return "To go on: " + "; ".join(remedies[kind] for kind in dict.fromkeys(section.kind for section in sections)) + "."

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from giantstep.errors import CoverageError, DisagreementError
 from giantstep.planning.description import COPY, MAIN, Description
-from giantstep.shards.object_keys import ObjectPosition, position_of
+from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor
 from giantstep.shards.region import Int64s
 
 _SHOWN = 5
@@ -37,6 +37,17 @@ class ObjectPlan:
     def differing(self) -> dict[str, int]:
         """Names of the objects that differ between ranks, with the rank whose value is stored."""
         return {self.keys[row]: int(self.writer[row]) for row in np.flatnonzero(self.differs).tolist()}
+
+
+def check_wrappers(tensors: Collection[str], objects: Sequence[str]) -> None:
+    """Raise `DisagreementError` if a key is a wrapper tensor on some rank and a plain tensor on another."""
+    held = set(tensors)
+    both = [key for key in map(wrapped_tensor, objects) if key is not None and key in held]
+    if both:
+        raise DisagreementError(
+            f"tensor {both[0]!r} is a wrapper tensor, stored as its parts, and also a plain tensor, on the same rank or on "
+            "others. Describe it in one way on all ranks."
+        )
 
 
 def plan_objects(descriptions: Sequence[Description]) -> ObjectPlan:

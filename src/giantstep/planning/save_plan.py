@@ -13,7 +13,7 @@ from giantstep.planning.balance import Regions, balance
 from giantstep.planning.coverage import check_coverage
 from giantstep.planning.description import Description, pack_columns, pack_texts, unpack_columns, unpack_texts
 from giantstep.planning.holders import Holders, group_holders
-from giantstep.planning.objects import ObjectPlan, plan_objects
+from giantstep.planning.objects import ObjectPlan, check_wrappers, plan_objects
 from giantstep.planning.shard_table import ShardTable, tabulate
 from giantstep.shards.region import Int64s, Region, padded_to_ragged, ragged_to_padded, split_region
 
@@ -107,6 +107,7 @@ def plan_save(descriptions: Sequence[Description], *, split_bytes: int, max_chun
     holders = group_holders(table)
     check_coverage(table, holders)
     objects = plan_objects(descriptions)
+    check_wrappers(table.keys, objects.keys)
     plan = _shares_to_plan(table, _untied(table, holders), len(descriptions), split_bytes, objects)
     return _sorted(_divided(plan, max_chunk_bytes))
 

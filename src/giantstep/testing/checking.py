@@ -103,7 +103,7 @@ def check_loaded(loaded: Loaded, saved: Saved) -> None:
     What was loaded is put in the place of the data of the rank's own description of its state, so that regions come
     from there and not from the loader.
     """
-    stateful = {path for path, _ in loaded.before.statefuls}
+    stateful = {joint.path for joint in loaded.before.joints if joint.merge is None}
     after = describe(map_leaves(loaded.target, lambda path, leaf: _refilled(path, leaf, loaded, stateful)), for_load=True)
     for leaf in after.leaves:
         _check_tensor(leaf, loaded, saved)
