@@ -23,6 +23,14 @@ def _torch_kinds() -> Iterable[Kind]:
     return torch_kinds()
 
 
+# Where the types are from whose kinds are fetched late: to register another type must not import torch.
+_LATE_PACKAGES = ("numpy", "torch")
+
+
+def _package_of(cls: type) -> str:
+    return str(cls.__module__).partition(".")[0]
+
+
 _TYPES = TypeRegistry()
 
 OBJECT_CODEC = Codec(base_kinds(_TYPES), late_kinds, _torch_kinds)
@@ -89,7 +97,7 @@ def register_type(
     """
     if cls is None:
         return lambda decorated: register_type(decorated, name=name, encode=encode, decode=decode)
-    if isinstance(cls, type) and OBJECT_CODEC.has_kind_for(cls):
+    if isinstance(cls, type) and OBJECT_CODEC.has_kind_for(cls, fetch=_package_of(cls) in _LATE_PACKAGES):
         raise BadArgumentError(f"type {cls.__qualname__} can be stored as it is: it needs no register_type, and allows none")
     _TYPES.register(cls, name, encode, decode)
     return cls

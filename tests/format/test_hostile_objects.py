@@ -83,6 +83,20 @@ def test_texts_that_are_not_ours_are_corruption(text: bytes) -> None:
     assert len(str(caught.value)) < 700
 
 
+@pytest.mark.parametrize("digits", [17, 4300, 4301, 100_000])
+def test_long_integers_are_refused_before_they_are_read(digits: int) -> None:
+    with pytest.raises(CorruptionError, match=r"integer 1{17,20}\.\.\. is beyond 2\^53"):
+        OBJECT_CODEC.decode(encoded(b"1" * digits), "x")
+
+
+def test_messages_stay_short_whatever_is_stored() -> None:
+    for tag in ("date", "int", "uuid", "decimal", "slice", "ndarray", "no such tag", "t" * 100_000):
+        for payload in ("x" * 100_000, [["x" * 100_000]], [1] * 100_000):
+            with pytest.raises(CorruptionError) as caught:
+                OBJECT_CODEC.decode(tagged(tag, payload), "x")
+            assert len(str(caught.value)) < 700
+
+
 def test_escapes_of_lone_surrogates_are_strings_as_python_has_them() -> None:
     assert OBJECT_CODEC.decode(encoded(b'"\\ud800x"'), "x") == "\ud800x"
 

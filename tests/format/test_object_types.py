@@ -171,6 +171,7 @@ def test_decimals_do_not_depend_on_the_context() -> None:
         text = b'{"$":"decimal","v":"none"}'
         with pytest.raises(CorruptionError):
             OBJECT_CODEC.decode(MAGIC + struct.pack("<Q", len(text)) + text, "x")
+        assert not any(decimal.getcontext().flags.values())
 
 
 BIT_GENERATORS = ["MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"]

@@ -21,13 +21,7 @@ MOST_CHANGES = 5
 _MAGIC = b"GSOBJ1\n"
 
 
-def _tags() -> tuple[str, ...]:
-    """Tags of the object codec, all kinds fetched."""
-    OBJECT_CODEC.has_kind_for(object)
-    return tuple(sorted(OBJECT_CODEC._by_tag))
-
-
-TAGS = _tags()
+TAGS = tuple(sorted(OBJECT_CODEC.tags()))
 OBJECT_WORDS: tuple[Node, ...] = (
     *TAGS,
     *("$", "v", "os.system", "O", "<f8", "|b1", "|V8", "(9,)f8", "f4,f4", "<M8[s]", ">i4", "float32", "bfloat16", "bits8"),

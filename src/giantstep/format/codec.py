@@ -262,9 +262,10 @@ class Codec:
             found = next((other for other in self._open_kinds if other.accepts is not None and other.accepts(kind)), None)
         return found
 
-    def has_kind_for(self, kind: type) -> bool:
-        """Whether a kind stores values of exactly this type."""
-        return self._find(lambda: self._by_type.get(kind)) is not None
+    def has_kind_for(self, kind: type, *, fetch: bool) -> bool:
+        """Whether a kind stores values of exactly this type; of all kinds, or of those that are fetched already."""
+        found = self._find(lambda: self._by_type.get(kind)) if fetch else self._by_type.get(kind)
+        return found is not None
 
     def for_type(self, kind: type, path: Path) -> Kind:
         """The kind that stores values of this type; `UnsupportedTypeError` if there is none."""

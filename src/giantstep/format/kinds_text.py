@@ -75,8 +75,8 @@ def _decimal_text(value: decimal.Decimal) -> str:
 
 
 def _decode_decimal(payload: Json, _reader: Reader) -> decimal.Decimal:
-    # Exact, whatever the precision of the context; the context says that what is no number is an error.
-    found = decimal.Decimal(text_of(payload), decimal.Context(traps=[decimal.InvalidOperation]))
+    # Exact, whatever the precision of the context; in one of its own, so that the flags of the user's stay as they are.
+    found = decimal.Decimal(text_of(payload), decimal.Context())
     same_text(_decimal_text(found), payload)
     return found
 
