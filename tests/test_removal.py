@@ -528,3 +528,36 @@ def test_any_prefixes_of_any_keys_leave_exactly_the_others(keys: list[str], pref
         }
         assert set(files_of_ours(store)) == named_by(store)
         assert gs.open_checkpoint(store).common["epoch"] == 3
+
+
+def test_a_wrapper_tensor_goes_whole_or_not_at_all(tmp_path: Path) -> None:
+    parts = {"w.q": torch.ones(4), "w.scale": torch.ones(1), "w2": torch.ones(1)}
+
+    class Wrapped(torch.Tensor):
+        @staticmethod
+        def __new__(cls, q: torch.Tensor, scale: torch.Tensor) -> Any:
+            made: Any = torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+            made.q, made.scale = q, scale
+            return made
+
+        def __tensor_flatten__(self) -> Any:
+            return ["q", "scale"], None
+
+        @classmethod
+        def __tensor_unflatten__(cls, inner: Any, *_: Any) -> Any:
+            return cls(inner["q"], inner["scale"])
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+            raise NotImplementedError(str(func))
+
+    gs.save({"w": Wrapped(parts["w.q"], parts["w.scale"]), "w2": parts["w2"]}, tmp_path)
+    for prefix in ("w.scale", "w.q"):
+        with pytest.raises(gs.errors.BadArgumentError, match=r"a part of the wrapper tensor 'w', and keeps others"):
+            gs.remove_sharded_tensors(tmp_path, prefix)
+    with pytest.raises(gs.errors.KeyMismatchError):
+        gs.remove_sharded_tensors(tmp_path, "w/wr")
+    report = gs.remove_sharded_tensors(tmp_path, "w.")
+    assert report.tensors == ("w.q", "w.scale")
+    checkpoint = gs.open_checkpoint(tmp_path)
+    assert (checkpoint.keys(), checkpoint.object_keys()) == (["w2"], [])

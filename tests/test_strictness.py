@@ -264,3 +264,19 @@ def test_a_stateful_object_of_which_nothing_is_stored_is_unexpected_and_left_alo
     gs.save({"train": {"schedule": Schedule(9)}}, stored)
     gs.load({"train": {"schedule": schedule}}, stored)
     assert (schedule.epoch, schedule.loads) == (9, 1)
+
+
+def test_a_state_that_was_stored_empty_is_stored(stored: Path) -> None:
+    class Empty(Schedule):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.loads += 1
+
+    gs.save({"s": Empty(0)}, stored)
+    given: list[dict[str, Any]] = []
+    schedule = Schedule(1)
+    schedule.load_state_dict = given.append  # type: ignore[method-assign]
+    gs.load({"s": schedule}, stored)
+    assert ["epoch" in state for state in given] == [False]

@@ -12,6 +12,7 @@ from giantstep.errors import BadArgumentError
 from giantstep.format.codec import Codec, Kind
 from giantstep.format.kinds import base_kinds, late_kinds
 from giantstep.format.registry import TypeRegistry
+from giantstep.mapping.tree import keep_whole
 
 T = TypeVar("T")
 
@@ -76,7 +77,8 @@ def register_type(
     Dataclasses and NamedTuples are stored as their fields by name, enums as the names of their members. On load,
     dataclasses and NamedTuples are made by calling the class, so **`__init__` and `__post_init__` run**. It is your
     code, in your process, because you registered it: nothing that is stored is ever run, and a stored name leads to
-    no class but the one registered under it. A field that is not stored takes its default.
+    no class but the one registered under it. Afterwards every field is set as it was stored; a field that is not
+    stored takes its default, and attributes that are no fields are what the class makes of them.
 
     Only values of exactly this class are meant; register subclasses too.
 
@@ -100,4 +102,6 @@ def register_type(
     if isinstance(cls, type) and OBJECT_CODEC.has_kind_for(cls, fetch=_package_of(cls) in _LATE_PACKAGES):
         raise BadArgumentError(f"type {cls.__qualname__} can be stored as it is: it needs no register_type, and allows none")
     _TYPES.register(cls, name, encode, decode)
+    if issubclass(cls, dict):
+        keep_whole(cls)
     return cls

@@ -7,6 +7,7 @@ ones together. Called by `load`.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from giantstep.reading.tensor_sink import CompareSink, sink_for
 from giantstep.requesting import Matched, StoredState
 from giantstep.shards.region import Region
 from giantstep.words import words_of
+
+_MOST_TESTS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,21 +124,28 @@ def _overlapping(filled: Sequence[Wanted], made: Sequence[torch.Tensor]) -> list
     ]
     spans += [(*span_of(view), view, None) for view in made]
     spans.sort(key=lambda span: span[:3])
-    found: list[Wanted] = []
-    active: list[tuple[tuple[str, int], int, int, torch.Tensor, Wanted | None]] = []
-    for span in spans:
-        active = [other for other in active if other[0] == span[0] and other[2] > span[1]]
-        for other in active:
-            if disjoint(other[3], span[3]):
-                continue
-            if other[4] is None or span[4] is None:
-                raise BadArgumentError(
-                    "two tensors of the state dict share memory, and one of them is to be dequantised from another stored "
-                    "tensor. Load them into memory of their own."
-                )
-            found += [other[4], span[4]]
-        active.append(span)
-    return found
+    found: list[Wanted | None] = []
+    # Spans that reach beyond where the present one begins, the first to end on top.
+    active: list[tuple[tuple[tuple[str, int], int], int]] = []
+    tests = 0
+    for place, (device, start, stop, view, wanted) in enumerate(spans):
+        while active and active[0][0] <= (device, start):
+            heapq.heappop(active)
+        # If very many reach over each other, to look at all pairs takes longer than to read all of them twice.
+        exhausted = tests > _MOST_TESTS
+        pairs = [other for _, other in active if exhausted or not disjoint(spans[other][3], view)]
+        tests += len(active)
+        if pairs:
+            found += [spans[other][4] for other in pairs] + [wanted]
+        heapq.heappush(active, ((device, stop), place))
+        if exhausted:
+            active = [max(active)]
+    if None in found:
+        raise BadArgumentError(
+            "two tensors of the state dict share memory, or may, and one of them is to be dequantised from another stored "
+            "tensor. Load them into memory of their own."
+        )
+    return [item for item in found if item is not None]
 
 
 def fill_sinks(wanted: Sequence[Wanted], stored: StoredState) -> list[Sink]:

@@ -143,7 +143,7 @@ class _Load:
         self._differences = KeyDifferences.decode(answer)
 
     def _match(self) -> bytes:
-        self._checkpoint = Checkpoint(self._store, self._record, OBJECT_CODEC)
+        self._checkpoint = Checkpoint(self._store, self._record, OBJECT_CODEC, unknown=self._options.unknown_types)
         self._stored = StoredState(self._checkpoint)
         self._common = self._checkpoint.common
         self._matched = match(self._described, self._stored, self._common, self._options)

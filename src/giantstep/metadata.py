@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -130,7 +131,8 @@ def load_plain_tensors(
 
     save_id = consult(group_of(process_group), "open", settings.timeout_secs, look, agree).decode("ascii")
     # The request is all tensors; what else the checkpoint holds is not asked for.
-    loaded = load(wanted, path, strict=StrictHandling.IGNORE_ALL, process_group=process_group, options=options)
+    everything = replace(settings, unknown_types="keep") if isinstance(options, LoadOptions | None) else options
+    loaded = load(wanted, path, strict=StrictHandling.IGNORE_ALL, process_group=process_group, options=everything)
     if loaded.report.save_id != save_id:
         raise _overwritten(path)
     return {key: loaded[key] for key in wanted}

@@ -21,6 +21,7 @@ DirectIo = Literal["auto", "never"]
 OnObjectDifference = Literal["warn", "raise"]
 Cast = Literal["never", "floating", "any"]
 Verify = Literal["reading", "before", "never"]
+UnknownTypes = Literal["raise", "keep"]
 
 
 class StrictHandling(enum.Enum):
@@ -200,6 +201,10 @@ class LoadOptions:
     """Whether a plain floating-point tensor may be loaded from a wrapper tensor (quantised data and scales) that is
     stored under its key; see `register_wrapper`."""
 
+    unknown_types: UnknownTypes = "raise"
+    """Values of types that are not registered here, in common state and sharded objects: `raise`, or `keep` what is stored
+    of them as `Unregistered`."""
+
     reader_threads: int = 2
     """Threads per rank that read, check and copy."""
 
@@ -210,6 +215,8 @@ class LoadOptions:
         _require_secs("timeout_secs", self.timeout_secs)
         _require(self.cast in get_args(Cast), "cast", self.cast, f"one of {get_args(Cast)}")
         _require(self.verify in get_args(Verify), "verify", self.verify, f"one of {get_args(Verify)}")
+        expected = f"one of {get_args(UnknownTypes)}"
+        _require(self.unknown_types in get_args(UnknownTypes), "unknown_types", self.unknown_types, expected)
         self._check_matching()
         _require_int("reader_threads", self.reader_threads, 1, 64)
         _require_int("buffer_bytes", self.buffer_bytes, 64 * KIB, GIB)

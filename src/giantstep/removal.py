@@ -19,6 +19,7 @@ from functools import partial
 
 import numpy as np
 
+from giantstep.codecs import OBJECT_CODEC
 from giantstep.commit.clean import discard_unless_published, remove_superseded
 from giantstep.commit.publish import publish
 from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, KeyMismatchError, StoreError, VersionError
@@ -28,11 +29,12 @@ from giantstep.format.record import CommitRecord, FileEntry, decode_record
 from giantstep.format.versions import CURRENT, MINOR
 from giantstep.options import MIB, SaveOptions
 from giantstep.planning.removal_plan import NewPlaces, RemovalPlan, entry_of, index_after, plan_removal
+from giantstep.reading.checkpoint import Checkpoint
 from giantstep.reading.data_files import check_data_files
 from giantstep.reading.index_reader import IndexReader
 from giantstep.reading.stored_bytes import Spans, StoredBytes
 from giantstep.reports import size_text
-from giantstep.shards.object_keys import COMMON_KEY
+from giantstep.shards.object_keys import COMMON_KEY, wrapped_tensor
 from giantstep.shards.region import Int64s
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
@@ -119,14 +121,28 @@ class _Removal:
         except OSError as error:
             raise StoreError(f"{self._store.location} cannot be read: {error}. Nothing was removed.") from error
         tensor_stays = np.array([not key.startswith(self._prefix) for key in self._keys], dtype=bool)
-        object_stays = np.array(
-            [key == COMMON_KEY or not key.startswith(self._prefix) for key in self._object_keys], dtype=bool
-        )
+        object_stays = np.array([self._object_stays(key) for key in self._object_keys], dtype=bool)
         self._tensors = tuple(key for key, stays in zip(self._keys, tensor_stays, strict=True) if not stays)
         self._objects = tuple(key for key, stays in zip(self._object_keys, object_stays, strict=True) if not stays)
         if not self._tensors and not self._objects:
             raise _no_such_key(self._prefix, self._keys, self._object_keys, self._store.location)
         self._plan: RemovalPlan = plan_removal(self._index, tensor_stays, object_stays, len(self._record.files))
+
+    def _object_stays(self, name: str) -> bool:
+        """The description of a wrapper tensor goes with its parts; a wrapper goes whole or not at all."""
+        tensor = wrapped_tensor(name)
+        if tensor is None or name == COMMON_KEY:
+            return name == COMMON_KEY or not name.startswith(self._prefix)
+        described = Checkpoint(self._store, self._record, OBJECT_CODEC, unknown="keep").object(name)
+        parts = [f"{tensor}.{part}" for part in described.get("parts", ())] if isinstance(described, dict) else []
+        held = [part for part in parts if any(key == part or key.startswith(f"{part}.") for key in self._keys)]
+        gone = [part for part in held if part.startswith(self._prefix)]
+        if gone and len(gone) < len(held):
+            raise BadArgumentError(
+                f"prefix {self._prefix!r} removes {gone[0]!r}, a part of the wrapper tensor {tensor!r}, and keeps others: "
+                f"remove all of it with the prefix {tensor + '.'!r}. Nothing was removed."
+            )
+        return not gone if held else not name.startswith(self._prefix)
 
     def _open(self) -> None:
         self._before = read_record_bytes(self._store)

@@ -18,7 +18,7 @@ from giantstep.format.index import Index
 from giantstep.mapping.describe import Described, ObjectLeaf, StoredObject
 from giantstep.mapping.differences import fingerprint_digest
 from giantstep.mapping.leaves import TensorLeaf
-from giantstep.mapping.tree import Tree
+from giantstep.mapping.tree import Tree, is_dict
 from giantstep.mapping.wrappers import stored_wrapper
 from giantstep.options import LoadOptions, ObjectsReshard
 from giantstep.planning.description import IMPLICIT
@@ -188,21 +188,25 @@ def _match_statefuls(described: Described, common: Tree, matched: Matched) -> No
     leading = {path[:length] for path in paths for length in range(len(path) + 1)}
     for joint in described.joints:
         plain = joint.merge is None and joint.path not in leading
-        if plain and _holds(described.tree, joint.path) and not _holds(common, joint.path):
+        if plain and _has_state(_at(described.tree, joint.path)) and _at(common, joint.path) is None:
             matched.requests.unexpected.append(dotted(joint.path))
             matched.absent.append(joint.path)
 
 
-def _holds(tree: Tree, path: Path) -> bool:
-    """Whether something is at a path, other than an empty container."""
+def _has_state(state: Tree) -> bool:
+    return not (state is None or (isinstance(state, dict | list | tuple) and not state))
+
+
+def _at(tree: Tree, path: Path) -> Tree:
+    """What is at a path; None if it does not exist."""
     for step in path:
-        inside = (isinstance(tree, dict) and step in tree) or (
+        inside = (is_dict(tree) and step in tree) or (
             type(tree) in (list, tuple) and isinstance(step, int) and step < len(tree)
         )
         if not inside:
-            return False
+            return None
         tree = tree[step]
-    return not (isinstance(tree, dict | list | tuple) and not tree)
+    return tree
 
 
 def _match_descriptions(described: Described, stored: StoredState, options: LoadOptions, matched: Matched) -> None:

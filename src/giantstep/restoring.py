@@ -98,6 +98,7 @@ def _give_memory(module: torch.nn.Module, state: dict[str, Any]) -> None:
         taken.add(memory_of(value))
         old = meta[identity]
         new = torch.nn.Parameter(value, old.requires_grad) if isinstance(old, torch.nn.Parameter) else value
+        vars(new).update(vars(old))
         for name in tied:
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, new)

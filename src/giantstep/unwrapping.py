@@ -70,22 +70,23 @@ def _shapes(source: WrappedSource, checkpoint: Checkpoint) -> dict[str, tuple[in
 
 
 def _stripes(source: WrappedSource, region: Region, checkpoint: Checkpoint) -> Iterator[Region]:
-    """The region in parts along its first axis, of bounded size, that cut no element of any part."""
-    if not region.elements:
-        return
-    if not region.size:
+    """The region in parts of bounded size that cut no element of any part, as far as there are such."""
+    if region.elements:
+        yield from _halved(region, alignment(source.shape, _shapes(source, checkpoint)))
+
+
+def _halved(region: Region, steps: list[int]) -> Iterator[Region]:
+    """The region, or its halves along the axis that can be cut into most, cut at a multiple of the axis' step."""
+    cuts = [(count // step, axis) for axis, (count, step) in enumerate(zip(region.size, steps, strict=True))]
+    most, axis = max(cuts, default=(0, 0))
+    if region.elements <= _STRIPE_ELEMENTS or most < 2:
         yield region
         return
-    step = alignment(source.shape, _shapes(source, checkpoint))[0]
-    rows = max(1, _STRIPE_ELEMENTS // max(1, region.elements // region.size[0]))
-    rows = max(step, rows // step * step)
-    stop = region.offset[0] + region.size[0]
-    start = region.offset[0]
-    while start < stop:
-        # Stripes end where an element of every part does.
-        end = min(stop, (start // step) * step + rows)
-        yield Region((start, *region.offset[1:]), (end - start, *region.size[1:]))
-        start = end
+    start, count, step = region.offset[axis], region.size[axis], steps[axis]
+    middle = (start + count // 2) // step * step
+    for low, high in ((start, middle), (middle, start + count)):
+        offset = (*region.offset[:axis], low, *region.offset[axis + 1 :])
+        yield from _halved(Region(offset, (*region.size[:axis], high - low, *region.size[axis + 1 :])), steps)
 
 
 def _read_parts(source: WrappedSource, region: Region, checkpoint: Checkpoint) -> tuple[Region, dict[str, torch.Tensor]]:

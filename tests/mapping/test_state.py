@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -280,3 +282,40 @@ def test_a_list_where_a_tuple_is_stored_loses_nothing(tmp_path: Path) -> None:
     gs.save({"s": (torch.ones(1), 5)}, tmp_path)
     loaded = gs.load({"s": [torch.zeros(1), 0]}, tmp_path)["s"]
     assert (type(loaded), loaded[0].tolist(), loaded[1]) == (tuple, [1], 5)
+
+
+class Settings(dict[str, Any]):
+    """A dict of a class of its own."""
+
+
+def test_a_registered_dict_class_comes_back_as_what_it_is(tmp_path: Path) -> None:
+    gs.register_type(Settings, name="test settings", encode=dict, decode=Settings)
+    gs.save({"x": Settings(a=1), "y": [Settings()], "z": {"plain": 1}}, tmp_path)
+    loaded = gs.load({"x": Settings(a=2)}, tmp_path)
+    assert (type(loaded["x"]), type(loaded["y"][0]), type(loaded["z"])) == (Settings, Settings, dict)
+    assert loaded["x"] == {"a": 1}
+
+
+class Stage(enum.Enum):
+    """An enum that is found by its name while it is there."""
+
+    A = 1
+
+
+def test_the_tensors_of_a_checkpoint_can_be_read_without_its_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gs.save({"w": torch.ones(2), "stage": Stage.A}, tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "Stage", None)
+    with pytest.raises(gs.errors.UnsupportedTypeError, match="Stage"):
+        gs.load({"w": torch.zeros(2)}, tmp_path)
+    assert gs.load_plain_tensors(tmp_path)["w"].tolist() == [1, 1]
+    loaded = gs.load({"w": torch.zeros(2)}, tmp_path, options=gs.LoadOptions(unknown_types="keep"))
+    assert "Stage" in repr(loaded["stage"])
+
+
+def test_attributes_of_parameters_without_memory_stay(tmp_path: Path) -> None:
+    gs.save({"m": torch.nn.Linear(2, 2)}, tmp_path)
+    module = torch.nn.Linear(2, 2, device="meta")
+    module.weight.tensor_model_parallel = True  # type: ignore[union-attr]
+    gs.load({"m": module}, tmp_path)
+    assert module.weight.tensor_model_parallel
+    assert not module.weight.is_meta

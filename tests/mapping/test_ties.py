@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import giantstep as gs
+from giantstep import filling
 from giantstep.errors import BadArgumentError, MismatchError
 from giantstep.mapping.overlap import disjoint, shares_elements
 from giantstep.testing.ranks import run_ranks
@@ -207,14 +208,25 @@ def test_boxes_that_are_called_disjoint_share_no_element(data: st.DataObject) ->
                 view = view[tuple(slice(None, None, 2 if n == axis else 1) for n in range(len(shape)))]
         return view
 
+    def shifted(view: torch.Tensor) -> torch.Tensor:
+        # Another beginning, at which the strides of the array mean something else.
+        start = data.draw(st.integers(0, 3))
+        reach = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+        return base.as_strided(view.shape, view.stride(), min(start, 119 - reach))
+
     a, b = box(), box()
+    was_shifted = data.draw(st.booleans())
+    if was_shifted:
+        b = shifted(b)
     base.zero_()
     a.fill_(1.0)
     shares = bool((b == 1.0).any())
+    assert disjoint(a, b) == disjoint(b, a)
     if disjoint(a, b):
         assert not shares
     same_strides = all(x == y for x, y, p, q in zip(a.stride(), b.stride(), a.shape, b.shape, strict=True) if p > 1 and q > 1)
-    if not shares and same_strides and a.stride() == whole.stride() == b.stride():
+    plain = same_strides and a.stride() == whole.stride() == b.stride()
+    if not shares and plain and not was_shifted:
         assert disjoint(a, b), "plain boxes of one array are told apart"
 
 
@@ -258,3 +270,44 @@ def test_parameters_that_have_memory_stay_the_objects_that_they_are(tmp_path: Pa
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(other.bias, model.bias)
     assert not other.bias.requires_grad
+
+
+def test_boxes_that_interleave_off_the_grid_are_compared(tmp_path: Path) -> None:
+    gs.save({"a": torch.full((3, 3), 1.0), "b": torch.full((3, 3), 2.0)}, tmp_path)
+    base = torch.zeros(20)
+    with pytest.raises(MismatchError, match="shares memory"):
+        gs.load({"a": base.as_strided((3, 3), (5, 2), 0), "b": base.as_strided((3, 3), (5, 2), 1)}, tmp_path)
+
+
+def test_very_many_columns_of_one_matrix_are_loaded_without_looking_at_all_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 600
+    whole = torch.arange(4.0 * count).reshape(4, count)
+    gs.save({f"c{n}": whole[:, n] for n in range(count)}, tmp_path)
+    tests = 0
+    original = filling.disjoint
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> bool:
+        nonlocal tests
+        tests += 1
+        return original(a, b)
+
+    monkeypatch.setattr(filling, "disjoint", counted)
+    target = torch.zeros(4, count)
+    gs.load({f"c{n}": target[:, n] for n in range(count)}, tmp_path)
+    assert torch.equal(target, whole)
+    assert tests < filling._MOST_TESTS + count
+
+
+def test_overlaps_are_seen_among_very_many_columns_too(tmp_path: Path) -> None:
+    count = 400
+    state = {f"c{n}": torch.full((4,), float(n)) for n in range(count)}
+    gs.save({**state, "last": torch.full((4,), -1.0)}, tmp_path)
+    target = torch.zeros(4, count)
+    wanted = {f"c{n}": target[:, n] for n in range(count)}
+    with pytest.raises(MismatchError, match="shares memory"):
+        gs.load({**wanted, "last": target[:, count - 1]}, tmp_path)
+    half = target.view(-1)[count - 2 : count + 2]
+    with pytest.raises(MismatchError, match="shares memory"):
+        gs.load({**wanted, "last": half}, tmp_path)

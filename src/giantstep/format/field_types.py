@@ -1,6 +1,6 @@
 """Dataclasses and NamedTuples as dicts of their fields, and back. Called by `format.registry`.
 
-Going back calls the class, and so runs its `__init__` and `__post_init__`.
+Going back calls a dataclass, and so runs its `__init__` and `__post_init__`; then every field is set as stored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def check_dataclass(cls: type) -> None:
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     required = {part.name for part in parameters if part.default is part.empty and part.kind not in variadic}
-    strange = (set() if takes_any else fields - named) | (required - fields)
+    # A parameter that is no field is not stored, and would be lost.
+    only_init = {part.name for part in parameters if part.kind not in variadic} - {f.name for f in dataclasses.fields(cls)}
+    strange = only_init | (set() if takes_any else fields - named) | (required - fields)
     if strange:
         raise BadArgumentError(
             f"type {cls.__qualname__} cannot be registered by its fields: its parameters and its fields differ in "
@@ -54,9 +56,8 @@ def dataclass_from_plain(cls: type, plain: Any) -> Any:
     _check_fields(cls, plain, fields, required)
     result = cls(**{name: item for name, item in plain.items() if fields[name].init})
     for name, item in plain.items():
-        if not fields[name].init:
-            # The class may be frozen.
-            object.__setattr__(result, name, item)
+        # Whatever the class made of it when it was called; and the class may be frozen.
+        object.__setattr__(result, name, item)
     return result
 
 
@@ -69,7 +70,8 @@ def named_tuple_from_plain(cls: Any, plain: Any) -> Any:
     """The inverse of `named_tuple_to_plain`. Raises ValueError naming fields that are missing or unknown."""
     fields = dict.fromkeys(cls._fields)
     _check_fields(cls, plain, fields, fields.keys() - cls._field_defaults.keys())
-    return cls(**plain)
+    # Past a `__new__` of the class's own, which may change values.
+    return tuple.__new__(cls, [plain[name] if name in plain else cls._field_defaults[name] for name in cls._fields])
 
 
 def _check_fields(cls: type, plain: Any, fields: Mapping[str, Any], required: set[str]) -> None:

@@ -12,7 +12,7 @@ import io
 import struct
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from giantstep.errors import UnsupportedTypeError
@@ -74,7 +74,26 @@ def _encode_file(value: io.BytesIO, writer: Writer, path: Path) -> Json:
 # Containers.
 
 
+# Keys of one hash that a dict or set may have: with more it takes quadratic time to build, which is how to attack it.
+_MOST_ALIKE = 1000
+
+
+def _check_spread(keys: Collection[Any]) -> None:
+    """Raise ValueError if too many keys have the same hash."""
+    if len(keys) > _MOST_ALIKE and max(collections.Counter(map(hash, keys)).values()) > _MOST_ALIKE:
+        raise ValueError(f"more than {_MOST_ALIKE} keys have the same hash")
+
+
+def _check_spread_at(path: Path, keys: Collection[Any]) -> None:
+    """As `_check_spread`, for what is to be encoded."""
+    try:
+        _check_spread(keys)
+    except ValueError as error:
+        raise UnsupportedTypeError(f"object at {dotted(path)!r}: {error}. Store its items as a list.") from error
+
+
 def _encode_pairs(value: dict[Any, Any], writer: Writer, path: Path) -> Json:
+    _check_spread_at(path, value)
     found = []
     for key, item in value.items():
         # A loop: deep values must not need more of Python's stack than they do.
@@ -83,21 +102,29 @@ def _encode_pairs(value: dict[Any, Any], writer: Writer, path: Path) -> Json:
 
 
 def _encode_fields(value: Any, writer: Writer, path: Path) -> Json:
+    names = [name for name in vars(value) if not isinstance(name, str)]
+    if names:
+        raise UnsupportedTypeError(f"object at {dotted(path)!r} has an attribute named {names[0]!r}, expected a str")
     return _encode_pairs(vars(value), writer, path)
 
 
 def _read_pairs(payload: Json, reader: Reader) -> dict[Any, Any]:
-    found = {}
+    keys, values = [], []
     for pair in items_of(payload):
         key, item = items_of(pair, 2)
-        found[reader.value(key)] = reader.value(item)
+        keys.append(reader.value(key))
+        values.append(reader.value(item))
+    _check_spread(keys)
+    found = dict(zip(keys, values, strict=True))
     if len(found) != len(payload):
         raise ValueError("a key appears twice")
     return found
 
 
 def _read_set(payload: Json, reader: Reader) -> set[Any]:
-    found = set(reader.items(payload))
+    items = reader.items(payload)
+    _check_spread(items)
+    found = set(items)
     if len(found) != len(payload):
         raise ValueError("an element appears twice")
     return found

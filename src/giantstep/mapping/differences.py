@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from giantstep.format.codec import Codec
 from giantstep.format.digests import ContentDigest
 from giantstep.mapping.describe import StoredObject
-from giantstep.mapping.tree import Tree
+from giantstep.mapping.tree import Tree, is_dict
 from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.paths import Path, dotted
 
@@ -28,7 +28,7 @@ def fingerprint(stored: StoredObject, codec: Codec) -> dict[str, list[str]]:
 
 def _note(tree: Tree, path: Path, place: str, stored: StoredObject, codec: Codec, found: dict[str, list[str]]) -> None:
     """Note the leaves of a tree; the place says of each step also the kind of container and of key."""
-    if isinstance(tree, dict):
+    if is_dict(tree):
         kind = "o" if isinstance(tree, OrderedDict) else "d"
         for key, value in tree.items():
             _note(value, (*path, key), f"{place}/{kind}{type(key).__name__}:{key!r}", stored, codec, found)

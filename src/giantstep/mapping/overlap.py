@@ -57,6 +57,8 @@ def span_of(view: torch.Tensor) -> tuple[tuple[str, int], int, int]:
 def disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors surely share no byte; False where that cannot be told cheaply."""
     (device, start, stop), (other, first, last) = span_of(a), span_of(b)
+    if first < start:
+        return disjoint(b, a)
     if device != other or stop <= first or last <= start:
         return True
     if a.dim() == b.dim() and a.element_size() == b.element_size() and (first - start) % a.element_size() == 0:
@@ -83,8 +85,9 @@ def _boxes_disjoint(a: torch.Tensor, b: torch.Tensor, distance: int) -> bool:
             return False
         steps, distance = divmod(distance, stride)
         offsets.append(steps)
+    # What is left lies between two elements of the finest axis.
     apart = distance != 0
-    reach = 1
+    reach = 1 + distance
     for (stride, count, other), offset in zip(reversed(axes), reversed(offsets), strict=True):
         if stride < reach:
             return False

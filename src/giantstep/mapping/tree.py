@@ -19,6 +19,19 @@ Tree = Any
 LeafFunction = Callable[[Path, Any], Any]
 
 
+_WHOLE: set[type] = set()
+
+
+def keep_whole(cls: type) -> None:
+    """Let values of exactly this class be leaves, although they are dicts: it is stored as what it is."""
+    _WHOLE.add(cls)
+
+
+def is_dict(tree: Tree) -> bool:
+    """Whether a tree is a dict, to be walked into."""
+    return isinstance(tree, dict) and type(tree) not in _WHOLE
+
+
 def map_leaves(tree: Tree, function: LeafFunction, path: Path = ()) -> Tree:
     """The same structure with `function(path, leaf)` in place of every leaf. The given tree is not changed.
 
@@ -29,7 +42,7 @@ def map_leaves(tree: Tree, function: LeafFunction, path: Path = ()) -> Tree:
         raise BadArgumentError(
             f"state dict is nested more than {MAX_DEPTH} levels deep (or contains itself) at {dotted(path)[:200]!r}"
         )
-    if isinstance(tree, dict):
+    if is_dict(tree):
         mapped = ((key, map_leaves(value, function, (*path, key))) for key, value in tree.items())
         return OrderedDict(mapped) if isinstance(tree, OrderedDict) else dict(mapped)
     if type(tree) in (list, tuple):
@@ -52,7 +65,7 @@ def replace_at(tree: Tree, path: Path, function: Callable[[Tree], Any]) -> Tree:
     if not path:
         return function(tree)
     step, rest = path[0], path[1:]
-    if isinstance(tree, dict):
+    if is_dict(tree):
         tree[step] = replace_at(tree.get(step, {}), rest, function)
         return tree
     if type(tree) in (list, tuple) and isinstance(step, int):
@@ -114,7 +127,7 @@ def prune(tree: Tree, path: Path = ()) -> Tree:
     Dict entries disappear; in lists and tuples that hold something else too, a `TensorSlot` keeps the place.
     Containers that were empty to begin with stay. The result is `DROPPED` if nothing is left.
     """
-    if isinstance(tree, dict):
+    if is_dict(tree):
         kept = {key: prune(value, (*path, key)) for key, value in tree.items()}
         kept = {key: value for key, value in kept.items() if value is not DROPPED}
         if tree and not kept:
@@ -147,7 +160,7 @@ def merge(loaded: Tree, common: Tree) -> Tree:
         return common
     if common is DROPPED or isinstance(common, TensorSlot):
         return _only_leaves(loaded)
-    if isinstance(loaded, dict) and isinstance(common, dict):
+    if is_dict(loaded) and is_dict(common):
         merged = {key: merge(loaded.get(key, DROPPED), value) for key, value in common.items()}
         for key, value in loaded.items():
             if key not in common:
@@ -166,7 +179,7 @@ def merge(loaded: Tree, common: Tree) -> Tree:
 
 def _holds_leaf(tree: Tree) -> bool:
     """Whether anything but `DROPPED` places and containers of them is in the tree."""
-    if isinstance(tree, dict):
+    if is_dict(tree):
         return any(map(_holds_leaf, tree.values()))
     if type(tree) in (list, tuple):
         return any(map(_holds_leaf, tree))
@@ -180,7 +193,7 @@ def _only_leaves(tree: Tree) -> Tree:
     """
     if isinstance(tree, dict | list | tuple) and not tree:
         return tree
-    if isinstance(tree, dict):
+    if is_dict(tree):
         kept = {key: _only_leaves(value) for key, value in tree.items()}
         kept = {key: value for key, value in kept.items() if value is not DROPPED}
         if not kept:
