@@ -75,9 +75,9 @@ def register_type(
         gs.register_type(Tokenizer, encode=lambda t: t.vocabulary, decode=Tokenizer)
 
     Dataclasses and NamedTuples are stored as their fields by name, enums as the names of their members. On load,
-    dataclasses and NamedTuples are made by calling the class, so **`__init__` and `__post_init__` run**. It is your
-    code, in your process, because you registered it: nothing that is stored is ever run, and a stored name leads to
-    no class but the one registered under it. Afterwards every field is set as it was stored; a field that is not
+    dataclasses are made by calling the class, so **`__init__` and `__post_init__` run**. It is your code, in your
+    process, because you registered it: nothing that is stored is ever run, and a stored name leads to no class but the
+    one registered under it. Afterwards every field is set as it was stored; a field that is not
     stored takes its default, and attributes that are no fields are what the class makes of them.
 
     Only values of exactly this class are meant; register subclasses too.
