@@ -121,8 +121,10 @@ drawn = torch.rand(3, generator=loaded["rng"]["generator"])
 assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
 
 # Several ranks, and everything else that reads and writes.
-run_ranks(4, lambda group: gs.save(state_of(*training_state(1), group), path, process_group=group))
-run_ranks(4, lambda group: gs.load(state_of(*training_state(2), group), path, process_group=group))
+# Made one after another: ranks that are threads share the generators that are seeded.
+saved, loaded = ([training_state(seed) for _ in range(4)] for seed in (1, 2))
+run_ranks(4, lambda group: gs.save(state_of(*saved[group.rank], group), path, process_group=group))
+run_ranks(4, lambda group: gs.load(state_of(*loaded[group.rank], group), path, process_group=group))
 checkpoint = gs.open_checkpoint(path)
 assert checkpoint.verify().ok
 checkpoint.objects(), checkpoint.common, checkpoint["model.0.weight"][:1]
