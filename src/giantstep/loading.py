@@ -16,7 +16,7 @@ from giantstep.errors import BadArgumentError
 from giantstep.filling import Wanted, compare_sinks, fill_sinks, plan_filling
 from giantstep.format.names import RECORD_NAME
 from giantstep.format.record import CommitRecord, decode_record
-from giantstep.group.base import Group, consult
+from giantstep.group.base import Group, Parts, consult, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.mapping.describe import Described, describe
 from giantstep.options import LoadOptions, StrictHandling
@@ -111,10 +111,12 @@ class _Load:
 
     def open(self) -> None:
         """Describe what is wanted; agree on the commit record."""
-        answer = consult(self._group, "describe", self._options.timeout_secs, self._describe, self._decide_record, "open")
+        (answer,) = consult_parts(
+            self._group, "describe", self._options.timeout_secs, self._describe, self._decide_record, "open"
+        )
         self._record: CommitRecord = decode_record(answer, f"{self._store.location}/{RECORD_NAME}")
 
-    def _describe(self) -> bytes:
+    def _describe(self) -> Parts:
         if not isinstance(self._strict, StrictHandling):
             raise BadArgumentError(f"strict must be a StrictHandling, not {self._strict!r}")
         if not isinstance(self._asked, LoadOptions | None):
@@ -127,13 +129,13 @@ class _Load:
             "strict": self._strict.value,
             "options": settings(self._options),
         }
-        return with_call(call, b"")
+        return with_call(call)
 
-    def _decide_record(self, reports: Sequence[bytes]) -> list[bytes]:
+    def _decide_record(self, reports: Sequence[Parts]) -> list[Parts]:
         same_call(reports)
         data = read_record_bytes(self._store)
         decode_record(data, f"{self._store.location}/{RECORD_NAME}")
-        return [data] * len(reports)
+        return [(data,)] * len(reports)
 
     # Match: every rank compares its request with the index; rank 0 judges for all.
 

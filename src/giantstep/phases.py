@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from giantstep.errors import DisagreementError
+from giantstep.group.base import Parts
 
 _SHOWN = 300
 
@@ -44,32 +45,29 @@ def settings(options: Any) -> dict[str, Any]:
     return {item.name: plain(getattr(options, item.name)) for item in fields(options)}
 
 
-def with_call(call: dict[str, Any], payload: bytes) -> bytes:
+def with_call(call: dict[str, Any], *payload: bytes) -> Parts:
     """A report that also says which call this rank makes: what must be equal on all ranks."""
-    head = json.dumps(call, sort_keys=True).encode("ascii")
-    return len(head).to_bytes(4, "little") + head + payload
+    return (json.dumps(call, sort_keys=True).encode("ascii"), *payload)
 
 
-def same_call(reports: Sequence[bytes]) -> list[bytes]:
+def same_call(reports: Sequence[Parts]) -> list[Parts]:
     """The payloads of `with_call`, once all ranks are seen to make the same call.
 
     Raises:
         DisagreementError: they do not; names rank and difference.
     """
-    heads, payloads = [], []
-    for report in reports:
-        size = 4 + int.from_bytes(report[:4], "little")
-        heads.append(json.loads(report[4:size]))
-        payloads.append(report[size:])
-    for rank, head in enumerate(heads):
-        for name in {**heads[0], **head}:
-            if heads[0].get(name) != head.get(name):
-                first, other = heads[0].get(name), head.get(name)
-                raise DisagreementError(
-                    f"ranks make different calls: {name} is {_short(first)} on rank 0 and {_short(other)} on rank {rank}. "
-                    "All ranks of the group must make the same call."
-                )
-    return payloads
+    for rank, report in enumerate(reports):
+        if report[0] != reports[0][0]:
+            _raise_difference(json.loads(reports[0][0]), json.loads(report[0]), rank)
+    return [report[1:] for report in reports]
+
+
+def _raise_difference(first: dict[str, Any], other: dict[str, Any], rank: int) -> NoReturn:
+    name = next(name for name in {**first, **other} if first.get(name) != other.get(name))
+    raise DisagreementError(
+        f"ranks make different calls: {name} is {_short(first.get(name))} on rank 0 and {_short(other.get(name))} on rank "
+        f"{rank}. All ranks of the group must make the same call."
+    )
 
 
 def _short(value: object) -> str:

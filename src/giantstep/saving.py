@@ -24,7 +24,7 @@ from giantstep.errors import BadArgumentError, CoverageError, DisagreementError,
 from giantstep.format.data_file import chunk_entry, object_entry
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
-from giantstep.group.base import Group, consult
+from giantstep.group.base import Group, Parts, consult, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.mapping.describe import Described, StoredObject, describe
 from giantstep.mapping.differences import describe_differences, fingerprints
@@ -117,7 +117,9 @@ class _Save:
 
     def plan(self) -> None:
         """Describe this rank's state; learn what to write. Nothing is written."""
-        answer = consult(self._group, "describe", self._options.timeout_secs, self._describe, self._decide_plan, "plan")
+        (answer,) = consult_parts(
+            self._group, "describe", self._options.timeout_secs, self._describe, self._decide_plan, "plan"
+        )
         if answer[:1] == _REFUSED:
             self._explain_refusal(answer[1:].decode("utf-8"))
         self._save_id = answer[1 : 1 + _SAVE_ID_BYTES].decode("ascii")
@@ -125,7 +127,7 @@ class _Save:
         if self._part.differing:
             self._meet_differing_objects()
 
-    def _describe(self) -> bytes:
+    def _describe(self) -> Parts:
         if not isinstance(self._asked, SaveOptions | None):
             raise BadArgumentError(f"options must be SaveOptions, not {type(self._asked).__name__}")
         self._store: Store = store_at(self._path)
@@ -137,8 +139,8 @@ class _Save:
         call = {"call": "save", "path": self._store.location, "options": settings(self._options)}
         return with_call(call, self._description.encode())
 
-    def _decide_plan(self, reports: Sequence[bytes]) -> list[bytes]:
-        descriptions = [Description.decode(report) for report in same_call(reports)]
+    def _decide_plan(self, reports: Sequence[Parts]) -> list[Parts]:
+        descriptions = [Description.decode(report) for (report,) in same_call(reports)]
         # A file holds at least one chunk, so a chunk must leave room for the header.
         max_chunk_bytes = max(1, self._options.max_file_bytes - (64 << 10))
         try:
@@ -148,12 +150,12 @@ class _Save:
                 raise
             # All ranks are asked what they hold of the tensor, so that the error can name flat ranges.
             self._root.refusal = error
-            return [_REFUSED + error.tensor_key.encode("utf-8")] * self._group.size
+            return [(_REFUSED + error.tensor_key.encode("utf-8"),)] * self._group.size
         self._store.prepare(DATA_DIR)
         self._root.plan, self._root.before = plan, current_record(self._store)
         now = dt.datetime.now(dt.UTC)
         save_id = new_save_id(now, secrets.token_hex(8)).encode("ascii")
-        return [_PLANNED + save_id + plan.part_of(rank).encode() for rank in range(self._group.size)]
+        return [(_PLANNED + save_id + plan.part_of(rank).encode(),) for rank in range(self._group.size)]
 
     def _explain_refusal(self, key: str) -> None:
         def decide(reports: Sequence[bytes]) -> list[bytes]:

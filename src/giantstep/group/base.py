@@ -2,19 +2,40 @@
 
 `consult` is agreement, gather and scatter at once. Because each report is followed by an answer, an error on
 any rank reaches all of them in the same call, and no rank can run ahead into the next phase. Messages are
-bytes; what they mean is the caller's.
+bytes, in parts; what they mean is the caller's. Parts that are equal on many ranks travel and are kept once. Bulk data
+go directly from rank to rank (`Group.transfer`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from giantstep.errors import GiantstepError, PeerFailureError, error_from_wire, error_to_wire, located
 
-Answer = Callable[[Sequence[bytes]], Sequence[bytes]]
+Parts = tuple[bytes, ...]
+"""A message: one rank's report or answer."""
+
+Answer = Callable[[Sequence[Parts]], Sequence[Parts]]
 """On rank 0: everybody's reports, in order of rank, to everybody's answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Bytes for another rank, or room for bytes from one.
+
+    Attributes:
+        peer: the other rank.
+        data: contiguous; owned by the caller, and in use until `Group.transfer` returns.
+    """
+
+    peer: int
+    data: NDArray[np.uint8]
 
 
 class Group(Protocol):
@@ -30,16 +51,32 @@ class Group(Protocol):
         """Number of ranks."""
         ...
 
-    def exchange(self, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
+    def exchange(self, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
         """Send `report` to rank 0; return what `answer`, run there, gives for this rank.
+
+        Equal parts of several ranks' reports are one object in what `answer` gets, and equal parts of answers travel
+        once where they go the same way.
 
         Raises the same `PeerFailureError` or `PhaseTimeoutError` on all ranks that are still there if one is
         lost or has not reported `timeout_secs` after rank 0 began to wait. `answer` must not raise.
         """
         ...
 
+    def transfer(self, sends: Sequence[Parcel], receives: Sequence[Parcel], phase: str, timeout_secs: float) -> None:
+        """Send and receive all parcels at once, directly between ranks; return when all of this rank's are through.
+
+        Between two ranks, parcels arrive in the order in which they were sent; each must be received into room of its
+        size. Ranks need not call this together or equally often: a rank's receives meet other ranks' sends of whichever
+        call.
+
+        Raises the same `PeerFailureError` or `PhaseTimeoutError` on all ranks that are still there if one is lost, or
+        if one on which this rank waits, directly or through others, does nothing for `timeout_secs`; and the error of a
+        rank that withdraws.
+        """
+        ...
+
     def withdraw(self, error: GiantstepError) -> None:
-        """This rank gives up instead of calling `exchange`; the others raise `error` from theirs."""
+        """This rank gives up instead of calling `exchange` or `transfer`; the others raise `error` from theirs."""
         ...
 
 
@@ -54,6 +91,23 @@ def consult(
     decide: Callable[[Sequence[bytes]], Sequence[bytes]] | None = None,
     decide_phase: str | None = None,
 ) -> bytes:
+    """`consult_parts` for messages of one part."""
+
+    def parted(reports: Sequence[Parts]) -> Sequence[Parts]:
+        return [(part,) for part in decide([report[0] for report in reports])] if decide else [()] * group.size
+
+    answer = consult_parts(group, phase, timeout_secs, lambda: (work(),), parted, decide_phase)
+    return answer[0] if answer else b""
+
+
+def consult_parts(
+    group: Group,
+    phase: str,
+    timeout_secs: float,
+    work: Callable[[], Parts],
+    decide: Callable[[Sequence[Parts]], Sequence[Parts]] | None = None,
+    decide_phase: str | None = None,
+) -> Parts:
     """Run `work` on every rank and `decide` on rank 0 over all results; return this rank's part of the decision.
 
     If `work` raises on some rank (in `phase`), or `decide` raises (in `decide_phase`), every rank raises the
@@ -63,30 +117,30 @@ def consult(
     failure: GiantstepError | None = None
     undecided: GiantstepError | None = None
     try:
-        report = _OK + work()
+        report: Parts = (_OK, *work())
     except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
         failure = located(error, group.rank, phase)
-        report = _ERROR + _pack(failure)
+        report = (_ERROR, _pack(failure))
     except BaseException as error:
         # An interrupt goes its way, but the others must not wait for this rank.
         group.withdraw(PeerFailureError(f"{type(error).__name__} ended the call", rank=group.rank, phase=phase))
         raise
 
-    def answer(reports: Sequence[bytes]) -> Sequence[bytes]:
+    def answer(reports: Sequence[Parts]) -> Sequence[Parts]:
         nonlocal undecided
         verdict = _first_failure(reports)
         if verdict is None:
             try:
-                decided = decide([report[1:] for report in reports]) if decide else [b""] * group.size
-                return [_OK + part for part in decided]
+                decided = decide([report[1:] for report in reports]) if decide else [()] * group.size
+                return [(_OK, *parts) for parts in decided]
             except Exception as error:  # noqa: BLE001 - as above
                 verdict = undecided = located(error, None, decide_phase or phase)
-        return [_ERROR + _pack(verdict)] * group.size
+        return [(_ERROR, _pack(verdict))] * group.size
 
     received = group.exchange(report, answer, phase, timeout_secs)
-    if received[:1] == _OK:
+    if received[0] == _OK:
         return received[1:]
-    agreed = _unpack(received[1:])
+    agreed = _unpack(received[1])
     agreed.agreed = True
     mine = undecided or (failure if failure is not None and failure.rank == agreed.rank else None)
     if mine is not None:
@@ -96,8 +150,8 @@ def consult(
     raise agreed
 
 
-def _first_failure(reports: Sequence[bytes]) -> GiantstepError | None:
-    failures = [_unpack(report[1:]) for report in reports if report[:1] == _ERROR]
+def _first_failure(reports: Sequence[Parts]) -> GiantstepError | None:
+    failures = [_unpack(report[1]) for report in reports if report[0] == _ERROR]
     if not failures:
         return None
     first = failures[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from giantstep.errors import GiantstepError
-from giantstep.group.base import Answer
+from collections.abc import Sequence
+
+from giantstep.errors import BadArgumentError, GiantstepError
+from giantstep.group.base import Answer, Parcel, Parts
 
 
 class SingleGroup:
@@ -12,8 +14,13 @@ class SingleGroup:
     rank = 0
     size = 1
 
-    def exchange(self, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
-        return bytes(answer([report])[0])
+    def exchange(self, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
+        return answer([report])[0]
+
+    def transfer(self, sends: Sequence[Parcel], receives: Sequence[Parcel], phase: str, timeout_secs: float) -> None:
+        """There is nobody to send to."""
+        if sends or receives:
+            raise BadArgumentError(f"a group of one has no rank {(*sends, *receives)[0].peer}")
 
     def withdraw(self, error: GiantstepError) -> None:
         """There is nobody to tell."""

@@ -6,15 +6,15 @@ import threading
 import time
 
 from giantstep.errors import GiantstepError, PeerFailureError, PhaseTimeoutError
-from giantstep.group.base import Answer
+from giantstep.group.base import Answer, Parts
 
 
 class _Round:
     """One exchange: reports by rank, then answers or an error for everybody."""
 
     def __init__(self) -> None:
-        self.reports: dict[int, bytes] = {}
-        self.answers: list[bytes] | None = None
+        self.reports: dict[int, Parts] = {}
+        self.answers: list[Parts] | None = None
         self.failure: GiantstepError | None = None
 
 
@@ -37,7 +37,7 @@ class ThreadGroups:
             self._gone.add(rank)
             self._changed.notify_all()
 
-    def meet(self, number: int, rank: int, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
+    def meet(self, number: int, rank: int, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
         """Exchange `number` as seen by `rank`."""
         deadline = time.monotonic() + timeout_secs
         with self._changed:
@@ -47,7 +47,9 @@ class ThreadGroups:
             if rank == 0:
                 self._wait_for_reports(meeting, phase, deadline, timeout_secs)
         if rank == 0 and meeting.failure is None:
-            answers = list(answer([meeting.reports[other] for other in range(self.size)]))
+            kept: dict[bytes, bytes] = {}
+            reports = [tuple(kept.setdefault(part, part) for part in meeting.reports[other]) for other in range(self.size)]
+            answers = list(answer(reports))
             with self._changed:
                 meeting.answers = answers
                 self._changed.notify_all()
@@ -106,7 +108,7 @@ class ThreadGroup:
     def size(self) -> int:
         return self._shared.size
 
-    def exchange(self, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
+    def exchange(self, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
         self._number += 1
         return self._shared.meet(self._number, self._rank, report, answer, phase, timeout_secs)
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
 import json
 import re
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from giantstep.errors import (
     error_from_wire,
     error_to_wire,
 )
-from giantstep.group.base import Answer, Group
+from giantstep.group.base import Answer, Group, Parcel, Parts
 from giantstep.group.rendezvous import meet, withdraw
 from giantstep.group.single import SingleGroup
 
@@ -92,9 +93,9 @@ class TorchGroup:
     def size(self) -> int:
         return self._size
 
-    def exchange(self, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
+    def exchange(self, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
         if self._size == 1:
-            return bytes(answer([report])[0])
+            return answer([report])[0]
         with self._turn:
             try:
                 self._connect(phase, timeout_secs)
@@ -108,6 +109,9 @@ class TorchGroup:
                 self._close()
                 raise
 
+    def transfer(self, sends: Sequence[Parcel], receives: Sequence[Parcel], phase: str, timeout_secs: float) -> None:
+        raise NotImplementedError
+
     def withdraw(self, error: GiantstepError) -> None:
         if self._size > 1:
             with self._turn:
@@ -117,19 +121,19 @@ class TorchGroup:
                     self._tell(error)
                     self._close()
 
-    def _exchange(self, report: bytes, answer: Answer, phase: str, timeout_secs: float) -> bytes:
+    def _exchange(self, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
         if self._rank == 0:
-            answers = answer(self._collect(report, phase, timeout_secs))
+            answers = answer([_unframed(found) for found in self._collect(_framed(report), phase, timeout_secs)])
             for rank in range(1, self._size):
                 # A rank that is lost now is found by the next exchange; the others must get their answers.
                 with contextlib.suppress(PeerFailureError, PhaseTimeoutError):
-                    self._send(bytes(answers[rank]), rank, phase, timeout_secs)
-            return bytes(answers[0])
+                    self._send(_framed(answers[rank]), rank, phase, timeout_secs)
+            return answers[0]
         # Rank 0 waits up to the timeout for the last report and then speaks, if only to name who is late; it may
         # not take this rank's report before.
         patience_secs = 2 * timeout_secs + 10 * _CONFIRM_SECS
-        self._send(report, 0, phase, patience_secs)
-        return self._receive(0, phase, patience_secs)
+        self._send(_framed(report), 0, phase, patience_secs)
+        return _unframed(self._receive(0, phase, patience_secs))
 
     # Making and ending connections.
 
@@ -328,6 +332,20 @@ class _Wait:
     def until(self, deadline: float) -> None:
         """Return when the transfer ended or the deadline passed."""
         self._done.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _framed(parts: Parts) -> bytes:
+    return b"".join((len(parts).to_bytes(4, "little"), *(len(part).to_bytes(8, "little") for part in parts), *parts))
+
+
+def _unframed(data: bytes) -> Parts:
+    count = int.from_bytes(data[:4], "little")
+    ends = list(
+        itertools.accumulate(
+            (int.from_bytes(data[4 + 8 * i : 12 + 8 * i], "little") for i in range(count)), initial=4 + 8 * count
+        )
+    )
+    return tuple(data[start:stop] for start, stop in itertools.pairwise(ends))
 
 
 def _bytes(count: int) -> torch.Tensor:
