@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.errors import GiantstepError, PeerFailureError, error_from_wire, error_to_wire, located
+from giantstep.errors import BadArgumentError, GiantstepError, PeerFailureError, error_from_wire, error_to_wire, located
 
 Parts = tuple[bytes, ...]
 """A message: one rank's report or answer."""
@@ -76,8 +76,22 @@ class Group(Protocol):
         ...
 
     def withdraw(self, error: GiantstepError) -> None:
-        """This rank gives up instead of calling `exchange` or `transfer`; the others raise `error` from theirs."""
+        """This rank gives up instead of calling `exchange` or `transfer`; the others raise `error` from theirs.
+
+        An error of no rank becomes one of this rank.
+        """
         ...
+
+
+def check_parcels(group: Group, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+    """Raise `BadArgumentError` unless all are contiguous bytes for or from other ranks of the group."""
+    for parcel in (*sends, *receives):
+        if not 0 <= parcel.peer < group.size or parcel.peer == group.rank:
+            raise BadArgumentError(
+                f"a parcel for or from rank {parcel.peer}: rank {group.rank} of {group.size} has no such peer"
+            )
+        if parcel.data.dtype != np.uint8 or not parcel.data.flags.c_contiguous:
+            raise BadArgumentError(f"a parcel for or from rank {parcel.peer} must be contiguous bytes, not {parcel.data.dtype}")
 
 
 _OK, _ERROR = b"\x00", b"\x01"
@@ -113,12 +127,19 @@ def consult_parts(
     If `work` raises on some rank (in `phase`), or `decide` raises (in `decide_phase`), every rank raises the
     same error, which says rank and phase; of several failing ranks the lowest is named and the others are
     counted. Without `decide` the answer is empty: an agreement that all succeeded.
+
+    An error with `agreed` set that comes out of `work` is known to all ranks already, from a transfer or because this
+    rank has withdrawn: it is raised as it is, without an exchange.
     """
     failure: GiantstepError | None = None
     undecided: GiantstepError | None = None
     try:
         report: Parts = (_OK, *work())
-    except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
+    except Exception as error:
+        if isinstance(error, GiantstepError) and error.agreed:
+            error.phase = error.phase or phase
+            raise
+        # Whatever it is, all ranks must hear of it.
         failure = located(error, group.rank, phase)
         report = (_ERROR, _pack(failure))
     except BaseException as error:
@@ -133,11 +154,16 @@ def consult_parts(
             try:
                 decided = decide([report[1:] for report in reports]) if decide else [()] * group.size
                 return [(_OK, *parts) for parts in decided]
-            except Exception as error:  # noqa: BLE001 - as above
+            except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
                 verdict = undecided = located(error, None, decide_phase or phase)
         return [(_ERROR, _pack(verdict))] * group.size
 
-    received = group.exchange(report, answer, phase, timeout_secs)
+    try:
+        received = group.exchange(report, answer, phase, timeout_secs)
+    except GiantstepError as fault:
+        # All hear of the fault, but it may have come after rank 0 decided: callers must not take it for a refusal.
+        fault.agreed = False
+        raise
     if received[0] == _OK:
         return received[1:]
     agreed = _unpack(received[1])

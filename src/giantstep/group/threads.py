@@ -1,21 +1,62 @@
-"""Ranks as threads of one process, for tests: many ranks, no start-up, exact knowledge of who is late."""
+"""Ranks as threads of one process, for tests: many ranks, no start-up, exact knowledge of who is late.
+
+Rounds, parcels and faults are kept per *generation*, which is to threads what one set of connections is to processes.
+The first fault ends its generation: everybody who is in it or still comes to it raises that fault and goes on to the
+next generation.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
-from giantstep.errors import GiantstepError, PeerFailureError, PhaseTimeoutError
-from giantstep.group.base import Answer, Parts
+import numpy as np
+from numpy.typing import NDArray
+
+from giantstep.errors import GiantstepError, PeerFailureError
+from giantstep.group.base import Answer, Parcel, Parts, check_parcels
+from giantstep.group.faults import culprits, ended, from_text, idle, late, listed, to_text
 
 
+@dataclass(slots=True)
 class _Round:
-    """One exchange: reports by rank, then answers or an error for everybody."""
+    """One exchange: reports by rank, then answers for everybody."""
+
+    reports: dict[int, Parts] = field(default_factory=dict)
+    answers: list[Parts] | None = None
+    answered: int = 0
+
+
+@dataclass(slots=True)
+class _Letter:
+    """A parcel on its way. The array is the sender's until the receiver has taken it."""
+
+    data: NDArray[np.uint8]
+    receiver: int
+    taken: bool = False
+
+
+class _Generation:
+    """Everything that ranks tell each other until the next fault."""
 
     def __init__(self) -> None:
-        self.reports: dict[int, Parts] = {}
-        self.answers: list[Parts] | None = None
-        self.failure: GiantstepError | None = None
+        self.rounds: defaultdict[int, _Round] = defaultdict(_Round)
+        self.mail: defaultdict[tuple[int, int], deque[_Letter]] = defaultdict(deque)
+        self.waiting: dict[int, Collection[int]] = {}
+        self.fault: str | None = None
+
+    def end(self, fault: GiantstepError) -> None:
+        """Make it the fault of the generation; the first one stays."""
+        if self.fault is None:
+            self.fault = to_text(fault)
+
+    def check(self) -> None:
+        """Raise a copy of the fault, if there is one."""
+        if self.fault is not None:
+            raise from_text(self.fault)
 
 
 class ThreadGroups:
@@ -23,9 +64,9 @@ class ThreadGroups:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._changed = threading.Condition()
-        self._rounds: dict[int, _Round] = {}
-        self._gone: set[int] = set()
+        self.changed = threading.Condition()
+        self.generations: defaultdict[int, _Generation] = defaultdict(_Generation)
+        self.gone: set[int] = set()
 
     def rank(self, rank: int) -> ThreadGroup:
         """The group of one thread."""
@@ -33,63 +74,9 @@ class ThreadGroups:
 
     def leave(self, rank: int) -> None:
         """The thread of this rank has ended: whoever waits for it stops waiting."""
-        with self._changed:
-            self._gone.add(rank)
-            self._changed.notify_all()
-
-    def meet(self, number: int, rank: int, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
-        """Exchange `number` as seen by `rank`."""
-        deadline = time.monotonic() + timeout_secs
-        with self._changed:
-            meeting = self._rounds.setdefault(number, _Round())
-            meeting.reports[rank] = report
-            self._changed.notify_all()
-            if rank == 0:
-                self._wait_for_reports(meeting, phase, deadline, timeout_secs)
-        if rank == 0 and meeting.failure is None:
-            kept: dict[bytes, bytes] = {}
-            reports = [tuple(kept.setdefault(part, part) for part in meeting.reports[other]) for other in range(self.size)]
-            answers = list(answer(reports))
-            with self._changed:
-                meeting.answers = answers
-                self._changed.notify_all()
-        with self._changed:
-            while meeting.answers is None and meeting.failure is None:
-                if 0 in self._gone:
-                    meeting.failure = PeerFailureError("rank 0 is gone", rank=0, phase=phase)
-                elif time.monotonic() > deadline + timeout_secs:
-                    meeting.failure = _late([0], phase, timeout_secs)
-                else:
-                    self._changed.wait(0.05)
-            if meeting.failure is not None:
-                error = type(meeting.failure)(meeting.failure.message, rank=meeting.failure.rank, phase=meeting.failure.phase)
-                raise error
-            if meeting.answers is None:
-                raise PeerFailureError("no answer", rank=0, phase=phase)
-            return meeting.answers[rank]
-
-    def withdraw(self, number: int, error: GiantstepError) -> None:
-        """End exchange `number` with an error for all who are or will be in it."""
-        with self._changed:
-            self._rounds.setdefault(number, _Round()).failure = error
-            self._changed.notify_all()
-
-    def _wait_for_reports(self, meeting: _Round, phase: str, deadline: float, timeout_secs: float) -> None:
-        while meeting.failure is None and len(meeting.reports) < self.size:
-            absent = [rank for rank in range(self.size) if rank not in meeting.reports]
-            gone = [rank for rank in absent if rank in self._gone]
-            if gone:
-                meeting.failure = PeerFailureError(f"rank {', '.join(map(str, gone))} is gone", rank=gone[0], phase=phase)
-            elif time.monotonic() > deadline:
-                meeting.failure = _late(absent, phase, timeout_secs)
-            else:
-                self._changed.wait(0.05)
-        self._changed.notify_all()
-
-
-def _late(ranks: list[int], phase: str, timeout_secs: float) -> PhaseTimeoutError:
-    shown = ", ".join(map(str, ranks[:20]))
-    return PhaseTimeoutError(f"rank {shown} did not report within {timeout_secs:g} s", rank=ranks[0], phase=phase)
+        with self.changed:
+            self.gone.add(rank)
+            self.changed.notify_all()
 
 
 class ThreadGroup:
@@ -98,6 +85,7 @@ class ThreadGroup:
     def __init__(self, shared: ThreadGroups, rank: int) -> None:
         self._shared = shared
         self._rank = rank
+        self._generation = 0
         self._number = 0
 
     @property
@@ -110,8 +98,159 @@ class ThreadGroup:
 
     def exchange(self, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
         self._number += 1
-        return self._shared.meet(self._number, self._rank, report, answer, phase, timeout_secs)
+        ours = self._ours()
+        try:
+            if self._rank == 0:
+                return self._ask_all(ours, report, answer, phase, timeout_secs)
+            return self._report(ours, report, phase, timeout_secs)
+        except BaseException as error:
+            self._leave(ours, error, phase)
+            raise
+
+    def transfer(self, sends: Sequence[Parcel], receives: Sequence[Parcel], phase: str, timeout_secs: float) -> None:
+        check_parcels(self, sends, receives)
+        ours = self._ours()
+        try:
+            self._move(ours, sends, receives, phase, timeout_secs)
+        except BaseException as error:
+            self._leave(ours, error, phase)
+            raise
 
     def withdraw(self, error: GiantstepError) -> None:
-        self._number += 1
-        self._shared.withdraw(self._number, error)
+        if error.rank is None:
+            error.rank = self._rank
+        ours = self._ours()
+        self._end(ours, error)
+        self._next_generation()
+
+    def _ours(self) -> _Generation:
+        with self._shared.changed:
+            return self._shared.generations[self._generation]
+
+    def _end(self, ours: _Generation, fault: GiantstepError) -> None:
+        with self._shared.changed:
+            ours.end(fault)
+            self._shared.changed.notify_all()
+
+    def _leave(self, ours: _Generation, error: BaseException, phase: str) -> None:
+        """Go on to the next generation, after a fault or an interrupt, which must be a fault to the others."""
+        if not isinstance(error, GiantstepError):
+            self._end(ours, ended(error, self._rank, phase))
+        self._next_generation()
+
+    def _next_generation(self) -> None:
+        self._generation += 1
+        self._number = 0
+
+    # Exchange.
+
+    def _ask_all(self, ours: _Generation, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
+        deadline = time.monotonic() + timeout_secs
+        with self._shared.changed:
+            this = ours.rounds[self._number]
+            this.reports[0] = report
+            while absent := [rank for rank in range(self.size) if rank not in this.reports]:
+                self._pause(ours, absent, deadline, late, phase, timeout_secs)
+            ours.check()
+        kept: dict[bytes, bytes] = {}
+        answers = list(answer([tuple(kept.setdefault(part, part) for part in this.reports[rank]) for rank in range(self.size)]))
+        with self._shared.changed:
+            # Somebody may have lost patience meanwhile; then nobody gets an answer.
+            ours.check()
+            this.answers = answers
+            self._shared.changed.notify_all()
+            return self._take_answer(ours, this)
+
+    def _report(self, ours: _Generation, report: Parts, phase: str, timeout_secs: float) -> Parts:
+        # Rank 0 waits up to the timeout for the last report; it may not have begun before.
+        deadline = time.monotonic() + 2 * timeout_secs
+        with self._shared.changed:
+            this = ours.rounds[self._number]
+            this.reports[self._rank] = report
+            self._shared.changed.notify_all()
+            while this.answers is None:
+                self._pause(ours, [0], deadline, late, phase, timeout_secs)
+            return self._take_answer(ours, this)
+
+    def _take_answer(self, ours: _Generation, this: _Round) -> Parts:
+        if this.answers is None:
+            raise PeerFailureError("rank 0 gave no answer", rank=0)
+        this.answered += 1
+        if this.answered == self.size:
+            del ours.rounds[self._number]
+        return this.answers[self._rank]
+
+    # Transfer.
+
+    def _move(
+        self, ours: _Generation, sends: Sequence[Parcel], receives: Sequence[Parcel], phase: str, timeout_secs: float
+    ) -> None:
+        rooms: defaultdict[int, deque[NDArray[np.uint8]]] = defaultdict(deque)
+        for parcel in receives:
+            if parcel.data.size:
+                rooms[parcel.peer].append(parcel.data)
+        letters = [_Letter(parcel.data, parcel.peer) for parcel in sends if parcel.data.size]
+        with self._shared.changed:
+            ours.check()
+            for letter in letters:
+                ours.mail[self._rank, letter.receiver].append(letter)
+            self._shared.changed.notify_all()
+        deadline = time.monotonic() + timeout_secs
+        while True:
+            with self._shared.changed:
+                ours.check()
+                left = [letter for letter in letters if not letter.taken]
+                if len(left) < len(letters):
+                    letters, deadline = left, time.monotonic() + timeout_secs
+                source = next((peer for peer, room in rooms.items() if room and ours.mail[peer, self._rank]), None)
+                if source is None:
+                    peers = {letter.receiver for letter in letters} | {peer for peer, room in rooms.items() if room}
+                    if not peers:
+                        return
+                    self._pause(ours, peers, deadline, idle, phase, timeout_secs)
+                    continue
+                letter, room = ours.mail[source, self._rank].popleft(), rooms[source].popleft()
+            self._take(ours, letter, room, source, phase)
+            deadline = time.monotonic() + timeout_secs
+
+    def _take(self, ours: _Generation, letter: _Letter, room: NDArray[np.uint8], source: int, phase: str) -> None:
+        if letter.data.size != room.size:
+            fault = PeerFailureError(
+                f"rank {source} sent {letter.data.size} bytes to rank {self._rank}, which has room for {room.size}. "
+                "Their plans differ: make sure that both run the same version of giantstep.",
+                rank=source,
+                phase=phase,
+            )
+            self._end(ours, fault)
+            ours.check()
+        # Outside the lock, so that ranks copy at the same time.
+        np.copyto(room, letter.data.reshape(room.shape))
+        with self._shared.changed:
+            letter.taken = True
+            self._shared.changed.notify_all()
+
+    # Waiting.
+
+    def _pause(
+        self,
+        ours: _Generation,
+        peers: Collection[int],
+        deadline: float,
+        overdue: Callable[[Collection[int], str, float], GiantstepError],
+        phase: str,
+        timeout_secs: float,
+    ) -> None:
+        """Wait for the next change; raise if there is a fault, or if `peers` are gone or overdue. The lock is held."""
+        ours.waiting[self._rank] = peers
+        gone = self._shared.gone.intersection(peers)
+        left_secs = deadline - time.monotonic()
+        if gone:
+            ours.end(PeerFailureError(f"rank {listed(gone)} is gone", rank=min(gone), phase=phase))
+        elif left_secs <= 0:
+            ours.end(overdue(culprits(peers, lambda rank: ours.waiting.get(rank, ())), phase, timeout_secs))
+        if ours.fault is None:
+            self._shared.changed.wait(left_secs)
+            del ours.waiting[self._rank]
+        else:
+            self._shared.changed.notify_all()
+        ours.check()
