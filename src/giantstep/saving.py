@@ -31,7 +31,7 @@ from giantstep.mapping.differences import describe_differences, fingerprints
 from giantstep.mapping.flat_ranges import describe_flat, flat_shards
 from giantstep.options import SaveOptions
 from giantstep.phases import Stopwatch, same_call, settings, with_call
-from giantstep.planning.description import COPY, Description
+from giantstep.planning.description import COPY, decode_descriptions
 from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
 from giantstep.reports import SaveReport
@@ -43,7 +43,6 @@ from giantstep.writing.write import Source, Written, write
 
 _LOG = logging.getLogger("giantstep")
 _PLANNED, _REFUSED = b"P", b"R"
-_SAVE_ID_BYTES = len("20260101T000000-0123456789abcdef")
 
 
 def save(
@@ -117,13 +116,13 @@ class _Save:
 
     def plan(self) -> None:
         """Describe this rank's state; learn what to write. Nothing is written."""
-        (answer,) = consult_parts(
+        answer = consult_parts(
             self._group, "describe", self._options.timeout_secs, self._describe, self._decide_plan, "plan"
         )
-        if answer[:1] == _REFUSED:
-            self._explain_refusal(answer[1:].decode("utf-8"))
-        self._save_id = answer[1 : 1 + _SAVE_ID_BYTES].decode("ascii")
-        self._part = WritePart.decode(answer[1 + _SAVE_ID_BYTES :])
+        if answer[0] == _REFUSED:
+            self._explain_refusal(answer[1].decode("utf-8"))
+        self._save_id = answer[1].decode("ascii")
+        self._part = WritePart.decode(answer[2:])
         if self._part.differing:
             self._meet_differing_objects()
 
@@ -137,10 +136,10 @@ class _Save:
         self._objects = _encoded(self._described.stored)
         self._description = description_of(self._described, self._group.size, self._options.buffer_bytes)
         call = {"call": "save", "path": self._store.location, "options": settings(self._options)}
-        return with_call(call, self._description.encode())
+        return with_call(call, *self._description.encode())
 
     def _decide_plan(self, reports: Sequence[Parts]) -> list[Parts]:
-        descriptions = [Description.decode(report) for (report,) in same_call(reports)]
+        descriptions = decode_descriptions(same_call(reports))
         # A file holds at least one chunk, so a chunk must leave room for the header.
         max_chunk_bytes = max(1, self._options.max_file_bytes - (64 << 10))
         try:
@@ -150,12 +149,12 @@ class _Save:
                 raise
             # All ranks are asked what they hold of the tensor, so that the error can name flat ranges.
             self._root.refusal = error
-            return [(_REFUSED + error.tensor_key.encode("utf-8"),)] * self._group.size
+            return [(_REFUSED, error.tensor_key.encode("utf-8"))] * self._group.size
         self._store.prepare(DATA_DIR)
         self._root.plan, self._root.before = plan, current_record(self._store)
         now = dt.datetime.now(dt.UTC)
         save_id = new_save_id(now, secrets.token_hex(8)).encode("ascii")
-        return [(_PLANNED + save_id + plan.part_of(rank).encode(),) for rank in range(self._group.size)]
+        return [(_PLANNED, save_id, *part.encode()) for part in plan.parts(descriptions)]
 
     def _explain_refusal(self, key: str) -> None:
         def decide(reports: Sequence[bytes]) -> list[bytes]:
@@ -194,7 +193,9 @@ class _Save:
     def write_and_commit(self) -> None:
         """Write this rank's part; rank 0 commits once all have."""
         try:
-            answer = consult(self._group, "write", self._options.timeout_secs, self._write, self._decide_commit, "commit")
+            (answer,) = consult_parts(
+                self._group, "write", self._options.timeout_secs, self._write, self._decide_commit, "commit"
+            )
         except GiantstepError as error:
             # Only an agreement on a failed write proves that rank 0 has not published.
             if error.agreed and error.phase == "write":
@@ -203,7 +204,7 @@ class _Save:
         tensors, objects, total = (int(part) for part in answer.split())
         self._totals = (tensors, objects, total)
 
-    def _write(self) -> bytes:
+    def _write(self) -> Parts:
         sources = self._sources()
         self._store.prepare(DATA_DIR)
         written = write(self._store, self._save_id, self._group.rank, sources, self._options)
@@ -225,7 +226,7 @@ class _Save:
                 sources.append(Source(object_entry(name, len(data)), 1, partial(_array_of, data)))
         return sources
 
-    def _decide_commit(self, reports: Sequence[bytes]) -> list[bytes]:
+    def _decide_commit(self, reports: Sequence[Parts]) -> list[Parts]:
         index, files = build_index(self._planned(), [WriteReport.decode(report) for report in reports])
         record: CommitRecord = publish(
             self._store,
@@ -239,7 +240,7 @@ class _Save:
         )
         self._root.record = record
         totals = record.totals
-        return [f"{totals.tensors} {totals.objects} {totals.bytes}".encode("ascii")] * len(reports)
+        return [(f"{totals.tensors} {totals.objects} {totals.bytes}".encode("ascii"),)] * len(reports)
 
     # After the commit point.
 

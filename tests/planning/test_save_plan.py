@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giantstep.planning.balance import Regions, _quotas, balance
-from giantstep.planning.description import COPY, IMPLICIT, MAIN, Description
+from giantstep.planning.description import COPY, IMPLICIT, MAIN, Description, decode_descriptions
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
 from giantstep.shards.region import Region
 
@@ -40,8 +40,14 @@ def description(shards: Sequence[tuple[str, tuple[int, ...], Region, int]]) -> D
     )
 
 
+def as_gathered(descriptions: Sequence[Description]) -> list[Description]:
+    """What rank 0 decodes from everybody's messages, in which equal parts are one object."""
+    kept: dict[bytes, bytes] = {}
+    return decode_descriptions([tuple(kept.setdefault(part, part) for part in found.encode()) for found in descriptions])
+
+
 def plan(descriptions: Sequence[Description], split_bytes: int = 1 << 20, max_chunk_bytes: int = 1 << 60) -> SavePlan:
-    decoded = [Description.decode(found.encode()) for found in descriptions]
+    decoded = as_gathered(descriptions)
     return plan_save(decoded, split_bytes=split_bytes, max_chunk_bytes=max_chunk_bytes)
 
 
@@ -104,11 +110,12 @@ def test_each_rank_gets_its_part_and_finds_its_regions_in_it() -> None:
     shards = [("a", (6, 5), Region((0, 0), (6, 5)), IMPLICIT), ("s", (), Region((), ()), IMPLICIT)]
     descriptions = [description(shards)] * 3
     found = plan(descriptions, split_bytes=1)
+    parts, chunks = found.parts(as_gathered(descriptions)), found.chunks_by_writer()
     total = 0
     for rank in range(3):
-        part = WritePart.decode(found.part_of(rank).encode())
+        part = WritePart.decode(parts[rank].encode())
         regions = regions_of_part(part, descriptions[rank])
-        assert len(regions) == len(found.chunks_of(rank))
+        assert len(regions) == len(chunks[rank])
         for row, region in zip(part.row.tolist(), regions, strict=True):
             assert region.fits(shards[row][1])
             total += region.elements
@@ -134,18 +141,18 @@ def test_shares_partition_all_slices_and_level_the_loads(
     ranks: int, drawn: list[tuple[int, int, list[int]]], split_bytes: int
 ) -> None:
     groups = [(slices, size, sorted({rank % ranks for rank in holders})) for slices, size, holders in drawn]
-    counts = np.array([len(holders) for *_, holders in groups], dtype=np.int64)
-    starts = np.cumsum(counts) - counts
-    holder_rank = np.array([rank for *_, holders in groups for rank in holders], dtype=np.int64)
+    distinct = sorted({tuple(holders) for *_, holders in groups})
+    sets = [np.array(holders, dtype=np.int64) for holders in distinct]
+    set_of = np.array([distinct.index(tuple(holders)) for *_, holders in groups], dtype=np.int64)
     regions = Regions(
         np.array([slices for slices, *_ in groups], dtype=np.int64), np.array([size for _, size, _ in groups], dtype=np.int64)
     )
-    shares = balance(regions, holder_rank, starts, counts, ranks, split_bytes)
+    shares = balance(regions, sets, set_of, ranks, split_bytes)
     taken: dict[int, list[int]] = {}
-    for group, holder, first, count in zip(
-        *(column.tolist() for column in (shares.group, shares.holder, shares.first, shares.count)), strict=True
+    for group, rank, first, count in zip(
+        *(column.tolist() for column in (shares.group, shares.rank, shares.first, shares.count)), strict=True
     ):
-        assert 0 <= holder < counts[group]
+        assert rank in groups[group][2]
         assert count > 0
         taken.setdefault(group, []).extend(range(first, first + count))
     assert {group: sorted(found) for group, found in taken.items()} == {
@@ -153,7 +160,7 @@ def test_shares_partition_all_slices_and_level_the_loads(
     }
     if groups and all(len(holders) == ranks for *_, holders in groups) and split_bytes == 1:
         loads = np.zeros(ranks)
-        np.add.at(loads, holder_rank[starts[shares.group] + shares.holder], shares.count * regions.slice_bytes[shares.group])
+        np.add.at(loads, shares.rank, shares.count * regions.slice_bytes[shares.group])
         assert loads.max() - loads.min() <= 2 * max(size for _, size, _ in groups)
 
 

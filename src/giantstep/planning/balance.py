@@ -1,18 +1,23 @@
-"""Sharing replicated regions between their holders so that everybody writes equally much.
+"""Sharing replicated regions between their holders so that everybody moves equally much.
 
 Regions with the same set of holders form one line of bytes. The line is cut at the points that level the
 holders' loads ("water filling"), and a cut inside a large region divides it between two of its slices. Sets with
 fewer holders go first, since they have less choice. So the work is vectorised per set, and every rank gets
-consecutive regions.
+consecutive regions. Called by `save_plan`, for writers, and by `exchange_plan`, for readers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from giantstep.shards.region import Int64s
+
+# A region smaller than this part of a rank's share is not divided, nor one smaller than that many bytes.
+_SHARE_PARTS = 32
+_FINE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +25,7 @@ class Regions:
     """Regions to be shared out.
 
     Attributes:
-        slices: [groups] how many equal slices the region can be cut into: its size along its first dimension
-            larger than 1.
+        slices: [groups] how many equal slices the region can be cut into.
         slice_bytes: [groups] bytes of one of them.
     """
 
@@ -40,63 +44,40 @@ class Shares:
 
     Attributes:
         group: [shares] region.
-        holder: [shares] position of the taker among the region's holders.
+        rank: [shares] the taker.
         first, count: [shares] slices taken.
     """
 
     group: Int64s
-    holder: Int64s
+    rank: Int64s
     first: Int64s
     count: Int64s
 
 
-def balance(regions: Regions, holder_rank: Int64s, starts: Int64s, counts: Int64s, ranks: int, split_bytes: int) -> Shares:
+def balance(regions: Regions, sets: Sequence[Int64s], set_of: Int64s, ranks: int, split_bytes: int) -> Shares:
     """Share all regions out.
 
     Args:
-        regions: what is to be written.
-        holder_rank: ranks that hold each region, region by region, ascending within one.
-        starts, counts: [groups] where each region's holders lie in `holder_rank`.
+        regions: what is to be moved.
+        sets: different sets of ranks, each ascending and not empty.
+        set_of: [groups] which of them holds each region.
         ranks: number of ranks.
-        split_bytes: regions smaller than this are not divided.
+        split_bytes: regions smaller than this are divided only where their holders' shares are small too.
     """
     loads = np.zeros(ranks, dtype=np.int64)
-    parts: list[Shares] = []
-    alone = np.flatnonzero(counts == 1)
-    np.add.at(loads, holder_rank[starts[alone]], regions.bytes[alone])
-    zeros = np.zeros(len(alone), dtype=np.int64)
-    parts.append(Shares(alone, zeros, zeros, regions.slices[alone]))
-    for groups in _by_holder_set(holder_rank, starts, counts):
-        holders = holder_rank[starts[groups[0]] : starts[groups[0]] + counts[groups[0]]]
-        parts.append(_share_line(regions, groups, loads, holders, split_bytes))
-    return Shares(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("group", "holder", "first", "count")))
-
-
-def _by_holder_set(holder_rank: Int64s, starts: Int64s, counts: Int64s) -> list[Int64s]:
-    """Groups with several holders, those with equal sets together; smaller sets first."""
-    several = np.flatnonzero(counts > 1)
-    if not len(several):
-        return []
-    # A set is recognised by two sums of well-mixed 64-bit numbers of its members.
-    mixed = [_mix(holder_rank, salt) for salt in (1, 2)]
-    signature = [np.add.reduceat(values, starts)[several] for values in mixed]
-    order = np.lexsort((several, signature[1], signature[0], counts[several]))
-    ordered = several[order]
-    change = np.ones(len(order), dtype=bool)
-    change[1:] = (
-        (np.diff(counts[ordered]) != 0)
-        | (signature[0][order][1:] != signature[0][order][:-1])
-        | (signature[1][order][1:] != signature[1][order][:-1])
-    )
-    return np.split(ordered, np.flatnonzero(change)[1:])
-
-
-def _mix(values: Int64s, salt: int) -> np.ndarray:
-    """SplitMix64 (Steele, Lea, Flood 2014) of each value."""
-    x = values.astype(np.uint64) + np.uint64((salt * 0x9E3779B97F4A7C15) & (2**64 - 1))
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    members = np.array([len(held) for held in sets], dtype=np.int64)
+    first_rank = np.array([int(held[0]) for held in sets], dtype=np.int64)
+    alone = np.flatnonzero(members[set_of] == 1)
+    takers = first_rank[set_of[alone]]
+    np.add.at(loads, takers, regions.bytes[alone])
+    parts = [Shares(alone, takers, np.zeros(len(alone), dtype=np.int64), regions.slices[alone])]
+    order = np.argsort(set_of, kind="stable")
+    ends = np.cumsum(np.bincount(set_of, minlength=len(sets)))
+    for number in np.argsort(members, kind="stable").tolist():
+        groups = order[ends[number - 1] if number else 0 : ends[number]]
+        if members[number] > 1 and len(groups):
+            parts.append(_share_line(regions, groups, loads, sets[number], split_bytes))
+    return Shares(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("group", "rank", "first", "count")))
 
 
 def _quotas(loads: Int64s, total: int) -> Int64s:
@@ -123,7 +104,8 @@ def _share_line(regions: Regions, groups: Int64s, loads: Int64s, holders: Int64s
     hit = np.minimum(np.searchsorted(ends, cuts, side="right"), len(groups) - 1)
     begin = ends[hit] - sizes[hit]
     slice_bytes = regions.slice_bytes[groups[hit]]
-    divisible = sizes[hit] >= split_bytes
+    share = int(ends[-1]) // len(holders)
+    divisible = sizes[hit] >= min(split_bytes, max(_FINE_BYTES, share // _SHARE_PARTS))
     step = np.where(divisible, slice_bytes, sizes[hit])
     snapped = begin + (cuts - begin + step // 2) // step * step
     points = np.unique(np.concatenate(([0], ends, snapped)))
@@ -133,4 +115,4 @@ def _share_line(regions: Regions, groups: Int64s, loads: Int64s, holders: Int64s
     group = groups[line]
     offset = first - (ends[line] - sizes[line])
     np.add.at(loads, holders[holder], stop - first)
-    return Shares(group, holder, offset // regions.slice_bytes[group], (stop - first) // regions.slice_bytes[group])
+    return Shares(group, holders[holder], offset // regions.slice_bytes[group], (stop - first) // regions.slice_bytes[group])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from giantstep.errors import CoverageError
 from giantstep.planning.description import COPY
 from giantstep.planning.holders import Holders
 from giantstep.planning.shard_table import ShardTable
-from giantstep.shards.region import Region, overlapping_pair, subtract
+from giantstep.shards.partition import partitioned
+from giantstep.shards.region import Int64s, Region, overlapping_pair, subtract
 
 # A tensor in more pieces than this gets its gap counted, not located.
 _LOCATED_PIECES = 2000
@@ -17,24 +19,35 @@ _LOCATED_PIECES = 2000
 def check_coverage(table: ShardTable, holders: Holders) -> None:
     """Raise `CoverageError` unless the groups of `holders` partition every tensor of the table."""
     rows = holders.first_rows
+    count, width = table.shape.shape
+    boxes, dims = np.bincount(table.tensor[rows], minlength=count), np.full(count, width)
+    exact = partitioned(boxes, dims, table.shape.reshape(-1), table.offset[rows].reshape(-1), table.size[rows].reshape(-1))
+    if not exact.all():
+        raise _fault(table, ~exact, rows[~exact[table.tensor[rows]]])
+
+
+def _fault(table: ShardTable, wrong: NDArray[np.bool_], rows: Int64s) -> CoverageError:
+    """What is wrong with some tensors that their regions, given by rows, do not partition."""
     tensors, offset, size = table.tensor[rows], table.offset[rows], table.size[rows]
     pair = overlapping_pair(tensors, offset, size)
     if pair is not None:
         a, b = int(rows[pair[0]]), int(rows[pair[1]])
-        raise _refusal(
+        return _refusal(
             table.keys[int(table.tensor[a])],
-            f"tensor {table.keys[int(table.tensor[a])]!r}: regions {table.region_text(a)} of rank {int(table.rank[a])} and "
-            f"{table.region_text(b)} of rank {int(table.rank[b])} overlap. Main replicas must cover each element once.",
+            f"tensor {table.keys[int(table.tensor[a])]!r}: regions {table.region_text(a)} of rank {table.ranks_of([a])[0]} and "
+            f"{table.region_text(b)} of rank {table.ranks_of([b])[0]} overlap. Main replicas must cover each element once.",
         )
     # Without overlaps a tensor is covered if and only if the volumes add up.
     covered = _volumes(tensors, size, len(table.keys))
     total = table.shape.prod(axis=1)
-    short = np.flatnonzero(covered != total)
+    short = np.flatnonzero(wrong & (covered != total))
     if len(short):
-        raise _refusal(
+        return _refusal(
             table.keys[int(short[0])],
             _gap_message(table, int(short[0]), int(total[short[0]] - covered[short[0]]), tensors, rows, len(short)),
         )
+    key = table.keys[int(np.flatnonzero(wrong)[0])]
+    return _refusal(key, f"tensor {key!r}: some of its regions do not lie inside it. Regions must lie inside the global shape.")
 
 
 def _refusal(key: str, message: str) -> CoverageError:
@@ -67,16 +80,12 @@ def _gap_message(table: ShardTable, tensor: int, missing: int, tensors: np.ndarr
     else:
         where = "some of its elements"
     held = np.flatnonzero((table.tensor == tensor) & (table.role == COPY))
-    copies = sorted(
-        {int(table.rank[row]) for row in held if any(_region(table, int(row)).intersect(part).elements for part in parts)}
-    )
+    copies = table.ranks_of(row for row in held.tolist() if any(_region(table, row).intersect(part).elements for part in parts))
     hint = (
         f" Rank {', '.join(map(str, copies[:20]))} holds part of it, but with a replica_id other than 0: one holder of "
         "each region must have replica_id 0."
         if copies
-        else " The ranks that hold the tensor: "
-        + (", ".join(map(str, sorted({int(table.rank[row]) for row in mine})[:20])) or "none")
-        + "."
+        else " The ranks that hold the tensor: " + (", ".join(map(str, table.ranks_of(mine.tolist())[:20])) or "none") + "."
     )
     more = f" {short - 1} more tensors have gaps." if short > 1 else ""
     return f"tensor {table.keys[tensor]!r} of shape {shape}: no rank saves {where} ({missing} elements).{hint}{more}"

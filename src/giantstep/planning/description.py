@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors_numpy
 
 from giantstep.errors import PeerFailureError
-from giantstep.format.index import decode_texts, encode_texts
+from giantstep.planning.columns import pack_column, pack_texts, unpack_column, unpack_texts
 from giantstep.shards.region import Int64s
 
 MAIN, COPY, IMPLICIT = 0, 1, 2
 """Roles of a shard: declared main replica, declared further replica, or one of equals of which any may be main."""
-
-Columns = Mapping[str, NDArray[np.generic]]
-
-
-def pack_columns(columns: Columns) -> bytes:
-    """Arrays as bytes."""
-    return safetensors_numpy.save({name: np.ascontiguousarray(column) for name, column in columns.items()})
-
-
-def unpack_columns(data: bytes) -> dict[str, NDArray[np.generic]]:
-    """Inverse of `pack_columns`."""
-    try:
-        return safetensors_numpy.load(data)
-    except SafetensorError as error:
-        raise PeerFailureError(f"a rank sent columns that cannot be read: {error}") from error
-
-
-def pack_texts(name: str, texts: Sequence[str]) -> dict[str, NDArray[np.generic]]:
-    """Texts as two columns."""
-    ends, data = encode_texts([text.encode("utf-8") for text in texts])
-    return {f"{name}_ends": ends, f"{name}_bytes": data}
-
-
-def unpack_texts(name: str, columns: Columns) -> list[str]:
-    """Inverse of `pack_texts`."""
-    return decode_texts(columns[f"{name}_ends"].astype(np.int64), columns[f"{name}_bytes"].astype(np.uint8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +57,67 @@ class Description:
         """[tensors] number of dimensions."""
         return np.diff(self.dims_ends)
 
-    def encode(self) -> bytes:
-        """The description as bytes."""
-        columns: dict[str, NDArray[np.generic]] = {name: getattr(self, name) for name in _COLUMNS}
-        for name in _TEXTS:
-            columns |= pack_texts(name, getattr(self, name))
-        return pack_columns(columns)
-
-    @classmethod
-    def decode(cls, data: bytes) -> Description:
-        """Inverse of `encode`."""
-        columns = unpack_columns(data)
-        texts = {name: unpack_texts(name, columns) for name in _TEXTS}
-        return cls(**texts, **{name: columns[name] for name in _COLUMNS})  # type: ignore[arg-type]
+    def encode(self) -> Parts:
+        """The description as a message: a part for each column, so that columns that are equal on many ranks travel once."""
+        texts = [part for name in _TEXTS for part in pack_texts(getattr(self, name))]
+        return (*texts, *(pack_column(getattr(self, name)) for name in _COLUMNS))
 
 
+Parts = tuple[bytes, ...]
 _TEXTS = ("keys", "object_keys")
-_COLUMNS = tuple(name for name in Description.__dataclass_fields__ if name not in _TEXTS)
+_COLUMNS: dict[str, tuple[type[np.generic], int]] = {
+    "dtype": (np.uint8, 1),
+    "dims_ends": (np.int64, 1),
+    "dims": (np.int64, 1),
+    "shard_tensor": (np.int64, 1),
+    "shard_role": (np.uint8, 1),
+    "shard_mesh": (np.int64, 1),
+    "shard_offset": (np.int64, 1),
+    "shard_size": (np.int64, 1),
+    "shard_digest": (np.uint64, 2),
+    "tied": (np.int64, 1),
+    "object_role": (np.uint8, 1),
+    "object_digest": (np.uint64, 2),
+}
+
+
+def decode_descriptions(reports: Sequence[Parts]) -> list[Description]:
+    """Inverse of `Description.encode`, for many ranks.
+
+    Parts that are one object are decoded once: ranks that say the same of a column share it, and ranks that say the same
+    of everything share the whole `Description`.
+
+    Raises:
+        PeerFailureError: a report cannot be read; names the rank.
+    """
+    columns: dict[tuple[int, ...], Any] = {}
+    whole: dict[tuple[int, ...], Description] = {}
+    found = []
+    for rank, report in enumerate(reports):
+        identity = tuple(map(id, report))
+        if identity not in whole:
+            try:
+                whole[identity] = _decode(report, columns)
+            except PeerFailureError as error:
+                error.rank = rank
+                raise
+        found.append(whole[identity])
+    return found
+
+
+def _decode(report: Parts, columns: dict[tuple[int, ...], Any]) -> Description:
+    texts = 2 * len(_TEXTS)
+    if len(report) != texts + len(_COLUMNS):
+        raise PeerFailureError(f"a rank sent a description of {len(report)} parts, expected {texts + len(_COLUMNS)}")
+
+    def kept(decode: Callable[..., Any], parts: Parts, *arguments: Any) -> Any:
+        # The kind of column belongs to the identity: two that are empty may be one part.
+        identity = (*map(id, parts), *map(id, arguments))
+        if identity not in columns:
+            columns[identity] = decode(*parts, *arguments)
+        return columns[identity]
+
+    values = {name: kept(unpack_texts, report[2 * row : 2 * row + 2]) for row, name in enumerate(_TEXTS)}
+    for row, (name, (dtype, width)) in enumerate(_COLUMNS.items()):
+        values[name] = kept(unpack_column, report[texts + row : texts + row + 1], dtype, width)
+    return Description(**values)

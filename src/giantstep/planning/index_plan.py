@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from giantstep.errors import PeerFailureError
 from giantstep.format.digests import Checksums
 from giantstep.format.index import Index, encode_texts
 from giantstep.format.record import FileEntry
-from giantstep.planning.description import pack_columns, pack_texts, unpack_columns, unpack_texts
+from giantstep.planning.columns import pack_column, pack_texts, unpack_column, unpack_texts
+from giantstep.planning.description import Parts
 from giantstep.planning.save_plan import SavePlan
 from giantstep.shards.region import Int64s, padded_to_ragged
 
@@ -39,23 +41,34 @@ class WriteReport:
     object_start: Int64s
     object_bytes: Int64s
 
-    def encode(self) -> bytes:
-        """As bytes."""
-        columns = {name: getattr(self, name) for name in _COLUMNS}
-        for name in _TEXTS:
-            columns |= pack_texts(name, getattr(self, name))
-        return pack_columns(columns)
+    def encode(self) -> Parts:
+        """As a message, a part for each column."""
+        texts = [part for name in _TEXTS for part in pack_texts(getattr(self, name))]
+        return (*texts, *(pack_column(getattr(self, name)) for name in _COLUMNS))
 
     @classmethod
-    def decode(cls, data: bytes) -> WriteReport:
+    def decode(cls, parts: Parts) -> WriteReport:
         """Inverse of `encode`."""
-        columns = unpack_columns(data)
-        texts = {name: unpack_texts(name, columns) for name in _TEXTS}
-        return cls(**texts, **{name: columns[name] for name in _COLUMNS})  # type: ignore[arg-type]
+        texts = 2 * len(_TEXTS)
+        if len(parts) != texts + len(_COLUMNS):
+            raise PeerFailureError(f"a rank reported what it wrote in {len(parts)} parts, expected {texts + len(_COLUMNS)}")
+        values: dict[str, Any] = {name: unpack_texts(*parts[2 * row : 2 * row + 2]) for row, name in enumerate(_TEXTS)}
+        for row, (name, dtype) in enumerate(_COLUMNS.items()):
+            values[name] = unpack_column(parts[texts + row], dtype)
+        return cls(**values)
 
 
 _TEXTS = ("file_names", "object_keys")
-_COLUMNS = tuple(name for name in WriteReport.__dataclass_fields__ if name not in _TEXTS)
+_COLUMNS: dict[str, type[np.generic]] = {
+    "file_bytes": np.int64,
+    "file_blocks": np.int64,
+    "block_checksum": np.uint64,
+    "chunk_file": np.int64,
+    "chunk_start": np.int64,
+    "object_file": np.int64,
+    "object_start": np.int64,
+    "object_bytes": np.int64,
+}
 
 
 def build_index(plan: SavePlan, reports: Sequence[WriteReport]) -> tuple[Index, tuple[FileEntry, ...]]:
@@ -68,9 +81,7 @@ def build_index(plan: SavePlan, reports: Sequence[WriteReport]) -> tuple[Index, 
     )
     chunk_file = np.zeros(len(plan.tensor), dtype=np.int64)
     chunk_start = np.zeros(len(plan.tensor), dtype=np.int64)
-    by_writer = np.split(
-        np.argsort(plan.writer, kind="stable"), np.cumsum(np.bincount(plan.writer, minlength=len(reports)))[:-1]
-    )
+    by_writer = plan.chunks_by_writer()
     for rank, report in enumerate(reports):
         rows = by_writer[rank]
         if len(rows) != len(report.chunk_file):

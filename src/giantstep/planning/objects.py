@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from giantstep.errors import CoverageError, DisagreementError
 from giantstep.planning.description import COPY, MAIN, Description
+from giantstep.planning.shard_table import classes_of
 from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor
 from giantstep.shards.region import Int64s
 
@@ -23,16 +25,44 @@ class ObjectPlan:
     Attributes:
         keys: their names, sorted.
         writer: [objects] rank that writes each.
+        holders: [objects] number of ranks that hold it.
         differs: [objects] whether some rank holds another value than the writer.
     """
 
     keys: list[str]
     writer: Int64s
-    differs: np.ndarray
+    holders: Int64s
+    differs: NDArray[np.bool_]
 
-    def of(self, rank: int) -> list[str]:
-        """Names of the objects that a rank writes."""
-        return [self.keys[row] for row in np.flatnonzero(self.writer == rank).tolist()]
+    def by_writer(self) -> dict[int, list[str]]:
+        """Names of the objects that each rank writes, for ranks that write any."""
+        found: dict[int, list[str]] = {}
+        for key, rank in zip(self.keys, self.writer.tolist(), strict=True):
+            found.setdefault(rank, []).append(key)
+        return found
+
+    def weights(self, descriptions: Sequence[Description]) -> list[Int64s]:
+        """By rank, and per object of its description: the others that hold it for the writer, -1 for those others.
+
+        0 where nobody else holds it or values are known to differ. So digests, multiplied with these, add up to 0 over
+        all ranks as long as all who hold an object hold the same value.
+        """
+        number = {key: row for row, key in enumerate(self.keys)}
+        others = np.where(self.differs, 0, self.holders - 1)
+        rows: dict[int, Int64s] = {}
+        copies: dict[int, Int64s] = {}
+        writers = set(self.writer.tolist())
+        found = []
+        for rank, description in enumerate(descriptions):
+            name = id(description.object_keys)
+            if name not in rows:
+                rows[name] = np.array([number[key] for key in description.object_keys], dtype=np.int64)
+                copies[name] = -(others[rows[name]] > 0).astype(np.int64)
+            if rank in writers:
+                found.append(np.where(self.writer[rows[name]] == rank, others[rows[name]], copies[name]))
+            else:
+                found.append(copies[name])
+        return found
 
     def differing(self) -> dict[str, int]:
         """Names of the objects that differ between ranks, with the rank whose value is stored."""
@@ -57,24 +87,33 @@ def plan_objects(descriptions: Sequence[Description]) -> ObjectPlan:
         CoverageError: a position has no main replica or several, or is missing.
         DisagreementError: ranks say different things of the shape of one grid.
     """
-    keys = sorted({key for d in descriptions for key in d.object_keys}, key=lambda key: key.encode("utf-8"))
+    different, ranks = classes_of(descriptions)
+    lists = {id(d.object_keys): d.object_keys for d in different}
+    keys = sorted(set().union(*lists.values()), key=lambda key: key.encode("utf-8"))
     number = {key: row for row, key in enumerate(keys)}
-    row = np.array([number[key] for d in descriptions for key in d.object_keys], dtype=np.int64)
-    rank = np.repeat(np.arange(len(descriptions)), [len(d.object_keys) for d in descriptions])
-    role = np.concatenate([np.empty(0, np.uint8), *(d.object_role for d in descriptions)])
-    digest = np.concatenate([np.empty((0, 2), np.uint64), *(d.object_digest for d in descriptions)])
-    _check_mains(keys, row, rank, role)
+    rows = {name: np.array([number[key] for key in found], dtype=np.int64) for name, found in lists.items()}
+    row = np.concatenate([rows[id(d.object_keys)] for d in different])
+    member = np.repeat(np.arange(len(different)), [len(d.object_keys) for d in different])
+    role = np.concatenate([d.object_role for d in different])
+    digest = np.concatenate([d.object_digest.reshape(-1, 2) for d in different])
+    _check_mains(keys, row, member, role, ranks)
     # Writers come first in this order: the main replica, or else the lowest rank.
-    order = np.lexsort((rank, role == COPY, row))
+    first_rank = np.array([int(found[0]) for found in ranks], dtype=np.int64)[member]
+    order = np.lexsort((first_rank, role == COPY, row))
     first = order[np.searchsorted(row[order], np.arange(len(keys)))]
     differs = np.zeros(len(keys), dtype=bool)
     differs[row[(digest != digest[first][row]).any(axis=1)]] = True
-    _check_grids(keys, rank[first])
-    return ObjectPlan(keys, rank[first], differs)
+    holders = np.bincount(row, _sizes(ranks)[member], minlength=len(keys)).astype(np.int64)
+    _check_grids(keys, first_rank[first])
+    return ObjectPlan(keys, first_rank[first], holders, differs)
 
 
-def _check_mains(keys: list[str], row: Int64s, rank: Int64s, role: np.ndarray) -> None:
-    mains = np.bincount(row[role == MAIN], minlength=len(keys))
+def _sizes(ranks: Sequence[Int64s]) -> Int64s:
+    return np.array([len(found) for found in ranks], dtype=np.int64)
+
+
+def _check_mains(keys: list[str], row: Int64s, member: Int64s, role: NDArray[np.uint8], ranks: Sequence[Int64s]) -> None:
+    mains = np.bincount(row[role == MAIN], _sizes(ranks)[member[role == MAIN]], minlength=len(keys))
     for problem, wrong in (
         ("has several main replicas", mains > 1),
         (
@@ -85,9 +124,10 @@ def _check_mains(keys: list[str], row: Int64s, rank: Int64s, role: np.ndarray) -
         rows = np.flatnonzero(wrong)
         if len(rows):
             chosen = (row == rows[0]) & ((role == MAIN) if mains[rows[0]] else (role == COPY))
+            held = sorted(rank for group in member[chosen].tolist() for rank in ranks[group].tolist())
             more = f" {len(rows) - 1} more like this." if len(rows) > 1 else ""
             raise CoverageError(
-                f"object {keys[int(rows[0])]!r} {problem}: it is held by rank {_listed(rank[chosen].tolist())}. Exactly one "
+                f"object {keys[int(rows[0])]!r} {problem}: it is held by rank {_listed(held)}. Exactly one "
                 f"holder of each position must have replica_id 0.{more}"
             )
 

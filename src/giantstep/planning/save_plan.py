@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.errors import PeerFailureError
-from giantstep.planning.balance import Regions, balance
+from giantstep.planning.balance import Regions, Shares, balance
+from giantstep.planning.columns import pack_column, pack_texts, unpack_column, unpack_texts
 from giantstep.planning.coverage import check_coverage
-from giantstep.planning.description import Description, pack_columns, pack_texts, unpack_columns, unpack_texts
-from giantstep.planning.holders import Holders, group_holders
+from giantstep.planning.description import Description, Parts
+from giantstep.planning.holders import Holders, group_holders, holder_sets, positions, rows_at
 from giantstep.planning.objects import ObjectPlan, check_wrappers, plan_objects
 from giantstep.planning.shard_table import ShardTable, tabulate
+from giantstep.shards.flat import flat_range_to_regions
 from giantstep.shards.region import Int64s, Region, padded_to_ragged, ragged_to_padded, split_region
 
 
@@ -24,28 +26,37 @@ class WritePart:
 
     Attributes:
         row: [chunks] row of this rank's description that holds the chunk.
-        offset, size: [chunks] regions of the global tensor, ragged.
+        cut: chunks that are not all of that row's region; ascending.
+        offset, size: their regions of the global tensor, ragged.
         objects: names of the objects that it writes.
         differing: names of objects that are not the same on all ranks that hold them.
+        weights: per object of this rank's description, by what its digest is multiplied in the sum over all ranks that
+            is 0 as long as their values are equal (`planning.reuse`).
     """
 
     row: Int64s
+    cut: Int64s
     offset: Int64s
     size: Int64s
     objects: list[str]
     differing: list[str]
+    weights: Int64s
 
-    def encode(self) -> bytes:
-        """As bytes."""
-        texts = pack_texts("objects", self.objects) | pack_texts("differing", self.differing)
-        return pack_columns({"row": self.row, "offset": self.offset, "size": self.size, **texts})
+    def encode(self) -> Parts:
+        """As a message, in parts of which most are equal on many ranks."""
+        columns = (self.row, self.cut, self.offset, self.size, self.weights)
+        return (*map(pack_column, columns), *pack_texts(self.objects), *pack_texts(self.differing))
 
     @classmethod
-    def decode(cls, data: bytes) -> WritePart:
+    def decode(cls, parts: Parts) -> WritePart:
         """Inverse of `encode`."""
-        columns = unpack_columns(data)
-        row, offset, size = (columns[name].astype(np.int64) for name in ("row", "offset", "size"))
-        return cls(row, offset, size, unpack_texts("objects", columns), unpack_texts("differing", columns))
+        if len(parts) != _WRITE_PARTS:
+            raise PeerFailureError(f"rank 0 sent a part of the plan in {len(parts)} parts, expected {_WRITE_PARTS}")
+        row, cut, offset, size, weights = (unpack_column(part) for part in parts[:5])
+        return cls(row, cut, offset, size, unpack_texts(*parts[5:7]), unpack_texts(*parts[7:9]), weights)
+
+
+_WRITE_PARTS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,8 @@ class SavePlan:
         bytes: [chunks] length.
         writer: [chunks] rank that writes it.
         source_row: [chunks] row in that rank's description.
+        whole: [chunks] whether it is all of the region that that row describes.
+        ranks: number of ranks.
         objects: the objects of the checkpoint.
     """
 
@@ -73,100 +86,179 @@ class SavePlan:
     bytes: Int64s
     writer: Int64s
     source_row: Int64s
+    whole: NDArray[np.bool_]
+    ranks: int
     objects: ObjectPlan
 
-    def chunks_of(self, rank: int) -> Int64s:
-        """Rows of the chunks that a rank writes, in the order in which it gets and reports them."""
-        return np.flatnonzero(self.writer == rank)
+    def chunks_by_writer(self) -> list[Int64s]:
+        """By rank, the rows of the chunks that it writes, in the order in which it gets and reports them."""
+        narrow = self.writer.astype(np.uint16) if self.ranks <= 1 << 16 else self.writer
+        ends = np.cumsum(np.bincount(self.writer, minlength=self.ranks))
+        return np.split(np.argsort(narrow, kind="stable"), ends[:-1])
 
-    def part_of(self, rank: int) -> WritePart:
-        """What a rank needs to know."""
-        rows = self.chunks_of(rank)
-        dims = self.ndim[self.tensor[rows]]
-        return WritePart(
-            self.source_row[rows],
-            padded_to_ragged(self.offset[rows], dims),
-            padded_to_ragged(self.size[rows], dims),
-            self.objects.of(rank),
-            list(self.objects.differing()),
-        )
+    def parts(self, descriptions: Sequence[Description]) -> list[WritePart]:
+        """By rank, what it needs to know. `descriptions`: from which the plan was made."""
+        dims = self.ndim[self.tensor]
+        objects, differing = self.objects.by_writer(), list(self.objects.differing())
+        weights = self.objects.weights(descriptions)
+        found = []
+        for rank, rows in enumerate(self.chunks_by_writer()):
+            cut = np.flatnonzero(~self.whole[rows])
+            chosen = rows[cut]
+            found.append(
+                WritePart(
+                    self.source_row[rows],
+                    cut,
+                    padded_to_ragged(self.offset[chosen], dims[chosen]),
+                    padded_to_ragged(self.size[chosen], dims[chosen]),
+                    objects.get(rank, []),
+                    differing,
+                    weights[rank],
+                )
+            )
+        return found
 
 
-def plan_save(descriptions: Sequence[Description], *, split_bytes: int, max_chunk_bytes: int) -> SavePlan:
-    """Decide who writes what.
+def plan_save(
+    descriptions: Sequence[Description], *, split_bytes: int, max_chunk_bytes: int, cells: Sequence[str] | None = None
+) -> SavePlan:
+    """Plan a save.
 
     Args:
-        descriptions: of all ranks, in order.
-        split_bytes: replicated regions at least this large may be divided between holders.
+        descriptions: by rank.
+        split_bytes: replicated regions of at least this size may be divided between holders (see `balance`).
         max_chunk_bytes: larger chunks are divided.
+        cells: by rank, the name of the ranks among which it shares writing; None: all share with all. A region is
+            written by holders of the cell of its main replica, which is the lowest rank where any may be main.
 
     Raises:
-        DisagreementError, CoverageError: see `tabulate`, `group_holders`, `check_coverage`, `plan_objects`.
+        CoverageError, DisagreementError: the descriptions do not fit together.
     """
     table = tabulate(descriptions)
     holders = group_holders(table)
     check_coverage(table, holders)
     objects = plan_objects(descriptions)
     check_wrappers(table.keys, objects.keys)
-    plan = _shares_to_plan(table, _untied(table, holders), len(descriptions), split_bytes, objects)
+    holders = _untied(table, holders)
+    plan = _shared_out(table, holders, objects, len(descriptions), split_bytes, cells)
     return _sorted(_divided(plan, max_chunk_bytes))
 
 
 def _untied(table: ShardTable, holders: Holders) -> Holders:
-    """The groups without those of tied tensors, whose bytes are stored as another tensor's."""
-    tensor = table.tensor[holders.first_rows]
-    kept = table.tied[tensor] == tensor
-    if kept.all():
+    """Without the regions of tensors that are stored as another one's."""
+    kept = np.flatnonzero(table.tied[table.tensor[holders.first_rows]] == table.tensor[holders.first_rows])
+    if len(kept) == len(holders.starts):
         return holders
     counts = holders.counts[kept]
-    return Holders(holders.rows[np.repeat(kept, holders.counts)], np.cumsum(counts) - counts, counts)
+    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    rows = holders.rows[np.repeat(holders.starts[kept], counts) + within]
+    return Holders(rows, np.cumsum(counts) - counts, counts, holders.main[kept])
 
 
-def _shares_to_plan(table: ShardTable, holders: Holders, ranks: int, split_bytes: int, objects: ObjectPlan) -> SavePlan:
+def _shared_out(
+    table: ShardTable, holders: Holders, objects: ObjectPlan, ranks: int, split_bytes: int, cells: Sequence[str] | None
+) -> SavePlan:
     first = holders.first_rows
     tensor, offset, size = table.tensor[first], table.offset[first], table.size[first]
-    groups = np.arange(len(first))
-    # The axis to cut along: the first one longer than 1, or any if there is none.
-    axis = np.argmax(size > 1, axis=1)
-    slices = size[groups, axis]
-    slice_bytes = size.prod(axis=1) // slices * table.item_bytes[tensor]
-    shares = balance(Regions(slices, slice_bytes), table.rank[holders.rows], holders.starts, holders.counts, ranks, split_bytes)
-    source = holders.rows[holders.starts[shares.group] + shares.holder]
-    chunk_offset, chunk_size = offset[shares.group].copy(), size[shares.group].copy()
-    rows = np.arange(len(shares.group))
-    chunk_offset[rows, axis[shares.group]] += shares.first
-    chunk_size[rows, axis[shares.group]] = shares.count
+    sets, set_of = holder_sets(table, holders, cells)
+    item = table.item_bytes[tensor]
+    depth, slices = _granularity(size, item, sets, set_of)
+    elements = size.prod(axis=1)
+    shares = balance(Regions(slices, elements // slices * item), sets, set_of, ranks, split_bytes)
+    part = _boxes(size, depth, shares)
+    group, writer = shares.group[part.share], shares.rank[part.share]
+    source = rows_at(table, holders, group, writer)
     return SavePlan(
         table.keys,
         table.dtype,
         table.ndim,
         table.shape,
         table.tied,
-        tensor[shares.group],
-        chunk_offset,
-        chunk_size,
-        shares.count * slice_bytes[shares.group],
-        table.rank[source],
+        tensor[group],
+        offset[group] + part.offset,
+        part.size,
+        part.size.prod(axis=1) * item[group],
+        writer,
         table.row[source],
+        (part.size == size[group]).all(axis=1),
+        ranks,
         objects,
+    )
+
+
+# A unit of division is at most this part of a rank's share, but need not be smaller than that many bytes.
+_UNIT_PARTS = 64
+_UNIT_BYTES = 4096
+
+
+def _granularity(size: Int64s, item: Int64s, sets: Sequence[Int64s], set_of: Int64s) -> tuple[Int64s, Int64s]:
+    """Per region, along how many leading axes it may be divided, less one, and into how many slices.
+
+    Along the first axis with more than one element, and further in where its slices would be too coarse for equal shares.
+    """
+    groups = np.arange(len(size))
+    depth = np.argmax(size > 1, axis=1)
+    slices = np.cumprod(size, axis=1)
+    elements = slices[:, -1] if len(size) else np.zeros(0, dtype=np.int64)
+    members = np.array([len(held) for held in sets], dtype=np.int64)
+    total = np.bincount(set_of, elements * item, minlength=len(sets))
+    limit = np.maximum(total / np.maximum(members, 1) / _UNIT_PARTS, _UNIT_BYTES)[set_of]
+    while True:
+        coarse = (elements // slices[groups, depth] * item > limit) & (members[set_of] > 1) & (depth < size.shape[1] - 1)
+        if not coarse.any():
+            return depth, slices[groups, depth]
+        depth = depth + coarse
+
+
+@dataclass(frozen=True, slots=True)
+class _Boxes:
+    """Boxes of shares, relative to their regions."""
+
+    share: Int64s
+    offset: Int64s
+    size: Int64s
+
+
+def _boxes(size: Int64s, depth: Int64s, shares: Shares) -> _Boxes:
+    """The boxes that the shares consist of: mostly one each; several where slices of several axes are taken."""
+    group = shares.group
+    rows = np.arange(len(group))
+    offset, taken = np.zeros_like(size[group]), size[group].copy()
+    partial = shares.count < np.cumprod(taken, axis=1)[rows, depth[group]] if len(rows) else np.zeros(0, dtype=bool)
+    leading = taken[:, :-1] if taken.shape[1] > 1 else np.ones((len(rows), 1), dtype=np.int64)
+    outer = np.cumprod(leading, axis=1)[rows, np.maximum(depth[group] - 1, 0)] if len(rows) else rows
+    simple = partial & ((depth[group] == 0) | (outer == 1))
+    offset[rows[simple], depth[group[simple]]] = shares.first[simple]
+    taken[rows[simple], depth[group[simple]]] = shares.count[simple]
+    ragged = np.flatnonzero(partial & ~simple)
+    if not len(ragged):
+        return _Boxes(rows, offset, taken)
+    more: list[tuple[int, Region]] = []
+    for row in ragged.tolist():
+        axes = int(depth[group[row]]) + 1
+        first = int(shares.first[row])
+        outer_shape, inner = taken[row, :axes].tolist(), tuple(taken[row, axes:].tolist())
+        for _, box in flat_range_to_regions(outer_shape, first, first + int(shares.count[row])):
+            more.append((row, Region((*box.offset, *(0 for _ in inner)), (*box.size, *inner))))
+    kept = np.setdiff1d(rows, ragged)
+    return _Boxes(
+        np.concatenate((kept, [row for row, _ in more])),
+        np.concatenate((offset[kept], [box.offset for _, box in more])),
+        np.concatenate((taken[kept], [box.size for _, box in more])),
     )
 
 
 def _with_chunks(plan: SavePlan, rows: Int64s, offset: Int64s, size: Int64s, length: Int64s) -> SavePlan:
     """The plan with the chunks `rows`, in that order, having these regions."""
-    return SavePlan(
-        plan.keys,
-        plan.dtype,
-        plan.ndim,
-        plan.shape,
-        plan.tied,
-        plan.tensor[rows],
-        offset,
-        size,
-        length,
-        plan.writer[rows],
-        plan.source_row[rows],
-        plan.objects,
+    return replace(
+        plan,
+        tensor=plan.tensor[rows],
+        offset=offset,
+        size=size,
+        bytes=length,
+        writer=plan.writer[rows],
+        source_row=plan.source_row[rows],
+        whole=plan.whole[rows] & (length == plan.bytes[rows]),
     )
 
 
@@ -191,21 +283,29 @@ def _divided(plan: SavePlan, max_chunk_bytes: int) -> SavePlan:
 
 
 def _sorted(plan: SavePlan) -> SavePlan:
-    columns = [*(plan.offset[:, axis] for axis in reversed(range(plan.offset.shape[1]))), plan.tensor]
-    order = np.lexsort(columns)
+    position = positions(plan.tensor, plan.offset, plan.shape)
+    if position is not None:
+        order = np.argsort(position, kind="stable")
+    else:
+        order = np.lexsort([*(plan.offset[:, axis] for axis in reversed(range(plan.offset.shape[1]))), plan.tensor])
     return _with_chunks(plan, order, plan.offset[order], plan.size[order], plan.bytes[order])
 
 
 def regions_of_part(part: WritePart, description: Description) -> list[Region]:
     """The regions of a rank's part, with the dimensions of the description's tensors."""
-    dims = description.tensor_ndim[description.shard_tensor[part.row]]
-    if int(dims.sum()) != len(part.offset) or len(part.offset) != len(part.size):
+    dims = description.tensor_ndim[description.shard_tensor]
+    if len(part.row) and not 0 <= int(part.row.min()) <= int(part.row.max()) < len(dims):
         raise PeerFailureError("rank 0 sent a part of the plan that does not fit this rank's tensors")
-    width = int(dims.max()) if len(dims) else 0
+    width = int(dims.max(initial=0))
     starts = np.cumsum(dims) - dims
-    offset = ragged_to_padded(part.offset, starts, dims, 0, width).tolist()
-    size = ragged_to_padded(part.size, starts, dims, 1, width).tolist()
+    offset = ragged_to_padded(description.shard_offset, starts[part.row], dims[part.row], 0, width)
+    size = ragged_to_padded(description.shard_size, starts[part.row], dims[part.row], 1, width)
+    cut = dims[part.row[part.cut]]
+    if int(cut.sum()) != len(part.offset) or len(part.offset) != len(part.size):
+        raise PeerFailureError("rank 0 sent a part of the plan that does not fit this rank's tensors")
+    offset[part.cut] = ragged_to_padded(part.offset, np.cumsum(cut) - cut, cut, 0, width)
+    size[part.cut] = ragged_to_padded(part.size, np.cumsum(cut) - cut, cut, 1, width)
     return [
-        Region(tuple(offset[row][width - count :]), tuple(size[row][width - count :]))
-        for row, count in enumerate(dims.tolist())
+        Region(tuple(first[width - count :]), tuple(counts[width - count :]))
+        for first, counts, count in zip(offset.tolist(), size.tolist(), dims[part.row].tolist(), strict=True)
     ]

@@ -1,8 +1,12 @@
-"""Everybody's descriptions as one table: one row per shard of any rank, keys numbered in stored order."""
+"""Everybody's descriptions as one table: one row per shard of any class of ranks, keys numbered in stored order.
+
+Ranks that describe the same form a *class* and have their rows once: replicas cost nothing. Classes that differ only in
+regions, roles and digests share a *structure*, and are handled as one array.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +29,9 @@ class ShardTable:
         ndim: [tensors] number of dimensions.
         shape: [tensors, width] global shapes, padded in front with 1.
         tied: [tensors] row of the tensor in whose memory this one lies on every rank that holds it; mostly its own.
-        rank: [rows] rank that holds the shard.
-        row: [rows] its row in that rank's description.
+        ranks: the ranks of each class, ascending.
+        member: [rows] class whose ranks hold the shard.
+        row: [rows] its row in the description of that class.
         tensor: [rows] row in `keys`.
         role, mesh, digest: as in `Description`.
         offset, size: [rows, width] regions, padded in front.
@@ -37,7 +42,8 @@ class ShardTable:
     ndim: Int64s
     shape: Int64s
     tied: Int64s
-    rank: Int64s
+    ranks: list[Int64s]
+    member: Int64s
     row: Int64s
     tensor: Int64s
     role: NDArray[np.uint8]
@@ -51,6 +57,16 @@ class ShardTable:
         """[tensors] bytes per element."""
         return np.array(ITEM_BYTES, dtype=np.int64)[self.dtype]
 
+    @property
+    def first_rank(self) -> Int64s:
+        """[classes] lowest rank of each."""
+        return np.array([int(ranks[0]) for ranks in self.ranks], dtype=np.int64)
+
+    def ranks_of(self, rows: Iterable[int]) -> list[int]:
+        """The ranks that hold some rows, ascending."""
+        classes = {int(self.member[row]) for row in rows}
+        return sorted(rank for number in classes for rank in self.ranks[number].tolist())
+
     def region_text(self, row: int) -> str:
         """The region of a row, for messages."""
         dims = int(self.ndim[self.tensor[row]])
@@ -59,71 +75,124 @@ class ShardTable:
         return "[" + ",".join(f"{start}:{start + count}" for start, count in zip(starts, counts, strict=True)) + "]"
 
 
+@dataclass(slots=True)
+class _Structure:
+    """Classes whose ranks hold as many shards of the same tensors in the same order."""
+
+    classes: list[int]
+    descriptions: list[Description]
+    keys: Int64s
+
+    @property
+    def one(self) -> Description:
+        return self.descriptions[0]
+
+    @property
+    def tensor(self) -> Int64s:
+        """[shards] row of each shard's tensor in the table."""
+        return self.keys[self.one.shard_tensor]
+
+
+def classes_of(descriptions: Sequence[Description]) -> tuple[list[Description], list[Int64s]]:
+    """The different descriptions (by identity), and the ranks that gave each, ascending; by lowest rank."""
+    ranks: dict[int, list[int]] = {}
+    for rank, description in enumerate(descriptions):
+        ranks.setdefault(id(description), []).append(rank)
+    groups = [np.array(found, dtype=np.int64) for found in ranks.values()]
+    return [descriptions[int(found[0])] for found in groups], groups
+
+
 def tabulate(descriptions: Sequence[Description]) -> ShardTable:
-    """Merge the descriptions of all ranks, in order of rank.
+    """Merge the descriptions of all ranks, in order of rank. Ranks that share one object form a class.
 
     Raises:
         DisagreementError: one key has different dtypes or global shapes on different ranks.
     """
-    keys = sorted({key for description in descriptions for key in description.keys}, key=lambda key: key.encode("utf-8"))
+    different, ranks = classes_of(descriptions)
+    lists = {id(description.keys): description.keys for description in different}
+    keys = sorted(set().union(*lists.values()), key=lambda key: key.encode("utf-8"))
     number = {key: position for position, key in enumerate(keys)}
+    rows = {name: np.array([number[key] for key in found], dtype=np.int64) for name, found in lists.items()}
+    structures: dict[Hashable, _Structure] = {}
+    for position, found in enumerate(different):
+        same = (id(found.keys), *map(id, (found.dtype, found.dims_ends, found.dims, found.shard_tensor)))
+        structure = structures.setdefault(same, _Structure([], [], rows[id(found.keys)]))
+        structure.classes.append(position)
+        structure.descriptions.append(found)
+    return _table(keys, list(structures.values()), ranks)
+
+
+def _table(keys: list[str], structures: list[_Structure], ranks: list[Int64s]) -> ShardTable:
     # At least one column, so that 0-d tensors are boxes of one element like all others.
-    width = max([1, *(int(d.tensor_ndim.max()) for d in descriptions if len(d.keys))])
-    global_rows = [np.array([number[key] for key in d.keys], dtype=np.int64) for d in descriptions]
-    tensor_rank = np.repeat(np.arange(len(descriptions)), [len(d.keys) for d in descriptions])
-    tensor = _ints(global_rows)
-    dtype = _codes(d.dtype for d in descriptions)
-    ndim = _ints([d.tensor_ndim for d in descriptions])
-    shape = np.concatenate(
-        [np.empty((0, width), np.int64)]
-        + [ragged_to_padded(d.dims, d.dims_ends[:-1], d.tensor_ndim, 1, width) for d in descriptions]
-    )
-    first = _check_agreement(keys, tensor, tensor_rank, dtype, ndim, shape)
-    shard_ndim = [d.tensor_ndim[d.shard_tensor] for d in descriptions]
-    starts = [np.cumsum(dims) - dims for dims in shard_ndim]
+    width = max([1, *(int(s.one.tensor_ndim.max(initial=0)) for s in structures)])
+    tensor = _joined([s.keys for s in structures])
+    dtype = _joined([s.one.dtype for s in structures], np.uint8)
+    ndim = _joined([s.one.tensor_ndim for s in structures])
+    shape = _joined([ragged_to_padded(s.one.dims, s.one.dims_ends[:-1], s.one.tensor_ndim, 1, width) for s in structures])
+    teller = np.repeat([int(ranks[s.classes[0]][0]) for s in structures], [len(s.keys) for s in structures])
+    first = _check_agreement(keys, tensor, teller, dtype, ndim, shape.reshape(-1, width))
+    counts = [(len(s.one.shard_tensor), len(s.classes)) for s in structures]
 
-    def padded(name: str, pad: int) -> Int64s:
-        tables = [
-            ragged_to_padded(getattr(d, name), start, dims, pad, width)
-            for d, start, dims in zip(descriptions, starts, shard_ndim, strict=True)
-        ]
-        return np.concatenate([np.empty((0, width), np.int64), *tables])
+    def spread(name: str) -> list[NDArray[Any]]:
+        """One column of all structures, shard by shard, and for each shard class by class."""
+        return [_stacked([getattr(d, name) for d in s.descriptions]) for s in structures]
 
-    counts = [len(d.shard_tensor) for d in descriptions]
     return ShardTable(
         keys=keys,
         dtype=dtype[first],
         ndim=ndim[first],
-        shape=shape[first],
-        tied=_tied(tensor, [np.where(d.tied < 0, -1, rows[d.tied]) for rows, d in zip(global_rows, descriptions, strict=True)]),
-        rank=np.repeat(np.arange(len(descriptions)), counts),
-        row=_ints([np.arange(count) for count in counts]),
-        tensor=_ints([rows[d.shard_tensor] for rows, d in zip(global_rows, descriptions, strict=True)]),
-        role=_codes(d.shard_role for d in descriptions),
-        mesh=_ints([d.shard_mesh for d in descriptions]),
-        digest=np.concatenate([np.empty((0, 2), np.uint64), *(d.shard_digest for d in descriptions)]),
-        offset=padded("shard_offset", 0),
-        size=padded("shard_size", 1),
+        shape=shape.reshape(-1, width)[first],
+        tied=_tied(len(keys), structures),
+        ranks=ranks,
+        member=_joined([np.tile(s.classes, shards) for s, (shards, _) in zip(structures, counts, strict=True)]),
+        row=_joined([np.repeat(np.arange(shards), classes) for shards, classes in counts]),
+        tensor=_joined([np.repeat(s.tensor, classes) for s, (_, classes) in zip(structures, counts, strict=True)]),
+        role=_joined(spread("shard_role"), np.uint8),
+        mesh=_joined(spread("shard_mesh")),
+        digest=_joined(spread("shard_digest"), np.uint64).reshape(-1, 2),
+        offset=_joined([_regions(s, "shard_offset", 0, width) for s in structures]).reshape(-1, width),
+        size=_joined([_regions(s, "shard_size", 1, width) for s in structures]).reshape(-1, width),
     )
 
 
-def _tied(tensor: Int64s, parts: list[Int64s]) -> Int64s:
+def _stacked(columns: list[NDArray[Any]]) -> NDArray[Any]:
+    """[shards, classes, ...] from one array per class, flattened to rows."""
+    stacked = np.stack(columns, axis=1) if len({id(column) for column in columns}) > 1 else None
+    if stacked is None:
+        return np.repeat(columns[0], len(columns), axis=0)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def _regions(structure: _Structure, name: str, pad: int, width: int) -> Int64s:
+    """[shards * classes, width] one side of the regions, padded in front."""
+    dims = structure.one.tensor_ndim[structure.one.shard_tensor]
+    starts = np.cumsum(dims) - dims
+    columns = [getattr(description, name) for description in structure.descriptions]
+    if len({id(column) for column in columns}) == 1:
+        return np.repeat(ragged_to_padded(columns[0], starts, dims, pad, width), len(columns), axis=0)
+    table = np.full((len(dims), len(columns), width), pad, dtype=np.int64)
+    values = np.stack(columns)
+    for count in np.unique(dims).tolist():
+        if count:
+            chosen = np.flatnonzero(dims == count)
+            found = values[:, starts[chosen, None] + np.arange(count)]
+            table[chosen, :, width - count :] = found.transpose(1, 0, 2)
+    return table.reshape(-1, width)
+
+
+def _tied(count: int, structures: Sequence[_Structure]) -> Int64s:
     """Per tensor, the one that all ranks that hold it say it is tied to; itself if they do not agree."""
-    count = int(tensor.max(initial=-1)) + 1
-    said = _ints(parts)
-    holding = said >= 0
     low, high = np.full(count, count, dtype=np.int64), np.full(count, -1, dtype=np.int64)
-    np.minimum.at(low, tensor[holding], said[holding])
-    np.maximum.at(high, tensor[holding], said[holding])
+    for structure in structures:
+        said = np.stack(list({id(d.tied): d.tied for d in structure.descriptions}.values()))
+        told = np.where(said < 0, -1, structure.keys[said])
+        low[structure.keys] = np.minimum(low[structure.keys], np.where(told < 0, count, told).min(axis=0))
+        high[structure.keys] = np.maximum(high[structure.keys], told.max(axis=0))
     return np.where(low == high, low, np.arange(count))
 
 
-def _ints(parts: Iterable[NDArray[Any]]) -> Int64s:
-    return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)
-
-
-def _codes(parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    return np.concatenate([np.empty(0, np.uint8), *parts])
+def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic] = np.int64) -> NDArray[Any]:
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype=dtype)
 
 
 def _check_agreement(

@@ -1,4 +1,4 @@
-"""Whether boxes partition their tensors, in time proportional to their number. Called by `format.index` and `reading`.
+"""Whether boxes partition their tensors, in time proportional to their number. For `format.index`, `planning` and `reading`.
 
 Tensors are ragged: rows of `dims[i]` values, one after another. Not here: which boxes overlap (`region.overlapping_pair`).
 """
@@ -11,11 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.shards.region import Int64s
-
-_Words = NDArray[np.uint64]
-
-_AXIS = np.uint64(0x9E3779B97F4A7C15)
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+from giantstep.shards.words import mixed
 
 
 def products(values: NDArray[Any], counts: Int64s) -> NDArray[Any]:
@@ -59,10 +55,6 @@ def partitioned(boxes: Int64s, dims: Int64s, shapes: Int64s, offsets: Int64s, si
     return same
 
 
-def _word(axes: Int64s, coordinates: Int64s) -> _Words:
-    """A number for each coordinate of each axis, as splitmix64 mixes it (Steele, Lea and Flood, OOPSLA 2014)."""
-    value = coordinates.astype(np.uint64) + (axes.astype(np.uint64) + np.uint64(1)) * _AXIS
-    for shift, factor in zip((30, 27), _MIX, strict=True):
-        value = (value ^ (value >> np.uint64(shift))) * factor
-    mixed: _Words = value ^ (value >> np.uint64(31))
-    return mixed
+def _word(axes: Int64s, coordinates: Int64s) -> NDArray[np.uint64]:
+    """A number for each coordinate of each axis."""
+    return mixed(coordinates, axes.astype(np.uint64) + np.uint64(1))
