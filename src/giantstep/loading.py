@@ -21,7 +21,8 @@ from giantstep.group.torch_group import group_of
 from giantstep.mapping.describe import Described, describe
 from giantstep.options import LoadOptions, StrictHandling
 from giantstep.phases import Stopwatch, same_call, settings, with_call
-from giantstep.planning.load_plan import Read, plan_load, tabulate_chunks, tabulate_wanted
+from giantstep.planning.load_plan import LoadPlan, plan_load
+from giantstep.planning.load_tables import tabulate_chunks, tabulate_wanted
 from giantstep.planning.matching import KeyDifferences, Requests, Strictness, judge
 from giantstep.reading.checkpoint import Checkpoint
 from giantstep.reading.data_files import check_data_files
@@ -175,10 +176,10 @@ class _Load:
         self._objects = {source.leaf.path: read_object(source, self._checkpoint) for source in self._matched.objects}
         self._filling = plan_filling(self._matched, self._stored)
         self._chunks = tabulate_chunks(self._stored.index)
-        self._reads = self._plan_reads(self._filling.filled)
-        return str(sum(read.stop - read.start for read in self._reads)).encode("ascii")
+        self._plan_filled = self._plan_reads(self._filling.filled)
+        return str(self._plan_filled.bytes).encode("ascii")
 
-    def _plan_reads(self, wanted: Sequence[Wanted]) -> list[Read]:
+    def _plan_reads(self, wanted: Sequence[Wanted]) -> LoadPlan:
         rows, regions = [item.row for item in wanted], [item.region for item in wanted]
         partial = [item.leaf.allow_shape_mismatch for item in wanted]
         return plan_load(
@@ -196,8 +197,8 @@ class _Load:
 
     def _verify(self) -> bytes:
         source = self._source(verify=True)
-        for reads in (self._reads, self._plan_reads(self._filling.compared)):
-            fetch(source, reads, None, self._options.reader_threads)
+        for plan in (self._plan_filled, self._plan_reads(self._filling.compared)):
+            fetch(source, plan, None, self._options.reader_threads)
         for wrapped in self._matched.dequantised:
             verify_parts(wrapped, self._checkpoint)
         return b""
@@ -206,7 +207,7 @@ class _Load:
         source = self._source(verify=self._options.verify == "reading")
         threads = self._options.reader_threads
         filled, compared = self._filling.filled, self._filling.compared
-        self._fetched = fetch(source, self._reads, fill_sinks(filled, self._stored), threads)
+        self._fetched = fetch(source, self._plan_filled, fill_sinks(filled, self._stored), threads)
         if compared:
             fetch(source, self._plan_reads(compared), compare_sinks(compared, self._stored), threads)
         for wrapped in self._matched.dequantised:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, KeyMismatchError, StoreError
 from giantstep.format.codec import Codec, Unknown
 from giantstep.format.record import CommitRecord, Json
-from giantstep.planning.load_plan import ChunkTable, Piece, Read, plan_load, tabulate_wanted
+from giantstep.planning.load_plan import plan_load
+from giantstep.planning.load_tables import ChunkTable, tabulate_spans, tabulate_wanted
 from giantstep.reading.array_sink import ArraySink
 from giantstep.reading.fetch import WORDS, Source, fetch
 from giantstep.reading.index_reader import IndexReader, TensorEntry
@@ -167,10 +168,10 @@ class Checkpoint:
             size=np.array([chunk.region.size or (1,) for chunk in chunks], dtype=np.int64).reshape(len(chunks), dims),
         )
         wanted = tabulate_wanted([0], [region], [False], dims)
-        reads = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
+        plan = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
         source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: entry.key)
         with self._reading():
-            fetch(source, reads, [ArraySink(target, region.offset)], _THREADS)
+            fetch(source, plan, [ArraySink(target, region.offset)], _THREADS)
         return target
 
     def read_words(self, key: str, region: Region) -> tuple[str, NDArray[Any]]:
@@ -207,23 +208,11 @@ class Checkpoint:
         file, start, size = found
         data = np.empty(size, dtype=np.uint8)
         if size:
-            block = self._record.block_bytes
-            table = ChunkTable(
-                ends=np.array([0, 1]),
-                item_bytes=np.array([1]),
-                file=np.array([file]),
-                start=np.array([start]),
-                offset=np.zeros((1, 1), dtype=np.int64),
-                size=np.array([[size]]),
-            )
-            pieces = [
-                Piece(0, 0, (low,), (min(_BUFFER_BYTES, size - low),), start + low, start + min(low + _BUFFER_BYTES, size))
-                for low in range(0, size, _BUFFER_BYTES)
-            ]
-            reads = [Read(file, p.start // block * block, -(-p.stop // block) * block, (p,)) for p in pieces]
+            table, wanted = tabulate_spans([file], [start], [size])
+            plan = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
             source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: key, "object")
             with self._reading():
-                fetch(source, reads, [ArraySink(data, (0,))], _THREADS)
+                fetch(source, plan, [ArraySink(data, (0,))], _THREADS)
         return data.tobytes()
 
     @property

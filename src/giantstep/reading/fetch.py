@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from giantstep.errors import CorruptionError
 from giantstep.format.digests import block_checksums
 from giantstep.format.record import CommitRecord
-from giantstep.planning.load_plan import ChunkTable, Piece, Read
+from giantstep.planning.load_plan import Box, LoadPlan, Read, boxes
+from giantstep.planning.load_tables import ChunkTable
 from giantstep.reading.data_files import DataFiles
 from giantstep.storage.base import Store
 from giantstep.storage.buffers import device_buffer
@@ -81,12 +82,12 @@ class Fetched:
     bytes_read: int
 
 
-def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, threads: int) -> Fetched:
+def fetch(source: Source, plan: LoadPlan, sinks: Sequence[Sink] | None, threads: int) -> Fetched:
     """Carry out all reads.
 
     Args:
         source: what to read from.
-        reads: from `plan_load`.
+        plan: from `plan_load`.
         sinks: per wanted region; None verifies and drops the bytes.
         threads: how many reads are in flight.
 
@@ -95,6 +96,7 @@ def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, t
         IncompleteError: a data file is missing.
         OSError: reading failed.
     """
+    reads = plan.reads
     if not reads:
         return Fetched(0)
     sizes = [file.bytes for file in source.record.files]
@@ -112,7 +114,11 @@ def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, t
                 return 0
             buffer = buffers.get()
             try:
-                return _carry_out(source, files, read, sinks, buffer)
+                data = read_verified(source, files, read.file, read.start, read.stop, buffer)
+                if sinks is not None:
+                    for box in boxes(plan.chunks, plan.pieces, read.first, read.last):
+                        sinks[box.wanted].put(box.offset, box.size, bits(box, data, read.position))
+                return len(data)
             except Exception:
                 failed.set()
                 raise
@@ -123,46 +129,38 @@ def fetch(source: Source, reads: Sequence[Read], sinks: Sequence[Sink] | None, t
             return Fetched(sum(pool.map(run, reads)))
 
 
-def _carry_out(source: Source, files: DataFiles, read: Read, sinks: Sequence[Sink] | None, buffer: NDArray[np.uint8]) -> int:
-    entry = source.record.files[read.file]
-    stop = min(read.stop, entry.bytes)
-    data = buffer[: stop - read.start]
-    files.get(read.file).read_into(read.start, data.data)
+def read_verified(
+    source: Source, files: DataFiles, file: int, start: int, stop: int, buffer: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Bytes [start, stop) of a file, or to its end, at the beginning of `buffer`; `start` is that of a block.
+
+    Raises: as `fetch`.
+    """
+    data = buffer[: min(stop, source.record.files[file].bytes) - start]
+    files.get(file).read_into(start, data.data)
     if source.checksums is not None:
-        _verify(source, read, data)
-    if sinks is not None:
-        for piece in read.pieces:
-            sinks[piece.wanted].put(piece.offset, piece.size, _bits(source.chunks, piece, read, data))
-    return len(data)
+        _verify(source, source.checksums, file, start, data)
+    return data
 
 
-def _bits(chunks: ChunkTable, piece: Piece, read: Read, data: NDArray[np.uint8]) -> Bits:
-    """The piece's box inside the buffer, strided as the chunk is; no copy."""
-    chunk_size = chunks.size[piece.chunk].tolist()
-    tensor = int(np.searchsorted(chunks.ends, piece.chunk, side="right")) - 1
-    item_bytes = int(chunks.item_bytes[tensor])
-    strides = [item_bytes] * len(chunk_size)
-    for axis in range(len(chunk_size) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * chunk_size[axis + 1]
-    return np.ndarray(piece.size, WORDS[item_bytes], data, piece.start - read.start, strides)
+def bits(box: Box, data: NDArray[np.uint8], position: int) -> Bits:
+    """A piece inside bytes that begin at `position`, strided as its chunk is; no copy."""
+    return np.ndarray(box.size, WORDS[box.item_bytes], data, box.position - position, box.strides)
 
 
-def _verify(source: Source, read: Read, data: NDArray[np.uint8]) -> None:
-    if source.checksums is None:
-        return
+def _verify(source: Source, checksums: ChecksumsOf, file: int, start: int, data: NDArray[np.uint8]) -> None:
     size = source.record.block_bytes
-    first = read.start // size
+    first = start // size
     found = block_checksums(data.data, size)
-    expected = source.checksums(read.file, first, first + len(found))
-    wrong = np.flatnonzero(found != expected)
+    wrong = np.flatnonzero(found != checksums(file, first, first + len(found)))
     if len(wrong):
-        start = (first + int(wrong[0])) * size
-        raise _block_error(source, read, start, min(start + size, read.start + len(data)), len(wrong))
+        low = start + int(wrong[0]) * size
+        raise _block_error(source, file, low, min(low + size, start + len(data)), len(wrong))
 
 
-def _block_error(source: Source, read: Read, start: int, stop: int, count: int) -> CorruptionError:
-    entry = source.record.files[read.file]
-    keys = sorted({source.key_of(piece.chunk) for piece in read.pieces if piece.start < stop and piece.stop > start})
+def _block_error(source: Source, file: int, start: int, stop: int, count: int) -> CorruptionError:
+    entry = source.record.files[file]
+    keys = sorted({source.key_of(chunk) for chunk in source.chunks.within(file, start, stop)})
     shown = ", ".join(repr(key) for key in keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
     return CorruptionError(
         f"{source.noun}{'s' if len(keys) > 1 else ''} {shown or '(header)'}: bytes {start} to {stop} of "
