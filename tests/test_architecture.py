@@ -14,15 +14,16 @@ LAYERS: list[set[str]] = [
     {"cli", "integrations", "testing", "__init__"},
     {"metadata"},
     {"opening", "saving", "loading", "removal"},
-    {"filling", "unwrapping"},
+    {"filling", "unwrapping", "planned_save"},
     {"describing", "requesting", "restoring"},
-    {"codecs", "reports", "phases"},
+    {"codecs", "reports", "phases", "writers", "stored_plans"},
     {"mapping", "staging", "writing", "reading", "commit"},
     {"words"},
     {"planning", "storage", "group"},
     {"format"},
     {"shards"},
     {"options"},
+    {"plan_cache"},
     {"errors"},
 ]
 PURE = {"shards", "format", "planning"}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from giantstep import errors
 from giantstep.errors import GiantstepError
 from giantstep.options import LoadOptions, SaveOptions, StrictHandling
+from giantstep.plan_cache import PlanCache
 
 if TYPE_CHECKING:
     from giantstep.codecs import register_type
@@ -67,6 +68,7 @@ __all__ = [
     "LoadReport",
     "LoadedState",
     "LocalNonpersistentObject",
+    "PlanCache",
     "SaveOptions",
     "SaveReport",
     "ShardedObject",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,6 +31,18 @@ def description_of(described: Described, ranks: int, buffer_bytes: int) -> Descr
         ranks: number of ranks that save together; one rank needs no digests.
         buffer_bytes: how much of a tensor is brought to the host at a time to digest it.
     """
+    return with_digests(structure_of(described), described, ranks, buffer_bytes)
+
+
+def with_digests(structure: Description, described: Described, ranks: int, buffer_bytes: int) -> Description:
+    """The description with the digests that `structure_of` left out; see `description_of`."""
+    shards = [(leaf, region, view) for leaf in described.leaves for region, view in leaf.pieces]
+    objects = [described.stored[key] for key in structure.object_keys]
+    return replace(structure, shard_digest=_digests(shards, ranks, buffer_bytes), object_digest=object_digests(objects, ranks))
+
+
+def structure_of(described: Described) -> Description:
+    """What there is on this rank, without digests of values: they are zeros."""
     leaves = described.leaves
     numbers: dict[str, int] = {}
     tensors: list[TensorLeaf] = []
@@ -51,11 +64,11 @@ def description_of(described: Described, ranks: int, buffer_bytes: int) -> Descr
         shard_mesh=np.array([leaf.mesh for leaf, _, _ in shards], dtype=np.int64),
         shard_offset=_ints(region.offset for _, region, _ in shards),
         shard_size=_ints(region.size for _, region, _ in shards),
-        shard_digest=_digests(shards, ranks, buffer_bytes),
+        shard_digest=np.zeros((len(shards), 2), dtype=np.uint64),
         tied=_ties(leaves, numbers),
         object_keys=keys,
         object_role=np.array([described.stored[key].role for key in keys], dtype=np.uint8),
-        object_digest=_object_digests([described.stored[key] for key in keys], ranks),
+        object_digest=np.zeros((len(keys), 2), dtype=np.uint64),
     )
 
 
@@ -85,7 +98,8 @@ def _digests(
     return np.array(found, dtype=np.uint64).reshape(len(shards), 2)
 
 
-def _object_digests(objects: Sequence[StoredObject], ranks: int) -> NDArray[np.uint64]:
+def object_digests(objects: Sequence[StoredObject], ranks: int) -> NDArray[np.uint64]:
+    """[objects, 2] digests of values; zeros if there is one rank alone."""
     if ranks == 1:
         return np.zeros((len(objects), 2), dtype=np.uint64)
     found = [fingerprint_digest(item, OBJECT_CODEC) for item in objects]

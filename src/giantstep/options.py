@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from giantstep.errors import BadArgumentError
+from giantstep.plan_cache import PlanCache
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -128,7 +129,8 @@ class SaveOptions:
     """A rank starts another data file where one would grow beyond this; larger chunks are split."""
 
     split_bytes: int = MIB
-    """Replicated regions of at least this size may be split between their holders for balance."""
+    """Replicated regions of at least this size may be divided between their holders for balance; smaller ones only
+    where a rank's whole share is not much larger than they are."""
 
     direct_io: DirectIo = "auto"
     """`auto` writes large files past the page cache (O_DIRECT) where the file system can; `never` does not."""
@@ -143,6 +145,14 @@ class SaveOptions:
     """Objects that are meant to be equal on several ranks (common state, i.e. plain Python values, and replicas of a
     `ShardedObject`) but differ: `warn`, naming ranks and paths, and store rank 0's or the main replica's; or `raise`
     a `DisagreementError`."""
+
+    writers: Any = None
+    """Who writes what several ranks hold: a policy of `giantstep.writers`. None means `Balanced()`: all holders, in
+    equal shares."""
+
+    plan_cache: PlanCache | None = None
+    """Where plans are kept for later saves of the same structure. None: every save is planned anew. With one, replicas
+    of plain tensors are compared when a plan is made and not again while it is used."""
 
     def __post_init__(self) -> None:
         _require_secs("timeout_secs", self.timeout_secs)
@@ -165,6 +175,9 @@ class SaveOptions:
             self.on_object_difference,
             f"one of {get_args(OnObjectDifference)}",
         )
+        policy = self.writers is None or callable(getattr(self.writers, "cell", None))
+        _require(policy and not isinstance(self.writers, type), "writers", self.writers, "a policy of giantstep.writers")
+        _require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,14 +33,16 @@ class Stopwatch:
 
 
 def settings(options: Any) -> dict[str, Any]:
-    """The fields of an options object as JSON values; of a function only that there is one."""
+    """The fields of an options object as JSON values; of functions, groups, policies and caches only what they are."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, enum.Enum):
             return value.value
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
-        return "a function" if callable(value) else value
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        return "a function" if callable(value) else f"a {type(value).__name__}"
 
     return {item.name: plain(getattr(options, item.name)) for item in fields(options)}
 

@@ -36,6 +36,7 @@ class SaveReport:
         bytes_written: payload that this rank wrote.
         seconds: per phase, on this rank.
         removed: files of superseded saves that rank 0 deleted after the commit; empty on other ranks.
+        plan_reused: whether the plan of an earlier save was used (see `PlanCache`).
     """
 
     location: str
@@ -46,6 +47,7 @@ class SaveReport:
     bytes_written: int
     seconds: dict[str, float]
     removed: tuple[str, ...] = ()
+    plan_reused: bool = False
 
     def __str__(self) -> str:
         what = f"{_counted(self.tensors, 'tensor')} and {_counted(self.objects, 'object')}"

@@ -19,30 +19,27 @@ from numpy.typing import NDArray
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
-from giantstep.describing import description_of
-from giantstep.errors import BadArgumentError, CoverageError, DisagreementError, GiantstepError
+from giantstep.errors import BadArgumentError, GiantstepError
 from giantstep.format.data_file import chunk_entry, object_entry
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
-from giantstep.group.base import Group, Parts, consult, consult_parts
+from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.mapping.describe import Described, StoredObject, describe
-from giantstep.mapping.differences import describe_differences, fingerprints
-from giantstep.mapping.flat_ranges import describe_flat, flat_shards
 from giantstep.options import SaveOptions
-from giantstep.phases import Stopwatch, same_call, settings, with_call
-from giantstep.planning.description import COPY, decode_descriptions
+from giantstep.phases import Stopwatch, settings
+from giantstep.planned_save import SavePlanner, Subject
+from giantstep.planning.description import COPY
 from giantstep.planning.index_plan import WriteReport, build_index
-from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
+from giantstep.planning.save_plan import regions_of_part
 from giantstep.reports import SaveReport
-from giantstep.shards.object_keys import COMMON_KEY, wrapped_tensor
+from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.staging.host import host_pieces
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.writing.write import Source, Written, write
 
 _LOG = logging.getLogger("giantstep")
-_PLANNED, _REFUSED = b"P", b"R"
 
 
 def save(
@@ -87,11 +84,9 @@ def save(
 
 @dataclass(slots=True)
 class _RootState:
-    """What only rank 0 knows: the plan, the commit record before, and the one that it published."""
+    """What only rank 0 knows: the commit record before, and the one that it published."""
 
-    plan: SavePlan | None = None
     before: bytes | None = None
-    refusal: CoverageError | None = None
     record: CommitRecord | None = None
 
 
@@ -108,25 +103,18 @@ class _Save:
         self._options = options if isinstance(options, SaveOptions) else SaveOptions()
         self._metadata = metadata
         self._group: Group = group_of(process_group)
+        self._planner = SavePlanner(self._group, process_group, self._options)
         self._root = _RootState()
         self._written_bytes = 0
         self._totals = (0, 0, 0)
 
-    # Stage 1 and 2: describe, plan.
+    # Stages 1 and 2: describe, plan.
 
     def plan(self) -> None:
         """Describe this rank's state; learn what to write. Nothing is written."""
-        answer = consult_parts(
-            self._group, "describe", self._options.timeout_secs, self._describe, self._decide_plan, "plan"
-        )
-        if answer[0] == _REFUSED:
-            self._explain_refusal(answer[1].decode("utf-8"))
-        self._save_id = answer[1].decode("ascii")
-        self._part = WritePart.decode(answer[2:])
-        if self._part.differing:
-            self._meet_differing_objects()
+        self._save_id = self._planner.agree(self._describe, self._prepare).decode("ascii")
 
-    def _describe(self) -> Parts:
+    def _describe(self) -> Subject:
         if not isinstance(self._asked, SaveOptions | None):
             raise BadArgumentError(f"options must be SaveOptions, not {type(self._asked).__name__}")
         self._store: Store = store_at(self._path)
@@ -134,59 +122,13 @@ class _Save:
         self._described: Described = describe(self._state_dict, for_load=False)
         self._views = [view for leaf in self._described.leaves for _, view in leaf.pieces if view is not None]
         self._objects = _encoded(self._described.stored)
-        self._description = description_of(self._described, self._group.size, self._options.buffer_bytes)
         call = {"call": "save", "path": self._store.location, "options": settings(self._options)}
-        return with_call(call, *self._description.encode())
+        return Subject(self._described, call)
 
-    def _decide_plan(self, reports: Sequence[Parts]) -> list[Parts]:
-        descriptions = decode_descriptions(same_call(reports))
-        # A file holds at least one chunk, so a chunk must leave room for the header.
-        max_chunk_bytes = max(1, self._options.max_file_bytes - (64 << 10))
-        try:
-            plan = plan_save(descriptions, split_bytes=self._options.split_bytes, max_chunk_bytes=max_chunk_bytes)
-        except CoverageError as error:
-            if error.tensor_key is None:
-                raise
-            # All ranks are asked what they hold of the tensor, so that the error can name flat ranges.
-            self._root.refusal = error
-            return [(_REFUSED, error.tensor_key.encode("utf-8"))] * self._group.size
+    def _prepare(self) -> bytes:
         self._store.prepare(DATA_DIR)
-        self._root.plan, self._root.before = plan, current_record(self._store)
-        now = dt.datetime.now(dt.UTC)
-        save_id = new_save_id(now, secrets.token_hex(8)).encode("ascii")
-        return [(_PLANNED, save_id, *part.encode()) for part in plan.parts(descriptions)]
-
-    def _explain_refusal(self, key: str) -> None:
-        def decide(reports: Sequence[bytes]) -> list[bytes]:
-            refusal = self._root.refusal
-            raise CoverageError((refusal.message if refusal else "") + describe_flat(key, reports)) from refusal
-
-        consult(self._group, "plan", self._options.timeout_secs, lambda: flat_shards(self._described.leaves, key), decide)
-
-    def _meet_differing_objects(self) -> None:
-        def decide(reports: Sequence[bytes]) -> list[bytes]:
-            differing = self._planned().objects.differing()
-            message = describe_differences(reports, differing)
-            # How a tensor is to be read is no matter of policy.
-            unreadable = any(wrapped_tensor(name) is not None for name in differing)
-            if unreadable or self._options.on_object_difference == "raise":
-                raise DisagreementError(message + ". Make them equal, or give each rank a ShardedObject position of its own.")
-            _LOG.warning("%s; rank 0's or the main replica's is stored", message)
-            return [b""] * len(reports)
-
-        names = self._part.differing
-        consult(
-            self._group,
-            "describe",
-            self._options.timeout_secs,
-            lambda: fingerprints(self._described.stored, names, OBJECT_CODEC),
-            decide,
-        )
-
-    def _planned(self) -> SavePlan:
-        if self._root.plan is None:
-            raise DisagreementError("no plan was made")
-        return self._root.plan
+        self._root.before = current_record(self._store)
+        return new_save_id(dt.datetime.now(dt.UTC), secrets.token_hex(8)).encode("ascii")
 
     # Stages 3 to 5: stage, write, commit.
 
@@ -209,25 +151,26 @@ class _Save:
         self._store.prepare(DATA_DIR)
         written = write(self._store, self._save_id, self._group.rank, sources, self._options)
         self._written_bytes = sum(source.entry.bytes for source in sources)
-        return _write_report(written, sources, len(self._part.row)).encode()
+        return _write_report(written, sources, len(self._planner.part.row)).encode()
 
     def _sources(self) -> list[Source]:
         """This rank's chunks, in the order of its part, then its objects."""
         pieces = [(leaf, region) for leaf in self._described.leaves for region, _ in leaf.pieces]
         sources = []
-        for row, region in zip(self._part.row.tolist(), regions_of_part(self._part, self._description), strict=True):
+        part = self._planner.part
+        for row, region in zip(part.row.tolist(), regions_of_part(part, self._planner.description), strict=True):
             leaf, held = pieces[row]
             view = self._views[row][region.relative_to(held.offset).slices()]
             entry = chunk_entry(leaf.key, leaf.dtype, region)
             sources.append(Source(entry, leaf.dtype.item_bytes, partial(host_pieces, view, self._options.buffer_bytes)))
-        for name in self._part.objects:
+        for name in part.objects:
             data = self._objects[name]
             if data:
                 sources.append(Source(object_entry(name, len(data)), 1, partial(_array_of, data)))
         return sources
 
     def _decide_commit(self, reports: Sequence[Parts]) -> list[Parts]:
-        index, files = build_index(self._planned(), [WriteReport.decode(report) for report in reports])
+        index, files = build_index(self._planner.planned(), [WriteReport.decode(report) for report in reports])
         record: CommitRecord = publish(
             self._store,
             self._save_id,
@@ -272,6 +215,7 @@ class _Save:
             bytes_written=self._written_bytes,
             seconds=self.watch.seconds,
             removed=tuple(removed),
+            plan_reused=self._planner.reused,
         )
 
 

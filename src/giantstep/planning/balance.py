@@ -54,7 +54,14 @@ class Shares:
     count: Int64s
 
 
-def balance(regions: Regions, sets: Sequence[Int64s], set_of: Int64s, ranks: int, split_bytes: int) -> Shares:
+def balance(
+    regions: Regions,
+    sets: Sequence[Int64s],
+    set_of: Int64s,
+    ranks: int,
+    split_bytes: int,
+    loads: Int64s | None = None,
+) -> Shares:
     """Share all regions out.
 
     Args:
@@ -63,8 +70,9 @@ def balance(regions: Regions, sets: Sequence[Int64s], set_of: Int64s, ranks: int
         set_of: [groups] which of them holds each region.
         ranks: number of ranks.
         split_bytes: regions smaller than this are divided only where their holders' shares are small too.
+        loads: [ranks] bytes that each moves beside these; none if not given.
     """
-    loads = np.zeros(ranks, dtype=np.int64)
+    loads = np.zeros(ranks, dtype=np.int64) if loads is None else loads.astype(np.int64)
     members = np.array([len(held) for held in sets], dtype=np.int64)
     first_rank = np.array([int(held[0]) for held in sets], dtype=np.int64)
     alone = np.flatnonzero(members[set_of] == 1)

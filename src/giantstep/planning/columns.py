@@ -26,6 +26,8 @@ def pack_column(values: NDArray[Any]) -> bytes:
     """Integers, in row-major order, in the fewest bytes each that hold all of them."""
     if not values.size:
         return _HEADS[0]
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8)
     low, high = int(values.min()), int(values.max())
     fitting = (kind for kind in range(_SIGNED) if high < 1 << 8 * _KINDS[kind].itemsize)
     kind = _SIGNED if low < 0 else next(fitting, _WIDEST)

@@ -79,6 +79,11 @@ _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "object_role": (np.uint8, 1),
     "object_digest": (np.uint64, 2),
 }
+# Positions of the parts of an encoded description that say what there is, not what values it has.
+STRUCTURE_PARTS = (
+    *range(2 * len(_TEXTS)),
+    *(2 * len(_TEXTS) + row for row, name in enumerate(_COLUMNS) if not name.endswith("_digest")),
+)
 
 
 def decode_descriptions(reports: Sequence[Parts]) -> list[Description]:

@@ -113,19 +113,11 @@ def holder_sets(table: ShardTable, holders: Holders, cells: Sequence[str] | None
     """
     if not len(holders.rows):
         return [], np.zeros(0, dtype=np.int64)
-    member = table.member[holders.rows]
-    # A set of classes is recognised by two sums of well-mixed 64-bit numbers of its members.
-    marks = [np.add.reduceat(mixed(member, salt), holders.starts) for salt in (1, 2)]
     cell_of = np.unique(cells, return_inverse=True)[1] if cells is not None else None
-    if cell_of is not None:
-        marks.append(cell_of[holders.main].astype(np.uint64))
-    order = np.lexsort(marks)
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = np.logical_or.reduce([mark[order][1:] != mark[order][:-1] for mark in marks])
-    set_of = np.zeros(len(order), dtype=np.int64)
-    set_of[order] = np.cumsum(new) - 1
+    set_of, examples = _sets_of_classes(table, holders, cell_of)
+    member = table.member[holders.rows]
     found = []
-    for group in order[new].tolist():
+    for group in examples.tolist():
         classes = member[holders.starts[group] : holders.starts[group] + holders.counts[group]]
         ranks = table.ranks[int(classes[0])]
         if len(classes) > 1:
@@ -134,6 +126,41 @@ def holder_sets(table: ShardTable, holders: Holders, cells: Sequence[str] | None
             ranks = ranks[cell_of[ranks] == cell_of[holders.main[group]]]
         found.append(ranks)
     return found, set_of
+
+
+def _sets_of_classes(table: ShardTable, holders: Holders, cell_of: Int64s | None) -> tuple[Int64s, Int64s]:
+    """[groups] number of the set of classes (and of the cell) that holds each, and [sets] one group of each set."""
+    member = table.member[holders.rows]
+    first = member[holders.starts]
+    set_of = np.zeros(len(holders.starts), dtype=np.int64)
+    examples: list[Int64s] = []
+    count = 0
+    # Groups with one row, which may be millions, are told apart by their class alone; a class lies in one cell or not.
+    single = np.flatnonzero(holders.counts == 1)
+    if len(single):
+        marks = first[single]
+        if cell_of is not None:
+            marks = marks * (int(cell_of.max()) + 1) + cell_of[holders.main[single]]
+        example = np.full(int(marks.max()) + 1, -1, dtype=np.int64)
+        example[marks] = single
+        there = np.flatnonzero(example >= 0)
+        number = np.zeros(len(example), dtype=np.int64)
+        number[there] = np.arange(len(there))
+        set_of[single] = number[marks]
+        examples.append(example[there])
+        count = len(there)
+    several = np.flatnonzero(holders.counts > 1)
+    if len(several):
+        # A set of classes is recognised by two sums of well-mixed 64-bit numbers of its members.
+        sums = [np.add.reduceat(mixed(member, salt), holders.starts)[several] for salt in (1, 2)]
+        if cell_of is not None:
+            sums.append(cell_of[holders.main[several]].astype(np.uint64))
+        order = np.lexsort(sums)
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = np.logical_or.reduce([mark[order][1:] != mark[order][:-1] for mark in sums])
+        set_of[several[order]] = count + np.cumsum(new) - 1
+        examples.append(several[order[new]])
+    return set_of, np.concatenate(examples)
 
 
 def rows_at(table: ShardTable, holders: Holders, groups: Int64s, ranks: Int64s) -> Int64s:

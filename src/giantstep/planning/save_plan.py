@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +91,26 @@ class SavePlan:
     ranks: int
     objects: ObjectPlan
 
+    def encode(self) -> Parts:
+        """As parts, to be kept."""
+        objects = self.objects
+        columns = [getattr(self, name) for name in _COLUMNS]
+        columns += [objects.writer, objects.holders, objects.differs.astype(np.uint8), np.array([self.ranks])]
+        return (*pack_texts(self.keys), *pack_texts(objects.keys), *map(pack_column, columns))
+
+    @classmethod
+    def decode(cls, parts: Parts) -> SavePlan:
+        """Inverse of `encode`."""
+        if len(parts) != _PLAN_PARTS:
+            raise PeerFailureError(f"a plan in {len(parts)} parts cannot be read, expected {_PLAN_PARTS}")
+        values: dict[str, Any] = {name: unpack_column(part) for name, part in zip(_COLUMNS, parts[4:-4], strict=True)}
+        writer, holders, differs, ranks = (unpack_column(part) for part in parts[-4:])
+        width = len(values["shape"]) // max(1, len(values["ndim"]))
+        values |= {name: values[name].reshape(-1, max(1, width)) for name in ("shape", "offset", "size")}
+        objects = ObjectPlan(unpack_texts(*parts[2:4]), writer, holders, differs.astype(bool))
+        values |= {"dtype": values["dtype"].astype(np.uint8), "whole": values["whole"].astype(bool)}
+        return cls(keys=unpack_texts(*parts[:2]), ranks=int(ranks[0]), objects=objects, **values)
+
     def chunks_by_writer(self) -> list[Int64s]:
         """By rank, the rows of the chunks that it writes, in the order in which it gets and reports them."""
         narrow = self.writer.astype(np.uint16) if self.ranks <= 1 << 16 else self.writer
@@ -117,6 +138,10 @@ class SavePlan:
                 )
             )
         return found
+
+
+_COLUMNS = ("dtype", "ndim", "shape", "tied", "tensor", "offset", "size", "bytes", "writer", "source_row", "whole")
+_PLAN_PARTS = 4 + len(_COLUMNS) + 4
 
 
 def plan_save(
@@ -162,27 +187,52 @@ def _shared_out(
     tensor, offset, size = table.tensor[first], table.offset[first], table.size[first]
     sets, set_of = holder_sets(table, holders, cells)
     item = table.item_bytes[tensor]
-    depth, slices = _granularity(size, item, sets, set_of)
-    elements = size.prod(axis=1)
-    shares = balance(Regions(slices, elements // slices * item), sets, set_of, ranks, split_bytes)
-    part = _boxes(size, depth, shares)
-    group, writer = shares.group[part.share], shares.rank[part.share]
-    source = rows_at(table, holders, group, writer)
-    return SavePlan(
+    length = size.prod(axis=1) * item
+    members, lowest = _members(sets)
+    shared = np.flatnonzero(members[set_of] > 1)
+    plan = SavePlan(
         table.keys,
         table.dtype,
         table.ndim,
         table.shape,
         table.tied,
-        tensor[group],
-        offset[group] + part.offset,
-        part.size,
-        part.size.prod(axis=1) * item[group],
-        writer,
-        table.row[source],
-        (part.size == size[group]).all(axis=1),
+        tensor,
+        offset,
+        size,
+        length,
+        lowest[set_of],
+        table.row[first],
+        np.ones(len(first), dtype=bool),
         ranks,
         objects,
+    )
+    if not len(shared) and (holders.counts == 1).all():
+        return plan
+    alone = np.flatnonzero(members[set_of] == 1)
+    loads = np.bincount(plan.writer[alone], length[alone], minlength=ranks).astype(np.int64)
+    depth, slices = _granularity(size[shared], item[shared], sets, set_of[shared])
+    regions = Regions(slices, length[shared] // slices)
+    parts = _boxes(size[shared], depth, balance(regions, sets, set_of[shared], ranks, split_bytes, loads))
+    group = np.concatenate((alone, shared[parts.group]))
+    writer = np.concatenate((plan.writer[alone], parts.rank))
+    divided = np.concatenate((size[alone], parts.size))
+    return replace(
+        plan,
+        tensor=tensor[group],
+        offset=np.concatenate((offset[alone], offset[shared[parts.group]] + parts.offset)),
+        size=divided,
+        bytes=divided.prod(axis=1) * item[group],
+        writer=writer,
+        source_row=table.row[rows_at(table, holders, group, writer)],
+        whole=(divided == size[group]).all(axis=1),
+    )
+
+
+def _members(sets: Sequence[Int64s]) -> tuple[Int64s, Int64s]:
+    """How many ranks each set has, and the lowest of them."""
+    return (
+        np.array([len(held) for held in sets], dtype=np.int64),
+        np.array([int(held[0]) for held in sets], dtype=np.int64),
     )
 
 
@@ -199,12 +249,12 @@ def _granularity(size: Int64s, item: Int64s, sets: Sequence[Int64s], set_of: Int
     groups = np.arange(len(size))
     depth = np.argmax(size > 1, axis=1)
     slices = np.cumprod(size, axis=1)
-    elements = slices[:, -1] if len(size) else np.zeros(0, dtype=np.int64)
-    members = np.array([len(held) for held in sets], dtype=np.int64)
+    elements = slices[:, -1]
+    members, _ = _members(sets)
     total = np.bincount(set_of, elements * item, minlength=len(sets))
     limit = np.maximum(total / np.maximum(members, 1) / _UNIT_PARTS, _UNIT_BYTES)[set_of]
     while True:
-        coarse = (elements // slices[groups, depth] * item > limit) & (members[set_of] > 1) & (depth < size.shape[1] - 1)
+        coarse = (elements // slices[groups, depth] * item > limit) & (depth < size.shape[1] - 1)
         if not coarse.any():
             return depth, slices[groups, depth]
         depth = depth + coarse
@@ -212,9 +262,10 @@ def _granularity(size: Int64s, item: Int64s, sets: Sequence[Int64s], set_of: Int
 
 @dataclass(frozen=True, slots=True)
 class _Boxes:
-    """Boxes of shares, relative to their regions."""
+    """Boxes that ranks take of regions, relative to these."""
 
-    share: Int64s
+    group: Int64s
+    rank: Int64s
     offset: Int64s
     size: Int64s
 
@@ -224,27 +275,27 @@ def _boxes(size: Int64s, depth: Int64s, shares: Shares) -> _Boxes:
     group = shares.group
     rows = np.arange(len(group))
     offset, taken = np.zeros_like(size[group]), size[group].copy()
-    partial = shares.count < np.cumprod(taken, axis=1)[rows, depth[group]] if len(rows) else np.zeros(0, dtype=bool)
-    leading = taken[:, :-1] if taken.shape[1] > 1 else np.ones((len(rows), 1), dtype=np.int64)
-    outer = np.cumprod(leading, axis=1)[rows, np.maximum(depth[group] - 1, 0)] if len(rows) else rows
-    simple = partial & ((depth[group] == 0) | (outer == 1))
-    offset[rows[simple], depth[group[simple]]] = shares.first[simple]
-    taken[rows[simple], depth[group[simple]]] = shares.count[simple]
-    ragged = np.flatnonzero(partial & ~simple)
-    if not len(ragged):
-        return _Boxes(rows, offset, taken)
+    slices = np.cumprod(taken, axis=1)[rows, depth[group]]
+    # Along one axis slices make a box.
+    plain = (shares.count == slices) | (slices == taken[rows, depth[group]])
+    offset[rows[plain], depth[group[plain]]] = np.where(shares.count == slices, 0, shares.first)[plain]
+    taken[rows[plain], depth[group[plain]]] = np.where(shares.count == slices, taken[rows, depth[group]], shares.count)[plain]
     more: list[tuple[int, Region]] = []
-    for row in ragged.tolist():
-        axes = int(depth[group[row]]) + 1
-        first = int(shares.first[row])
-        outer_shape, inner = taken[row, :axes].tolist(), tuple(taken[row, axes:].tolist())
-        for _, box in flat_range_to_regions(outer_shape, first, first + int(shares.count[row])):
+    for row in np.flatnonzero(~plain).tolist():
+        axes, first = int(depth[group[row]]) + 1, int(shares.first[row])
+        inner = tuple(taken[row, axes:].tolist())
+        for _, box in flat_range_to_regions(taken[row, :axes].tolist(), first, first + int(shares.count[row])):
             more.append((row, Region((*box.offset, *(0 for _ in inner)), (*box.size, *inner))))
-    kept = np.setdiff1d(rows, ragged)
+    kept = np.concatenate((np.flatnonzero(plain), np.array([row for row, _ in more], dtype=np.int64)))
+    width = size.shape[1]
+    extra = [np.array([getattr(box, name) for _, box in more], dtype=np.int64) for name in ("offset", "size")]
     return _Boxes(
-        np.concatenate((kept, [row for row, _ in more])),
-        np.concatenate((offset[kept], [box.offset for _, box in more])),
-        np.concatenate((taken[kept], [box.size for _, box in more])),
+        group[kept],
+        shares.rank[kept],
+        *(
+            np.concatenate((table[plain], boxes.reshape(-1, width)))
+            for table, boxes in zip((offset, taken), extra, strict=True)
+        ),
     )
 
 
@@ -284,6 +335,8 @@ def _divided(plan: SavePlan, max_chunk_bytes: int) -> SavePlan:
 
 def _sorted(plan: SavePlan) -> SavePlan:
     position = positions(plan.tensor, plan.offset, plan.shape)
+    if position is not None and (position[1:] > position[:-1]).all():
+        return plan
     if position is not None:
         order = np.argsort(position, kind="stable")
     else:

@@ -1,0 +1,193 @@
+"""`SavePlanner`: all ranks of a save come to one plan, or find that the one they have still holds. Called by `save`.
+
+With a `PlanCache`, a rank that is described as when a plan was made reports a token instead of its description. If all do,
+and the tokens agree, the plan is used again. If only some do, all are asked for their descriptions and a plan is made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from giantstep.codecs import OBJECT_CODEC
+from giantstep.describing import object_digests, structure_of, with_digests
+from giantstep.errors import CoverageError, DisagreementError
+from giantstep.group.base import Group, Parts, consult, consult_parts
+from giantstep.mapping.describe import Described
+from giantstep.mapping.differences import describe_differences, fingerprints
+from giantstep.mapping.flat_ranges import describe_flat, flat_shards
+from giantstep.options import SaveOptions
+from giantstep.phases import same_call, settings, with_call
+from giantstep.planning.description import Description, decode_descriptions
+from giantstep.planning.reuse import PLAN_ID_BYTES, all_as_before, fingerprint, token, weighted
+from giantstep.planning.save_plan import SavePlan, WritePart, plan_save
+from giantstep.planning.stored_plan import StoredPlan
+from giantstep.shards.object_keys import wrapped_tensor
+from giantstep.stored_plans import find_plan, keep_plan
+from giantstep.writers import Balanced, Caller
+
+_LOG = logging.getLogger("giantstep")
+# First part of a report: a token, or a cell and a description.
+_AS_BEFORE, _NEW = b"T", b"D"
+# First part of an answer: what the plan is, that the one before holds, that descriptions are wanted, a refusal.
+_PLANNED, _HOLDS, _TELL, _REFUSED = b"P", b"H", b"T", b"R"
+# A file holds at least one chunk, so a chunk must leave room for the header.
+_HEADER_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is to be planned on this rank: its state taken apart, and what must be equal on all ranks."""
+
+    described: Described
+    call: dict[str, Any]
+
+
+class SavePlanner:
+    """One save's planning on one rank.
+
+    Attributes:
+        part: what this rank writes; after `agree`.
+        description: from which the regions of the part are made.
+        plan: the whole plan; on rank 0 alone.
+        reused: whether a plan made by an earlier save is used.
+    """
+
+    part: WritePart
+    description: Description
+
+    def __init__(self, group: Group, process_group: Any, options: SaveOptions) -> None:
+        self.plan: SavePlan | None = None
+        self.reused = False
+        self._group = group
+        self._caller = Caller(group.rank, group.size, process_group)
+        self._options = options
+        self._refusal: CoverageError | None = None
+        self._known: StoredPlan | None = None
+
+    def agree(self, describe: Callable[[], Subject], prepare: Callable[[], bytes]) -> bytes:
+        """Come to a plan. Nothing is written.
+
+        Args:
+            describe: makes the subject; its errors reach all ranks.
+            prepare: runs on rank 0 once there is a plan; what it returns, `agree` returns on all ranks.
+
+        Raises:
+            CoverageError, DisagreementError: the ranks' states do not fit together.
+        """
+        secs = self._options.timeout_secs
+
+        def decide(reports: Sequence[Parts]) -> list[Parts]:
+            return self._decide(same_call(reports), prepare)
+
+        answer = consult_parts(self._group, "describe", secs, lambda: self._report(describe()), decide, "plan")
+        if answer[0] == _TELL:
+            answer = consult_parts(self._group, "describe", secs, self._tell, decide, "plan")
+        if answer[0] == _REFUSED:
+            self._explain_refusal(answer[1].decode("utf-8"))
+        self.reused = answer[0] == _HOLDS
+        if self._known is not None and self.reused:
+            self.part, self.plan = self._known.part, self._known.plan
+        else:
+            self._adopt(answer[2], answer[3:])
+        return answer[1]
+
+    # This rank's report.
+
+    def _report(self, subject: Subject) -> Parts:
+        self._described = subject.described
+        self._call = subject.call
+        policy = self._options.writers if self._options.writers is not None else Balanced()
+        self._cell = policy.cell(self._caller)
+        self.description = structure_of(subject.described)
+        circumstances = [self._group.rank, self._group.size, self._cell, settings(self._options)]
+        self._fingerprint = fingerprint(self.description, json.dumps(circumstances, sort_keys=True).encode("ascii"))
+        if self._options.plan_cache is not None:
+            self._known = find_plan(self._options.plan_cache, self._group.rank, self._fingerprint)
+        if self._known is None:
+            return self._tell()
+        return with_call(self._call, _AS_BEFORE, self._token(self._known))
+
+    def _token(self, known: StoredPlan) -> bytes:
+        names = weighted(known.part, self.description.object_keys)
+        digests = np.zeros((len(self.description.object_keys), 2), dtype=np.uint64)
+        rows = [row for row, weight in enumerate(known.part.weights.tolist()) if weight]
+        digests[rows] = object_digests([self._described.stored[name] for name in names], self._group.size)
+        return token(known.plan_id, self.description.object_keys, known.part.weights, digests)
+
+    def _tell(self) -> Parts:
+        self._known = None
+        self.description = with_digests(self.description, self._described, self._group.size, self._options.buffer_bytes)
+        return with_call(self._call, _NEW, self._cell.encode("utf-8"), *self.description.encode())
+
+    # Rank 0's decision.
+
+    def _decide(self, reports: Sequence[Parts], prepare: Callable[[], bytes]) -> list[Parts]:
+        count = len(reports)
+        if any(report[0] == _AS_BEFORE for report in reports):
+            holds = all(report[0] == _AS_BEFORE for report in reports) and all_as_before([report[1] for report in reports])
+            return [(_HOLDS, prepare())] * count if holds else [(_TELL,)] * count
+        descriptions = decode_descriptions([report[2:] for report in reports])
+        cells = [report[1].decode("utf-8") for report in reports]
+        try:
+            plan = plan_save(
+                descriptions,
+                split_bytes=self._options.split_bytes,
+                max_chunk_bytes=max(1, self._options.max_file_bytes - _HEADER_BYTES),
+                cells=cells if any(cells) else None,
+            )
+        except CoverageError as error:
+            if error.tensor_key is None:
+                raise
+            # All ranks are asked what they hold of the tensor, so that the error can name flat ranges.
+            self._refusal = error
+            return [(_REFUSED, error.tensor_key.encode("utf-8"))] * count
+        self.plan = plan
+        head, plan_id = prepare(), secrets.token_bytes(PLAN_ID_BYTES)
+        return [(_PLANNED, head, plan_id, *part.encode()) for part in plan.parts(descriptions)]
+
+    def _explain_refusal(self, key: str) -> None:
+        def decide(reports: Sequence[bytes]) -> list[bytes]:
+            raise CoverageError(
+                (self._refusal.message if self._refusal else "") + describe_flat(key, reports)
+            ) from self._refusal
+
+        consult(self._group, "plan", self._options.timeout_secs, lambda: flat_shards(self._described.leaves, key), decide)
+
+    # What follows from the plan.
+
+    def _adopt(self, plan_id: bytes, parts: Parts) -> None:
+        self.part = WritePart.decode(parts)
+        if self.part.differing:
+            self._meet_differing_objects(self.part.differing)
+        if self._options.plan_cache is not None:
+            stored = StoredPlan(self._fingerprint, plan_id, self.part, self.plan)
+            keep_plan(self._options.plan_cache, self._group.rank, stored)
+
+    def _meet_differing_objects(self, names: Sequence[str]) -> None:
+        def decide(reports: Sequence[bytes]) -> list[bytes]:
+            differing = self.planned().objects.differing()
+            message = describe_differences(reports, differing)
+            # How a tensor is to be read is no matter of policy.
+            unreadable = any(wrapped_tensor(name) is not None for name in differing)
+            if unreadable or self._options.on_object_difference == "raise":
+                raise DisagreementError(message + ". Make them equal, or give each rank a ShardedObject position of its own.")
+            _LOG.warning("%s; rank 0's or the main replica's is stored", message)
+            return [b""] * len(reports)
+
+        def told() -> bytes:
+            return fingerprints(self._described.stored, names, OBJECT_CODEC)
+
+        consult(self._group, "describe", self._options.timeout_secs, told, decide)
+
+    def planned(self) -> SavePlan:
+        """The whole plan; on rank 0, after `agree`."""
+        if self.plan is None:
+            raise DisagreementError("no plan was made")
+        return self.plan
