@@ -190,3 +190,67 @@ def test_a_thousand_tensors_on_many_ranks_are_planned_and_balanced(ranks: int) -
         descriptions.append(description(shards))
     found = plan_save(descriptions, split_bytes=1 << 10, max_chunk_bytes=1 << 60)
     assert imbalance(found, ranks) <= 1.05
+
+
+@pytest.mark.parametrize("shape", [(2, 300_001), (3, 5, 40_000), (1, 7, 1, 99_991), (600_000,), (5000, 130)])
+@pytest.mark.parametrize("ranks", [3, 8, 64])
+def test_one_tensor_of_any_shape_is_divided_into_equal_shares(shape: tuple[int, ...], ranks: int) -> None:
+    found = plan([description([("w", shape, Region.whole(shape), IMPLICIT)])] * ranks)
+    assert imbalance(found, ranks) <= 1.05
+    # Every element once.
+    covered = np.zeros(shape, dtype=np.int8)
+    for offset, size in zip(found.offset.tolist(), found.size.tolist(), strict=True):
+        covered[tuple(slice(first, first + count) for first, count in zip(offset, size, strict=True))] += 1
+    assert (covered == 1).all()
+
+
+def _mixed(rank: int, ranks: int) -> Description:
+    """A tensor-parallel weight with replicas, a replicated one, a shard of all ranks, one of this rank's pipeline stage."""
+    tp, dp = rank % 2, rank // 2
+    shards = [
+        ("tp", (64, 512), Region((tp * 32, 0), (32, 512)), MAIN if dp == 0 else COPY),
+        ("dp", (300, 512), Region.whole((300, 512)), IMPLICIT),
+        ("fsdp", (ranks * 8, 512), Region((rank * 8, 0), (8, 512)), IMPLICIT),
+        (f"stage{rank % 4 // 2}", (100, 512), Region.whole((100, 512)), IMPLICIT),
+    ]
+    return description(shards)
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 32])
+def test_a_mixed_layout_is_balanced(ranks: int) -> None:
+    found = plan([_mixed(rank, ranks) for rank in range(ranks)])
+    assert imbalance(found, ranks) <= 1.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.data())
+def test_ranks_that_say_the_same_are_planned_as_if_each_had_said_it_alone(ranks: int, data: st.DataObject) -> None:
+    """What is stored is the same whether equal descriptions are one object or many."""
+    kinds = [
+        [("a", (12, 5), Region((0, 0), (6, 5)), MAIN), ("s", (), Region((), ()), IMPLICIT)],
+        [("a", (12, 5), Region((6, 0), (6, 5)), COPY), ("s", (), Region((), ()), IMPLICIT)],
+        [("a", (12, 5), Region((0, 0), (6, 5)), COPY), ("b", (70, 1000), Region.whole((70, 1000)), IMPLICIT)],
+        [("b", (70, 1000), Region.whole((70, 1000)), IMPLICIT), ("s", (), Region((), ()), IMPLICIT)],
+    ]
+    main = [("a", (12, 5), Region((6, 0), (6, 5)), MAIN)]
+    drawn = [kinds[0], main, *(data.draw(st.sampled_from(kinds[1:])) for _ in range(ranks))]
+    apart = [description(shards) for shards in drawn]
+    one = plan_save(apart, split_bytes=1 << 20, max_chunk_bytes=1 << 60)
+    other = plan_save(as_gathered(apart), split_bytes=1 << 20, max_chunk_bytes=1 << 60)
+    assert one.keys == other.keys
+    for found in (one, other):
+        stored = np.zeros(len(found.keys), dtype=np.int64)
+        np.add.at(stored, found.tensor, found.bytes)
+        assert stored.tolist() == [4 * math.prod(shape) for shape in found.shape.tolist()]
+        columns = (found.tensor, found.offset, found.size, found.writer, found.source_row, found.whole)
+        for tensor, offset, size, writer, row, whole in zip(*(column.tolist() for column in columns), strict=True):
+            key, shape, region, role = drawn[writer][row]
+            chunk = Region(tuple(offset[2 - len(shape) :]), tuple(size[2 - len(shape) :]))
+            assert key == found.keys[tensor]
+            assert role != COPY or key == "a"
+            assert chunk.intersect(region) == chunk
+            assert whole == (chunk == region)
+    decoded = SavePlan.decode(other.encode())
+    for name in ("dtype", "ndim", "shape", "tied", "tensor", "offset", "size", "bytes", "writer", "source_row", "whole"):
+        assert getattr(decoded, name).tolist() == getattr(other, name).tolist(), name
+    assert (decoded.keys, decoded.ranks, decoded.objects.keys) == (other.keys, other.ranks, other.objects.keys)

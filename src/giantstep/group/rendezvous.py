@@ -7,16 +7,18 @@ later one. Rank 0 invites those who have arrived to a place (a prefix in the sto
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import time
 from collections.abc import Callable
 from typing import Any
 
-from giantstep.errors import GiantstepError, PeerFailureError, PhaseTimeoutError, error_from_wire, error_to_wire
+from giantstep.errors import GiantstepError, PeerFailureError
+from giantstep.group.faults import from_text, late, to_text
 
 _POLL_SECS = 0.02
 _POLL_AT_MOST_SECS = 0.5
+# Begins an error where otherwise a token or a place would stand.
+_REFUSED = "!"
 
 
 def meet(store: Any, rank: int, size: int, phase: str, timeout_secs: float) -> str:
@@ -32,13 +34,20 @@ def meet(store: Any, rank: int, size: int, phase: str, timeout_secs: float) -> s
     try:
         return _invite(store, size, phase, timeout_secs) if rank == 0 else _arrive(store, rank, phase, timeout_secs)
     except RuntimeError as error:
-        raise PeerFailureError(f"the store that started torch.distributed is gone: {error}", phase=phase) from error
+        fault = PeerFailureError(f"the store that started torch.distributed is gone: {error}", rank=0, phase=phase)
+        fault.agreed = True
+        raise fault from error
 
 
-def withdraw(store: Any, rank: int, error: GiantstepError) -> None:
-    """Tell rank 0, which may be waiting for this rank, that it will not come."""
+def withdraw(store: Any, rank: int, size: int, error: GiantstepError) -> None:
+    """Tell those who may be waiting for this rank that it will not come."""
     with contextlib.suppress(RuntimeError):
-        store.set(f"arrived/{rank}", "!" + json.dumps(error_to_wire(error)))
+        if rank:
+            store.set(f"arrived/{rank}", _REFUSED + to_text(error))
+        else:
+            # Rank 0 does not know who has arrived, so each of the others finds a note of its own.
+            for other in range(1, size):
+                store.set(f"refused/{other}", to_text(error))
 
 
 def _wait(condition: Callable[[], bool], deadline: float) -> bool:
@@ -66,11 +75,12 @@ def _invite(store: Any, size: int, phase: str, timeout_secs: float) -> str:
     _wait(all_there, time.monotonic() + timeout_secs)
     place = secrets.token_hex(8)
     fault = _fault(absent, tokens, phase, timeout_secs)
-    message = place if fault is None else "!" + json.dumps(error_to_wire(fault))
+    message = place if fault is None else _REFUSED + to_text(fault)
     for token in tokens.values():
-        if not token.startswith("!"):
+        if not token.startswith(_REFUSED):
             store.set(f"invited/{token}", message)
     if fault is not None:
+        fault.agreed = True
         raise fault
     return place
 
@@ -78,30 +88,30 @@ def _invite(store: Any, size: int, phase: str, timeout_secs: float) -> str:
 def _fault(absent: list[int], tokens: dict[int, str], phase: str, timeout_secs: float) -> GiantstepError | None:
     """Why there is no meeting; None if there is one."""
     for token in tokens.values():
-        if token.startswith("!"):
-            return error_from_wire(json.loads(token[1:]))
-    if not absent:
-        return None
-    shown = ", ".join(map(str, absent[:20])) + (f" and {len(absent) - 20} more" if len(absent) > 20 else "")
-    return PhaseTimeoutError(
-        f"rank {shown} did not report within {timeout_secs:g} s. Look at what it does, or raise timeout_secs.",
-        rank=absent[0],
-        phase=phase,
-    )
+        if token.startswith(_REFUSED):
+            return from_text(token.removeprefix(_REFUSED))
+    return late(absent, phase, timeout_secs) if absent else None
 
 
 def _arrive(store: Any, rank: int, phase: str, timeout_secs: float) -> str:
+    deadline = time.monotonic() + 2 * timeout_secs
+    mine, refused = f"arrived/{rank}", f"refused/{rank}"
+    # What this rank withdrew from before is still to be heard of.
+    _wait(lambda: not store.check([mine]) or not store.get(mine).decode().startswith(_REFUSED), deadline)
     token = secrets.token_hex(8)
-    store.set(f"arrived/{rank}", token)
-    answered = _wait(lambda: bool(store.check([f"invited/{token}"])), time.monotonic() + 2 * timeout_secs)
+    store.set(mine, token)
+    answered = _wait(lambda: bool(store.check([f"invited/{token}"]) or store.check([refused])), deadline)
+    if store.check([refused]):
+        error = from_text(store.get(refused))
+        store.delete_key(refused)
+        store.delete_key(mine)
+        raise error
     if not answered:
         # Whoever comes later must not count on this attempt.
-        store.delete_key(f"arrived/{rank}")
-        raise PhaseTimeoutError(f"rank 0 did not report within {2 * timeout_secs:g} s", rank=0, phase=phase)
+        store.delete_key(mine)
+        raise late([0], phase, 2 * timeout_secs)
     message = store.get(f"invited/{token}").decode()
     store.delete_key(f"invited/{token}")
-    if message.startswith("!"):
-        error = error_from_wire(json.loads(message[1:]))
-        error.__notes__ = []
-        raise error
+    if message.startswith(_REFUSED):
+        raise from_text(message.removeprefix(_REFUSED))
     return str(message)
