@@ -1,8 +1,9 @@
-"""Real processes as ranks: gloo over a file store, started from a server that has torch imported already."""
+"""Real processes as ranks: gloo over a file or TCP store, started from a server that has torch imported already."""
 
 from __future__ import annotations
 
 import multiprocessing
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -20,25 +21,26 @@ def _rank(function: Callable[..., Any], rank: int, size: int, store: str, pipe: 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     try:
         pipe.send(("ok", function(rank, *arguments)))
     except Exception as error:  # noqa: BLE001 - whatever it is, the test is to see it
         pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
 
 
-def run_processes(size: int, function: Callable[..., Any], *arguments: Any, timeout_secs: float = 120) -> list[tuple[str, Any]]:
-    """Run `function(rank, *arguments)` on `size` processes.
+def run_processes(
+    size: int, function: Callable[..., Any], *arguments: Any, timeout_secs: float = 120, tcp: bool = False
+) -> list[tuple[str, Any]]:
+    """Run `function(rank, *arguments)` on `size` processes; with `tcp` the store lives in rank 0's process.
 
     Returns by rank ("ok", result), ("error", (class, message, traceback)), or ("died", exit code).
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
+        store = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{Path(folder, 'store')}"
         for rank in range(size):
             receiver, sender = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(
-                target=_rank, args=(function, rank, size, str(Path(folder, "store")), sender, arguments), daemon=True
-            )
+            process = _CONTEXT.Process(target=_rank, args=(function, rank, size, store, sender, arguments), daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -58,6 +60,12 @@ def run_processes(size: int, function: Callable[..., Any], *arguments: Any, time
             elif outcomes[rank][0] != DIED and process.exitcode != 0:
                 outcomes[rank] = (DIED, process.exitcode)
         return outcomes
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def results(outcomes: list[tuple[str, Any]]) -> list[Any]:

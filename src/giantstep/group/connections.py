@@ -28,6 +28,7 @@ _EXTRA_SECS = 30.0
 _JOIN_SECS = 10.0
 _MESSAGE_TAG, _CLOSING_TAG, _FIRST_PARCEL_TAG = 0, 1, 2
 _PARCEL_TAGS = 1 << 30
+_UNMARKED_BYTES = 4 << 10
 
 
 class Link:
@@ -91,7 +92,7 @@ class Connections:
         """Send a bundle and receive one."""
 
         def talk(link: Link) -> Bundle:
-            self._await(link, self._post(bundle.to_wire(), other), patience_secs)
+            self._send(link, bundle.to_wire(), other, patience_secs)
             return self._receive(link, other, patience_secs)
 
         return self._start(other, talk)
@@ -100,7 +101,7 @@ class Connections:
         """Send a bundle."""
 
         def talk(link: Link) -> None:
-            self._await(link, self._post(bundle.to_wire(), target), patience_secs)
+            self._send(link, bundle.to_wire(), target, patience_secs)
 
         return self._start(target, talk)
 
@@ -110,11 +111,9 @@ class Connections:
         def talk(link: Link) -> None:
             posted = []
             for parcel in receives:
-                link.peer = parcel.peer
-                posted.append((parcel.peer, self._gloo.recv([_tensor(parcel.data)], parcel.peer, _parcel_tag(parcel))))
+                posted += self._post_receive(link, _tensor(parcel.data), parcel.peer, _parcel_tag(parcel))
             for parcel in sends:
-                link.peer = parcel.peer
-                posted.append((parcel.peer, self._gloo.send([_tensor(parcel.data)], parcel.peer, _parcel_tag(parcel))))
+                posted += self._post_send(link, _tensor(parcel.data), parcel.peer, _parcel_tag(parcel))
             self._await(link, posted, patience_secs)
 
         return self._start((*receives, *sends)[0].peer, talk)
@@ -144,19 +143,37 @@ class Connections:
 
     # On the link's thread.
 
-    def _post(self, messages: Sequence[Buffer], target: int) -> list[tuple[int, Any]]:
-        # Messages that are no part of a bundle are writable, and their tensors keep them; parts are kept by the bundle.
-        return [
-            (target, self._gloo.send([_tensor(np.frombuffer(message, np.uint8))], target, _MESSAGE_TAG)) for message in messages
-        ]
+    def _send(self, link: Link, messages: Sequence[Buffer], target: int, patience_secs: float) -> None:
+        posted = []
+        for message in messages:
+            # If it is no part of a bundle it is writable, and the tensor keeps it; parts are kept by the bundle.
+            posted += self._post_send(link, _tensor(np.frombuffer(message, np.uint8)), target, _MESSAGE_TAG)
+        self._await(link, posted, patience_secs)
 
     def _receive(self, link: Link, source: int, patience_secs: float) -> Bundle:
         def receive(count: int) -> bytes:
             message = _empty(count)
-            self._await(link, [(source, self._gloo.recv([message], source, _MESSAGE_TAG))], patience_secs)
+            self._await(link, self._post_receive(link, message, source, _MESSAGE_TAG), patience_secs)
             return message.numpy().tobytes()
 
         return from_wire(receive)
+
+    # If a connection breaks in the middle of a message, gloo does not end the wait of the rank that receives it. So all
+    # but small ones are followed by a byte, which cannot be in the middle of arriving, and the byte is waited for first.
+
+    def _post_send(self, link: Link, data: torch.Tensor, target: int, tag: int) -> list[tuple[int, Any]]:
+        link.peer = target
+        posted = [(target, self._gloo.send([data], target, tag))]
+        if len(data) > _UNMARKED_BYTES:
+            posted.append((target, self._gloo.send([_empty(1).zero_()], target, tag)))
+        return posted
+
+    def _post_receive(self, link: Link, room: torch.Tensor, source: int, tag: int) -> list[tuple[int, Any]]:
+        link.peer = source
+        posted = [(source, self._gloo.recv([room], source, tag))]
+        if len(room) > _UNMARKED_BYTES:
+            posted.append((source, self._gloo.recv([_empty(1)], source, tag)))
+        return posted[::-1]
 
     def _await(self, link: Link, posted: Sequence[tuple[int, Any]], patience_secs: float) -> None:
         patience = dt.timedelta(seconds=patience_secs + _EXTRA_SECS)

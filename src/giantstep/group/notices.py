@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from giantstep.errors import GiantstepError, PeerFailureError
 from giantstep.group.faults import from_text, to_text
 
-_FAULT, _ROLL = "fault", "roll"
+_FAULT, _ROLL, _HEARD = "fault", "roll", "heard"
+_POLL_SECS = 0.02
 # The store's host may end in good order while last answers are still on their way.
 _UNREACHABLE_SECS = 5.0
 
@@ -60,6 +61,20 @@ class Board:
             return
         if notice is not None:
             raise from_text(notice)
+
+    # After a fault.
+
+    def heard(self) -> None:
+        """Count this rank among those who know of the fault."""
+        with contextlib.suppress(RuntimeError):
+            self._store.add(_HEARD, 1)
+
+    def until_heard(self, ranks: int, patience_secs: float) -> None:
+        """Return when that many ranks know of the fault, or the patience ended: the board may end with this process."""
+        deadline = time.monotonic() + patience_secs
+        with contextlib.suppress(RuntimeError):
+            while self._store.add(_HEARD, 0) < ranks and time.monotonic() < deadline:
+                time.sleep(_POLL_SECS)
 
     # The roll call.
 

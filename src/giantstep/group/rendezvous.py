@@ -19,6 +19,7 @@ _POLL_SECS = 0.02
 _POLL_AT_MOST_SECS = 0.5
 # Begins an error where otherwise a token or a place would stand.
 _REFUSED = "!"
+_WITHDRAWN = "withdrawn"
 
 
 def meet(store: Any, rank: int, size: int, phase: str, timeout_secs: float) -> str:
@@ -46,6 +47,7 @@ def withdraw(store: Any, rank: int, size: int, error: GiantstepError) -> None:
             store.set(f"arrived/{rank}", _REFUSED + to_text(error))
         else:
             # Rank 0 does not know who has arrived, so each of the others finds a note of its own.
+            store.set(_WITHDRAWN, "rank 0")
             for other in range(1, size):
                 store.set(f"refused/{other}", to_text(error))
 
@@ -61,7 +63,12 @@ def _wait(condition: Callable[[], bool], deadline: float) -> bool:
 
 
 def _invite(store: Any, size: int, phase: str, timeout_secs: float) -> str:
+    deadline = time.monotonic() + timeout_secs
     absent = list(range(1, size))
+    if store.check([_WITHDRAWN]):
+        # Those who arrived for what rank 0 withdrew from must not be taken for arrivals now.
+        _wait(lambda: not any(store.check([f"refused/{rank}"]) for rank in absent), deadline)
+        store.delete_key(_WITHDRAWN)
     tokens: dict[int, str] = {}
 
     def all_there() -> bool:
@@ -72,7 +79,7 @@ def _invite(store: Any, size: int, phase: str, timeout_secs: float) -> str:
                 absent.remove(rank)
         return not absent
 
-    _wait(all_there, time.monotonic() + timeout_secs)
+    _wait(all_there, deadline)
     place = secrets.token_hex(8)
     fault = _fault(absent, tokens, phase, timeout_secs)
     message = place if fault is None else _REFUSED + to_text(fault)
@@ -103,8 +110,8 @@ def _arrive(store: Any, rank: int, phase: str, timeout_secs: float) -> str:
     answered = _wait(lambda: bool(store.check([f"invited/{token}"]) or store.check([refused])), deadline)
     if store.check([refused]):
         error = from_text(store.get(refused))
-        store.delete_key(refused)
         store.delete_key(mine)
+        store.delete_key(refused)
         raise error
     if not answered:
         # Whoever comes later must not count on this attempt.

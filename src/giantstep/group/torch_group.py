@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from giantstep.errors import BadArgumentError, GiantstepError, PeerFailureError
+from giantstep.errors import BadArgumentError, GiantstepError, PeerError, PeerFailureError
 from giantstep.group.base import Answer, Group, Parcel, Parts, check_parcels
 from giantstep.group.bundle import Bundle
 from giantstep.group.connections import Connections, cause
@@ -31,6 +31,8 @@ from giantstep.group.watching import Overdue, Watch
 _CONNECT_SECS = 10.0
 # Rank 0 waits up to the timeout for the last report, may itself come that much later, and then tells what it found.
 _EXTRA_SECS = 10.0
+# A little more than ranks take to look at the board.
+_HEAR_SECS = 2.0
 
 # Our group for each of the user's, so that its connections are made once. Forgotten with the user's group.
 _OURS: weakref.WeakKeyDictionary[Any, TorchGroup] = weakref.WeakKeyDictionary()
@@ -112,7 +114,7 @@ class TorchGroup:
                     withdraw(self._store, self._rank, self._size, error)
                 else:
                     self._tell(error)
-                    self._close()
+                    self._close(error)
 
     def _exchange(self, connections: Connections, watch: Watch, report: Parts, answer: Answer, timeout_secs: float) -> Parts:
         children = self._tree.children(self._rank)
@@ -143,13 +145,13 @@ class TorchGroup:
         try:
             connections, board = self._connect(phase, timeout_secs)
             yield connections, Watch(self._rank, self._size, connections, board, phase, overdue)
-        except GiantstepError:
-            self._close()
+        except GiantstepError as error:
+            self._close(error)
             raise
         except BaseException as error:
             # An interrupt in the middle of a message: the others cannot go on either.
             self._tell(ended(error, self._rank, phase))
-            self._close()
+            self._close(error)
             raise
 
     def _connect(self, phase: str, timeout_secs: float) -> tuple[Connections, Board]:
@@ -164,10 +166,17 @@ class TorchGroup:
             self._connected = connections, Board(store, self._rank)
         return self._connected
 
-    def _close(self) -> None:
+    def _close(self, error: BaseException) -> None:
         connected, self._connected = self._connected, None
-        if connected is not None:
-            connected[0].close()
+        if connected is None:
+            return
+        connections, board = connected
+        connections.close()
+        if self._rank:
+            board.heard()
+        else:
+            # The store may be in this process, which may end now. A rank that is gone or late will not hear.
+            board.until_heard(self._size - 1 - isinstance(error, PeerError), _HEAR_SECS)
 
     def _tell(self, error: GiantstepError) -> None:
         if self._connected is not None:
