@@ -79,6 +79,8 @@ _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "object_role": (np.uint8, 1),
     "object_digest": (np.uint64, 2),
 }
+OBJECT_COLUMNS = tuple(name for name in (*_TEXTS, *_COLUMNS) if name.startswith("object_"))
+TENSOR_COLUMNS = tuple(name for name in (*_TEXTS, *_COLUMNS) if not name.startswith("object_"))
 # Positions of the parts of an encoded description that say what there is, not what values it has.
 STRUCTURE_PARTS = (
     *range(2 * len(_TEXTS)),

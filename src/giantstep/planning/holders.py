@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from giantstep.errors import CoverageError, DisagreementError
 from giantstep.planning.description import COPY, IMPLICIT, MAIN
 from giantstep.planning.shard_table import ShardTable
-from giantstep.shards.region import MAX_ELEMENTS, Int64s
+from giantstep.shards.region import MAX_ELEMENTS, Int64s, same_rows, volumes
 from giantstep.shards.words import mixed
 
 
@@ -70,7 +70,7 @@ def positions(tensor: Int64s, offset: Int64s, shape: Int64s) -> Int64s | None:
         total = elements.astype(np.float64).prod(axis=1).sum()
     if total > MAX_ELEMENTS:
         return None
-    sizes = elements.prod(axis=1)
+    sizes = volumes(elements)
     strides = np.ones_like(elements)
     strides[:, :-1] = np.cumprod(elements[:, :0:-1], axis=1)[:, ::-1]
     result: Int64s = (np.cumsum(sizes) - sizes)[tensor]
@@ -81,7 +81,7 @@ def positions(tensor: Int64s, offset: Int64s, shape: Int64s) -> Int64s | None:
 
 def _by_region(table: ShardTable) -> tuple[Int64s, NDArray[np.bool_]]:
     """Rows of all regions that are not empty, equal ones together, and where a new region begins."""
-    kept = np.flatnonzero((table.size > 0).all(axis=1))
+    kept = np.flatnonzero(volumes(table.size))
     position = positions(table.tensor[kept], table.offset[kept], table.shape)
     if position is not None:
         order = np.argsort(position, kind="stable")
@@ -89,7 +89,8 @@ def _by_region(table: ShardTable) -> tuple[Int64s, NDArray[np.bool_]]:
         new = np.ones(len(rows), dtype=bool)
         new[1:] = position[1:] != position[:-1]
         resized = np.zeros(len(rows), dtype=bool)
-        resized[1:] = (table.size[rows[1:]] != table.size[rows[:-1]]).any(axis=1)
+        sizes = table.size[rows]
+        resized[1:] = ~same_rows(sizes[1:], sizes[:-1])
         if not (resized & ~new).any():
             return rows, new
     # Regions of several sizes begin at one place: rare, and slower to sort.
@@ -99,7 +100,7 @@ def _by_region(table: ShardTable) -> tuple[Int64s, NDArray[np.bool_]]:
     new = np.ones(len(rows), dtype=bool)
     a, b = rows[1:], rows[:-1]
     new[1:] = table.tensor[a] != table.tensor[b]
-    new[1:] |= (table.offset[a] != table.offset[b]).any(axis=1) | (table.size[a] != table.size[b]).any(axis=1)
+    new[1:] |= ~(same_rows(table.offset[a], table.offset[b]) & same_rows(table.size[a], table.size[b]))
     return rows, new
 
 

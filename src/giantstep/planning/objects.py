@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.errors import CoverageError, DisagreementError
-from giantstep.planning.description import COPY, MAIN, Description
+from giantstep.planning.description import COPY, MAIN, OBJECT_COLUMNS, Description
 from giantstep.planning.shard_table import classes_of
 from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor
 from giantstep.shards.region import Int64s
@@ -87,7 +87,7 @@ def plan_objects(descriptions: Sequence[Description]) -> ObjectPlan:
         CoverageError: a position has no main replica or several, or is missing.
         DisagreementError: ranks say different things of the shape of one grid.
     """
-    different, ranks = classes_of(descriptions)
+    different, ranks = classes_of(descriptions, OBJECT_COLUMNS)
     lists = {id(d.object_keys): d.object_keys for d in different}
     keys = sorted(set().union(*lists.values()), key=lambda key: key.encode("utf-8"))
     number = {key: row for row, key in enumerate(keys)}

@@ -18,7 +18,7 @@ from giantstep.planning.holders import Holders, group_holders, holder_sets, posi
 from giantstep.planning.objects import ObjectPlan, check_wrappers, plan_objects
 from giantstep.planning.shard_table import ShardTable, tabulate
 from giantstep.shards.flat import flat_range_to_regions
-from giantstep.shards.region import Int64s, Region, padded_to_ragged, ragged_to_padded, split_region
+from giantstep.shards.region import Int64s, Region, padded_to_ragged, ragged_to_padded, same_rows, split_region, volumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def _shared_out(
     tensor, offset, size = table.tensor[first], table.offset[first], table.size[first]
     sets, set_of = holder_sets(table, holders, cells)
     item = table.item_bytes[tensor]
-    length = size.prod(axis=1) * item
+    length = volumes(size) * item
     members, lowest = _members(sets)
     shared = np.flatnonzero(members[set_of] > 1)
     plan = SavePlan(
@@ -221,10 +221,10 @@ def _shared_out(
         tensor=tensor[group],
         offset=np.concatenate((offset[alone], offset[shared[parts.group]] + parts.offset)),
         size=divided,
-        bytes=divided.prod(axis=1) * item[group],
+        bytes=volumes(divided) * item[group],
         writer=writer,
         source_row=table.row[rows_at(table, holders, group, writer)],
-        whole=(divided == size[group]).all(axis=1),
+        whole=same_rows(divided, size[group]),
     )
 
 

@@ -6,6 +6,7 @@ regions, roles and digests share a *structure*, and are handled as one array.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.errors import DisagreementError
-from giantstep.planning.description import Description
+from giantstep.planning.description import TENSOR_COLUMNS, Description
 from giantstep.shards.dtypes import BY_CODE, ITEM_BYTES
 from giantstep.shards.region import Int64s, ragged_to_padded
 
@@ -93,22 +94,26 @@ class _Structure:
         return self.keys[self.one.shard_tensor]
 
 
-def classes_of(descriptions: Sequence[Description]) -> tuple[list[Description], list[Int64s]]:
-    """The different descriptions (by identity), and the ranks that gave each, ascending; by lowest rank."""
-    ranks: dict[int, list[int]] = {}
+def classes_of(descriptions: Sequence[Description], columns: Sequence[str]) -> tuple[list[Description], list[Int64s]]:
+    """One of each kind of descriptions that share some columns (the same objects), and the ranks that gave each.
+
+    By lowest rank; ranks ascending. Other columns of ranks of one kind may differ.
+    """
+    ranks: dict[tuple[int, ...], list[int]] = {}
+    columns_of = operator.attrgetter(*columns)
     for rank, description in enumerate(descriptions):
-        ranks.setdefault(id(description), []).append(rank)
+        ranks.setdefault(tuple(map(id, columns_of(description))), []).append(rank)
     groups = [np.array(found, dtype=np.int64) for found in ranks.values()]
     return [descriptions[int(found[0])] for found in groups], groups
 
 
 def tabulate(descriptions: Sequence[Description]) -> ShardTable:
-    """Merge the descriptions of all ranks, in order of rank. Ranks that share one object form a class.
+    """Merge the descriptions of all ranks, in order of rank. Ranks that share all columns about tensors form a class.
 
     Raises:
         DisagreementError: one key has different dtypes or global shapes on different ranks.
     """
-    different, ranks = classes_of(descriptions)
+    different, ranks = classes_of(descriptions, TENSOR_COLUMNS)
     lists = {id(description.keys): description.keys for description in different}
     keys = sorted(set().union(*lists.values()), key=lambda key: key.encode("utf-8"))
     number = {key: position for position, key in enumerate(keys)}

@@ -16,6 +16,13 @@ from giantstep.shards.words import mixed
 
 def products(values: NDArray[Any], counts: Int64s) -> NDArray[Any]:
     """Product of each run of `counts[i]` values; 1 for an empty run."""
+    if len(counts) and counts[0] and (counts == counts[0]).all():
+        # Runs of equal length are rows of a table.
+        table = values.reshape(len(counts), -1)
+        result = table[:, 0].copy()
+        for axis in range(1, table.shape[1]):
+            result *= table[:, axis]
+        return result
     result = np.ones(len(counts), dtype=values.dtype)
     filled = counts > 0
     if filled.any():
@@ -25,6 +32,8 @@ def products(values: NDArray[Any], counts: Int64s) -> NDArray[Any]:
 
 def axes_of(counts: Int64s) -> Int64s:
     """0, 1, ... within each run of `counts[i]` values."""
+    if len(counts) and (counts == counts[0]).all():
+        return np.tile(np.arange(counts[0]), len(counts))
     axes: Int64s = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     return axes
 

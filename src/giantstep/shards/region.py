@@ -132,6 +132,22 @@ def subtract(region: Region, hole: Region) -> list[Region]:
     return parts
 
 
+def volumes(sizes: Int64s) -> Int64s:
+    """[rows] elements of each box of a table; column by column, which for few columns is many times faster than by row."""
+    result = sizes[:, 0].copy()
+    for axis in range(1, sizes.shape[1]):
+        result *= sizes[:, axis]
+    return result
+
+
+def same_rows(a: Int64s, b: Int64s) -> NDArray[np.bool_]:
+    """[rows] whether the rows of two tables are equal; column by column."""
+    result: NDArray[np.bool_] = a[:, 0] == b[:, 0]
+    for axis in range(1, a.shape[1]):
+        result &= a[:, axis] == b[:, axis]
+    return result
+
+
 def ragged_to_padded(values: Int64s, starts: Int64s, dims: Int64s, pad: int, width: int) -> Int64s:
     """Rows of `dims[i]` values beginning at `values[starts[i]]` as a [rows, width] table, padded in front."""
     rows = len(dims)

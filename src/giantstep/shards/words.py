@@ -16,7 +16,11 @@ def mixed(values: NDArray[Any], salt: int | NDArray[np.uint64]) -> NDArray[np.ui
     # Of arrays, unlike of scalars, products wrap around without a warning.
     salts = np.atleast_1d(np.asarray(salt, dtype=np.uint64))
     value = values.astype(np.uint64) + salts * np.uint64(_STEP)
+    shifted = np.empty_like(value)
+    # In place: of large tables every temporary copy costs more than the arithmetic.
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
-        value = (value ^ (value >> np.uint64(shift))) * factor
-    found: NDArray[np.uint64] = value ^ (value >> np.uint64(31))
+        value ^= np.right_shift(value, np.uint64(shift), out=shifted)
+        value *= factor
+    value ^= np.right_shift(value, np.uint64(31), out=shifted)
+    found: NDArray[np.uint64] = value
     return found
