@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from giantstep.planning.balance import Regions, _quotas, balance
 from giantstep.planning.description import COPY, IMPLICIT, MAIN, Description, decode_descriptions
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
+from giantstep.planning.shard_table import tabulate
 from giantstep.shards.region import Region
 
 F32 = 12
@@ -254,3 +256,22 @@ def test_ranks_that_say_the_same_are_planned_as_if_each_had_said_it_alone(ranks:
     for name in ("dtype", "ndim", "shape", "tied", "tensor", "offset", "size", "bytes", "writer", "source_row", "whole"):
         assert getattr(decoded, name).tolist() == getattr(other, name).tolist(), name
     assert (decoded.keys, decoded.ranks, decoded.objects.keys) == (other.keys, other.ranks, other.objects.keys)
+
+
+def test_ranks_that_differ_in_their_objects_alone_are_planned_as_one_class() -> None:
+    """Each rank has random number generators of its own: that must not cost the planner its classes of equal tensors."""
+    shards = [("w", (64, 8), Region.whole((64, 8)), IMPLICIT)]
+    own = [
+        replace(
+            description(shards),
+            object_keys=[f"rng/shard_{rank}_4"],
+            object_role=np.zeros(1, np.uint8),
+            object_digest=np.full((1, 2), rank + 1, np.uint64),
+        )
+        for rank in range(4)
+    ]
+    table = tabulate(as_gathered(own))
+    assert [ranks.tolist() for ranks in table.ranks] == [[0, 1, 2, 3]]
+    found = plan(own)
+    assert found.objects.writer.tolist() == [0, 1, 2, 3]
+    assert not found.objects.differs.any()
