@@ -17,16 +17,20 @@ from giantstep.filling import Wanted, compare_sinks, fill_sinks, plan_filling
 from giantstep.format.names import RECORD_NAME
 from giantstep.format.record import CommitRecord, decode_record
 from giantstep.group.base import Group, Parts, consult, consult_parts
+from giantstep.group.subgroup import ranks_within
 from giantstep.group.torch_group import group_of
 from giantstep.mapping.describe import Described, describe
 from giantstep.options import LoadOptions, StrictHandling
 from giantstep.phases import Stopwatch, same_call, settings, with_call
+from giantstep.planning.exchange_part import ExchangePart, pack_regions
 from giantstep.planning.load_plan import LoadPlan, plan_load
 from giantstep.planning.load_tables import tabulate_chunks, tabulate_wanted
 from giantstep.planning.matching import KeyDifferences, Requests, Strictness, judge
+from giantstep.reading.arrange import Arrangement, Cell, Limits
 from giantstep.reading.checkpoint import Checkpoint
 from giantstep.reading.data_files import check_data_files
-from giantstep.reading.fetch import Fetched, Source, fetch
+from giantstep.reading.exchange import Exchanged, Manner, exchange, telling, verify_part
+from giantstep.reading.fetch import Source, fetch
 from giantstep.reports import LoadedState, LoadReport
 from giantstep.requesting import StoredState, match
 from giantstep.restoring import restore
@@ -36,8 +40,6 @@ from giantstep.storage.record_file import read_record_bytes
 from giantstep.unwrapping import Moved, fill_dequantised, read_object, verify_parts
 
 _LOG = logging.getLogger("giantstep")
-# Up to this many times the stored bytes, all ranks together, bytes count as read once.
-_READ_ONCE = 1.25
 
 
 def load(
@@ -104,8 +106,9 @@ class _Load:
         self._strict = strict
         self._asked = options
         self._options = options if isinstance(options, LoadOptions) else LoadOptions()
+        self._process_group = process_group
         self._group: Group = group_of(process_group)
-        self._fetched = Fetched(0)
+        self._moved = Exchanged(0)
         self._dequantised = Moved(0, 0)
 
     # Open: rank 0 reads the commit record, so that all ranks load the same save.
@@ -122,13 +125,16 @@ class _Load:
             raise BadArgumentError(f"strict must be a StrictHandling, not {self._strict!r}")
         if not isinstance(self._asked, LoadOptions | None):
             raise BadArgumentError(f"options must be LoadOptions, not {type(self._asked).__name__}")
+        asked, group = self._options.exchange, self._group
+        named = asked in ("auto", "none")
+        self._cell: Cell = asked if named else ranks_within(asked, self._process_group, group.rank, group.size, "exchange")
         self._store: Store = store_at(self._path)
         self._described: Described = describe(self._state_dict, for_load=True)
         call = {
             "call": "load",
             "path": self._store.location,
             "strict": self._strict.value,
-            "options": settings(self._options),
+            "options": {**settings(self._options), "exchange": self._cell if isinstance(self._cell, str) else "a group"},
         }
         return with_call(call)
 
@@ -161,23 +167,34 @@ class _Load:
             _LOG.warning("%s", verdict.warning)
         return [verdict.differences.encode()] * len(reports)
 
-    # Read: plan, fetch, verify, fill.
+    # Read: plan, fetch or exchange, verify, fill.
 
     def read(self) -> None:
         """Fill this rank's tensors; agree that all ranks have."""
-        answer = consult(self._group, "plan", self._options.timeout_secs, self._plan, self._decide_direct)
-        self._direct = answer == b"direct"
+        patience = self._options.timeout_secs
+        answer = consult_parts(self._group, "plan", patience, self._plan, self._decide_reading)
+        self._arrangement.adopt(answer)
+        if self._arrangement.exchanges:
+            self._clients = consult_parts(
+                self._group, "plan", patience, lambda: pack_regions(self._reads.wanted), self._arrangement.decide_clients
+            )
         if self._options.verify == "before":
-            consult(self._group, "verify", self._options.timeout_secs, self._verify)
-        consult(self._group, "read", self._options.timeout_secs, self._fill)
+            consult(self._group, "verify", patience, self._verify)
+        consult(self._group, "read", patience, self._fill)
 
-    def _plan(self) -> bytes:
+    def _plan(self) -> Parts:
         # Objects are decoded before the first tensor is touched.
         self._objects = {source.leaf.path: read_object(source, self._checkpoint) for source in self._matched.objects}
         self._filling = plan_filling(self._matched, self._stored)
         self._chunks = tabulate_chunks(self._stored.index)
-        self._plan_filled = self._plan_reads(self._filling.filled)
-        return str(self._plan_filled.bytes).encode("ascii")
+        self._reads = self._plan_reads(self._filling.filled)
+        limits = Limits(self._options.exchange_bytes, self._options.buffer_bytes)
+        self._arrangement = Arrangement(self._record, self._stored.index, self._chunks, self._cell, limits)
+        return self._arrangement.report(self._reads)
+
+    def _decide_reading(self, reports: Sequence[Parts]) -> list[Parts]:
+        # The arrangement is made in `_plan`.
+        return self._arrangement.decide(reports)
 
     def _plan_reads(self, wanted: Sequence[Wanted]) -> LoadPlan:
         rows, regions = [item.row for item in wanted], [item.region for item in wanted]
@@ -189,16 +206,13 @@ class _Load:
             buffer_bytes=self._options.buffer_bytes,
         )
 
-    def _decide_direct(self, reports: Sequence[bytes]) -> list[bytes]:
-        # Ranks that read the same bytes get them from the page cache after the first of them; reading past it would
-        # fetch them from the device again and again.
-        total, stored = sum(int(report) for report in reports), sum(file.bytes for file in self._record.files)
-        return [b"direct" if total <= _READ_ONCE * stored else b"cached"] * len(reports)
-
     def _verify(self) -> bytes:
-        source = self._source(verify=True)
-        for plan in (self._plan_filled, self._plan_reads(self._filling.compared)):
-            fetch(source, plan, None, self._options.reader_threads)
+        source, threads = self._source(verify=True), self._options.reader_threads
+        if self._arrangement.exchanges:
+            verify_part(source, self._part(), threads)
+        else:
+            fetch(source, self._reads, None, threads)
+        fetch(source, self._plan_reads(self._filling.compared), None, threads)
         for wrapped in self._matched.dequantised:
             verify_parts(wrapped, self._checkpoint)
         return b""
@@ -207,12 +221,21 @@ class _Load:
         source = self._source(verify=self._options.verify == "reading")
         threads = self._options.reader_threads
         filled, compared = self._filling.filled, self._filling.compared
-        self._fetched = fetch(source, self._plan_filled, fill_sinks(filled, self._stored), threads)
+        if self._arrangement.exchanges:
+            with telling(self._group, "read"):
+                sinks = fill_sinks(filled, self._stored)
+                how = Manner(threads, "read", self._options.timeout_secs)
+                self._moved = exchange(source, self._part(), sinks, self._group, how)
+        else:
+            self._moved = Exchanged(fetch(source, self._reads, fill_sinks(filled, self._stored), threads).bytes_read)
         if compared:
             fetch(source, self._plan_reads(compared), compare_sinks(compared, self._stored), threads)
         for wrapped in self._matched.dequantised:
             self._dequantised += fill_dequantised(wrapped, self._checkpoint)
         return b""
+
+    def _part(self) -> ExchangePart:
+        return self._arrangement.part(self._group.rank, self._reads, self._clients)
 
     def _source(self, *, verify: bool) -> Source:
         chunks = self._chunks
@@ -224,7 +247,7 @@ class _Load:
             base = int(self._stored.index.file_block_ends[file])
             return self._stored.index.block_checksum[base + first : base + last]
 
-        return Source(self._store, self._record, checksums if verify else None, chunks, key_of, direct=self._direct)
+        return Source(self._store, self._record, checksums if verify else None, chunks, key_of, direct=self._arrangement.direct)
 
     # After all ranks are done.
 
@@ -252,6 +275,9 @@ class _Load:
             skipped=tuple(sorted(matched.skipped)),
             dropped=tuple(sorted(matched.dropped)),
             bytes_filled=filled + self._dequantised.filled,
-            bytes_read=self._fetched.bytes_read + self._dequantised.read,
+            bytes_read=self._moved.bytes_read + self._dequantised.read,
+            exchange=self._arrangement.kind,
+            bytes_sent=self._moved.bytes_sent,
+            bytes_received=self._moved.bytes_received,
             seconds=self.watch.seconds,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -218,6 +218,15 @@ class LoadOptions:
     """Values of types that are not registered here, in common state and sharded objects: `raise`, or `keep` what is stored
     of them as `Unregistered`."""
 
+    exchange: Any = "auto"
+    """Whether ranks that want the same bytes read them once and send them to each other. `auto` does so among all ranks
+    if together they would read more than 1.1 times the bytes that they want, and at least 4 MiB more. `none`: every rank
+    reads for itself. Or a group, in which it is done in any case: a `torch.distributed.ProcessGroup` or a sequence of
+    ranks of the loading group; each rank gives the one that it is in, and groups must not overlap."""
+
+    exchange_bytes: int = 64 * MIB
+    """Most bytes that a rank holds of what other ranks sent it, as long as blocks are not larger than its share of them."""
+
     reader_threads: int = 2
     """Threads per rank that read, check and copy."""
 
@@ -231,6 +240,12 @@ class LoadOptions:
         expected = f"one of {get_args(UnknownTypes)}"
         _require(self.unknown_types in get_args(UnknownTypes), "unknown_types", self.unknown_types, expected)
         self._check_matching()
+        asked = self.exchange
+        ranks = isinstance(asked, Sequence) and not isinstance(asked, str) and all(type(rank) is int for rank in asked)
+        group = callable(getattr(asked, "rank", None)) and callable(getattr(asked, "size", None))
+        named = isinstance(asked, str) and asked in ("auto", "none")
+        _require(named or (ranks and len(asked) > 0) or group, "exchange", asked, "'auto', 'none', a group, or ranks")
+        _require_int("exchange_bytes", self.exchange_bytes, MIB, 1 << 40)
         _require_int("reader_threads", self.reader_threads, 1, 64)
         _require_int("buffer_bytes", self.buffer_bytes, 64 * KIB, GIB)
 

@@ -72,7 +72,10 @@ class LoadReport:
         skipped: keys that this rank requested and `LoadOptions.rename` left out.
         dropped: keys of sharded objects that are stored for another number of positions and were dropped.
         bytes_filled: bytes of this rank's tensors that were filled.
-        bytes_read: bytes that this rank read from the store.
+        bytes_read: bytes of tensors that this rank read from the store, whole blocks.
+        exchange: "none" if every rank read for itself; "all" if all ranks read each block once and sent it to those
+            that want it; "group" if the ranks of a group did.
+        bytes_sent, bytes_received: bytes of tensors to and from other ranks.
         seconds: per phase, on this rank.
     """
 
@@ -89,9 +92,16 @@ class LoadReport:
     dequantised: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    exchange: str = "none"
+    bytes_sent: int = 0
+    bytes_received: int = 0
 
     def __str__(self) -> str:
         filled, read = size_text(self.bytes_filled), size_text(self.bytes_read)
+        if self.exchange != "none":
+            whom = "all ranks" if self.exchange == "all" else "its group"
+            sent, received = size_text(self.bytes_sent), size_text(self.bytes_received)
+            read += f", exchanged with {whom}: sent {sent}, received {received}"
         what = _counted(self.tensors, "tensor") + (f" and {_counted(self.objects, 'object')}" if self.objects else "")
         lines = [f"loaded {what}, {filled}, from {self.location} (read {read}; {_secs(self.seconds)})"]
         for title, names in (

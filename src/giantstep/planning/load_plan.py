@@ -43,13 +43,14 @@ class LoadPlan:
     """What to read and what to make of it.
 
     Attributes:
-        chunks: what the pieces refer to.
+        chunks, wanted: what it was made from, and the pieces refer to.
         found: the wanted boxes, from which other plans can be made.
         pieces: sorted by position.
         reads: in the order of the files; together they hold all pieces.
     """
 
     chunks: ChunkTable
+    wanted: WantedTable
     found: Intersections
     pieces: Pieces
     reads: list[Read]
@@ -94,7 +95,7 @@ def plan_load(chunks: ChunkTable, wanted: WantedTable, *, block_bytes: int, buff
     segment_bytes = max(1, buffer_bytes // block_bytes) * block_bytes
     base = _bases(chunks, segment_bytes)
     pieces = cut_pieces(chunks, found, base, Grid(segment_bytes), block_bytes)
-    return LoadPlan(chunks, found, pieces, list(_reads(chunks, pieces, base, block_bytes)))
+    return LoadPlan(chunks, wanted, found, pieces, list(_reads(chunks, pieces, base, block_bytes)))
 
 
 def boxes(chunks: ChunkTable, pieces: Pieces, first: int, last: int) -> Iterator[Box]:

@@ -1,0 +1,179 @@
+"""Whatever is loaded with an exchange is, to the bit, what is loaded without one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import giantstep as gs
+import giantstep.loading
+from counting_store import counting_store
+from giantstep.group.threads import ThreadGroup
+from giantstep.reading.exchange import Exchanged
+from giantstep.storage.memory import MemoryStore
+from giantstep.testing.ranks import run_ranks
+from giantstep.testing.roundtrip import round_trip
+from layouts import Case, bits
+from test_roundtrip import checkpoints, examples, load_and_compare, save_all
+
+_NAMES = itertools.count()
+BLOCK = 4096
+
+
+@examples(150)
+@given(checkpoints(), st.integers(0, 3))
+def test_any_layout_loads_under_any_other_with_an_exchange(drawn: tuple[list[Case], int, int], cut: int) -> None:
+    tensors, saving, loading = drawn
+    store = MemoryStore(f"exchange-{next(_NAMES)}")
+    try:
+        save_all(tensors, saving, store, gs.SaveOptions(block_bytes=BLOCK, buffer_bytes=2 * BLOCK, split_bytes=16))
+        # One group or two.
+        border = min(cut, loading - 1)
+
+        def members(rank: int) -> list[int]:
+            return list(range(border + 1)) if rank <= border else list(range(border + 1, loading))
+
+        for exchange in (lambda _rank: list(range(loading)), members):
+            load_and_compare_with(tensors, loading, store, exchange)
+    finally:
+        store.clear()
+
+
+def load_and_compare_with(tensors: list[Case], ranks: int, store: MemoryStore, exchange: Any) -> None:
+    """`load_and_compare`, each rank with its own options."""
+    real = gs.load
+
+    def load(state: Any, path: Any, *, process_group: ThreadGroup, options: Any) -> Any:
+        chosen = gs.LoadOptions(exchange=exchange(process_group.rank), buffer_bytes=1 << 16)
+        return real(state, path, process_group=process_group, options=chosen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gs, "load", load)
+        load_and_compare(tensors, ranks, store)
+
+
+def exchanging(ranks: int, **settings: Any) -> gs.LoadOptions:
+    return gs.LoadOptions(exchange=list(range(ranks)), buffer_bytes=1 << 16, **settings)
+
+
+def matrix(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.arange(96 * 80).reshape(96, 80).to(dtype)
+
+
+def test_scalars_empty_tensors_and_many_dtypes_round_trip() -> None:
+    def state() -> dict[str, Any]:
+        return {
+            "zero": torch.tensor(3.5),
+            "empty": torch.zeros(0, 4),
+            "bool": torch.tensor([True, False, True]),
+            "bytes": torch.arange(7, dtype=torch.uint8),
+            "complex": torch.arange(5).to(torch.complex128),
+            "half": matrix(torch.bfloat16),
+            "fp4": torch.arange(12, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        }
+
+    round_trip([state(), state()], [state(), state(), state()], load_options=exchanging(3))
+
+
+def test_padding_is_zero_and_what_is_stored_is_not() -> None:
+    rows = [{"w": gs.ShardedTensor.from_rank_offsets("w", matrix()[48 * n : 48 * n + 48].clone(), (0, n, 2))} for n in range(2)]
+
+    def padded(rank: int) -> dict[str, Any]:
+        return {
+            "w": gs.ShardedTensor(
+                "w", torch.ones(40, 80), torch.float32, (40, 80), (120, 80), (40 * rank, 0), None, allow_shape_mismatch=True
+            )
+        }
+
+    round_trip(rows, [padded(rank) for rank in range(3)], load_options=exchanging(3))
+
+
+def test_tied_tensors_come_once_for_all_that_are_one_and_again_for_those_that_are_not() -> None:
+    with counting_store() as store:
+        weight = matrix()
+        gs.save(
+            {"a": weight, "b": weight, "c": weight + 1}, store, options=gs.SaveOptions(block_bytes=BLOCK, buffer_bytes=BLOCK)
+        )
+        store.forget()
+
+        def load(group: ThreadGroup) -> None:
+            one, two = torch.zeros(96, 80), torch.zeros(96, 80)
+            state = {"a": one, "b": one if group.rank else two, "c": torch.zeros(96, 80)}
+            gs.load(state, store, process_group=group, options=exchanging(3))
+            for key, expected in (("a", weight), ("b", weight), ("c", weight + 1)):
+                if bits(state[key]) != bits(expected):
+                    raise AssertionError(f"{key} on rank {group.rank}")
+
+        run_ranks(3, load)
+        assert store.bytes_read == store.unique_bytes()
+
+
+def test_renamed_and_cast_tensors_are_exchanged_too() -> None:
+    with counting_store() as store:
+        gs.save({"old": matrix(), "other": matrix()}, store, options=gs.SaveOptions(block_bytes=BLOCK, buffer_bytes=BLOCK))
+        store.forget()
+
+        def load(group: ThreadGroup) -> None:
+            state = {"new": torch.zeros(96, 80, dtype=torch.float64 if group.rank else torch.float32)}
+            options = exchanging(2, rename={"new": "old"}, cast="floating")
+            report = gs.load(state, store, strict=gs.StrictHandling.IGNORE_ALL, process_group=group, options=options).report
+            if not torch.equal(state["new"].float(), matrix()) or report.exchange != "group":
+                raise AssertionError(f"rank {group.rank}")
+
+        run_ranks(2, load)
+        assert store.bytes_read == store.unique_bytes()
+
+
+def test_ranks_that_want_nothing_or_nothing_in_common_take_part() -> None:
+    with counting_store() as store:
+        gs.save({"a": matrix(), "b": matrix() + 1}, store, options=gs.SaveOptions(block_bytes=BLOCK, buffer_bytes=BLOCK))
+        store.forget()
+
+        def load(group: ThreadGroup) -> None:
+            state = [{"a": torch.zeros(96, 80)}, {}, {"b": torch.zeros(96, 80)}, {"a": torch.zeros(96, 80)}][group.rank]
+            gs.load(state, store, process_group=group, options=exchanging(4))
+            for key, found in state.items():
+                if not torch.equal(found, matrix() + (key == "b")):
+                    raise AssertionError(f"{key} on rank {group.rank}")
+
+        run_ranks(4, load)
+        assert store.bytes_read <= store.unique_bytes() + BLOCK
+
+
+@pytest.mark.parametrize(
+    ("ranks", "exchange_bytes", "block"), [(2, 1 << 20, 4096), (8, 1 << 20, 4096), (8, 8 << 20, 4096), (16, 1 << 20, 1 << 16)]
+)
+def test_buffers_are_bounded_however_much_is_loaded(
+    ranks: int, exchange_bytes: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rounds of messages; and per thread a unit that is read and one that is packed. Of 16 readers, half are active in a round."""
+    moved: list[Exchanged] = []
+    real = giantstep.loading.exchange
+
+    def counted(*arguments: Any) -> Exchanged:
+        moved.append(real(*arguments))
+        return moved[-1]
+
+    monkeypatch.setattr(giantstep.loading, "exchange", counted)
+    buffer_bytes, threads, count = 256 << 10, 2, 3 << 20
+    with counting_store() as store:
+        gs.save({"w": torch.arange(count)}, store, options=gs.SaveOptions(block_bytes=block, buffer_bytes=1 << 20))
+        store.forget()
+
+        def load(group: ThreadGroup) -> None:
+            state = {"w": torch.zeros(count, dtype=torch.int64)}
+            options = gs.LoadOptions(buffer_bytes=buffer_bytes, exchange_bytes=exchange_bytes, reader_threads=threads)
+            gs.load(state, store, process_group=group, options=options)
+            if not torch.equal(state["w"], torch.arange(count)):
+                raise AssertionError(f"rank {group.rank}")
+
+        run_ranks(ranks, load)
+        assert store.bytes_read == store.unique_bytes()
+    assert len(moved) == ranks
+    assert max(found.bytes_received for found in moved) > 2 * exchange_bytes
+    assert max(found.peak_bytes for found in moved) <= exchange_bytes + 2 * threads * buffer_bytes
