@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,11 @@ def _kill(group: Any, rank: int, number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _kill_soon(group: Any, rank: int, number: int) -> None:
+    if rank == 2 and number == 1:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
 def _sleep(group: Any, rank: int, number: int) -> None:
     if rank == 2 and number == 3:
         time.sleep(7)
@@ -117,8 +123,9 @@ def _fail(group: Any, rank: int, number: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_a_rank_killed_between_transfers_is_named_on_all_others() -> None:
-    found = run_processes(5, _in_rounds, 5, 60, _kill)
+@pytest.mark.parametrize("trouble", [_kill, _kill_soon])
+def test_a_rank_killed_between_transfers_or_in_the_middle_of_one_is_named_on_all_others(trouble: Any) -> None:
+    found = run_processes(5, _in_rounds, 5, 60, trouble)
     assert found.pop(2) == (DIED, -signal.SIGKILL)
     ((message, _),) = set(results(found))
     assert message.startswith("PeerFailureError [rank 2, phase move] rank 2 is gone: its connection broke (")

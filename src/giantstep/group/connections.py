@@ -1,18 +1,23 @@
 """gloo connections of our own between the ranks, and the threads that wait on them.
 
-gloo can only be waited for, and closes all connections of a group when one wait times out. Therefore a thread per
-*link* - one message, or one set of parcels - does the waiting, and the caller watches the link (`watching.py`). What
-is sent, and what to do when a link breaks, is `torch_group.py`'s.
+gloo can only be waited for, and closes all connections of a group when one wait times out. Therefore threads of ours wait
+for *links* - a message, an answer, a set of parcels - and the caller watches the links (`watching.py`). Links are waited
+for one after the other by one thread, since most end at once and threads cost more than messages; if they do not, each
+gets a thread, so that none that breaks is hidden behind one that takes long. What is sent, and what to do when a link
+breaks, is `torch_group.py`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime as dt
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +26,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from giantstep.group.base import Parcel
-from giantstep.group.bundle import Buffer, Bundle, from_wire
+from giantstep.group.bundle import FIRST_BYTES, Bundle, from_wire
 
 # gloo gets longer than our own clock, so that a fault is announced before connections close.
 _EXTRA_SECS = 30.0
@@ -31,41 +36,37 @@ _PARCEL_TAGS = 1 << 30
 _UNMARKED_BYTES = 4 << 10
 
 
+# A rank, and gloo's work with it.
+Posted = tuple[int, Any]
+
+
 class Link:
-    """A thread that talks to other ranks, so that the caller can stop waiting without closing the connections.
+    """Something that is sent or received, or both in turn.
 
     Attributes:
-        peer: the rank that it waits for now.
+        peer: the rank that is waited for now.
         moved_at: when something last went through, on the monotonic clock.
         finished: it has ended; then `error` says why nothing came of it, if so, and `bundle` is what was received.
     """
 
-    def __init__(self, peer: int, talk: Callable[[Link], Bundle | None], changed: threading.Event) -> None:
+    def __init__(self, peer: int) -> None:
         self.peer = peer
         self.moved_at = time.monotonic()
         self.finished = False
         self.error: Exception | None = None
         self.bundle = Bundle((), (), ())
-        self._talk: Callable[[Link], Bundle | None] | None = talk
-        self._changed = changed
-        self._thread = threading.Thread(target=self._run, name="giantstep-wait", daemon=True)
-        self._thread.start()
 
-    def _run(self) -> None:
+    def run(self, talk: Talk) -> None:
+        """Talk to the end."""
         try:
-            if self._talk is not None:
-                self.bundle = self._talk(self) or self.bundle
+            self.bundle = talk(self) or self.bundle
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear of it
             # Its traceback would keep the connections in a circle of references.
             self.error = error.with_traceback(None)
-        # Buffers that gloo may still have are let go here, not by the caller.
-        self._talk = None
         self.finished = True
-        self._changed.set()
 
-    def join(self, patience_secs: float) -> None:
-        """Return when the thread ended, or its patience did."""
-        self._thread.join(patience_secs)
+
+Talk = Callable[[Link], Bundle | None]
 
 
 class Connections:
@@ -81,29 +82,42 @@ class Connections:
     def __init__(self, store: Any, rank: int, size: int, patience_secs: float) -> None:
         self._rank, self._size = rank, size
         self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, dt.timedelta(seconds=patience_secs))
-        self._links: list[Link] = []
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Link, Talk]] = deque()
+        self._threads: set[threading.Thread] = set()
         self.changed = threading.Event()
 
     def receive(self, source: int, patience_secs: float) -> Link:
         """Receive a bundle."""
-        return self._start(source, lambda link: self._receive(link, source, patience_secs))
+        link = Link(source)
+        first = _empty(FIRST_BYTES)
+        try:
+            posted = self._post_receive(link, first, source, _MESSAGE_TAG)
+        except RuntimeError as error:
+            link.error, link.finished = error.with_traceback(None), True
+            return link
+        return self._start(link, lambda link: self._receive(link, source, first, posted, patience_secs))
 
     def ask(self, bundle: Bundle, other: int, patience_secs: float) -> Link:
         """Send a bundle and receive one."""
 
         def talk(link: Link) -> Bundle:
-            self._send(link, bundle.to_wire(), other, patience_secs)
-            return self._receive(link, other, patience_secs)
+            sent, first = self._post_bundle(link, bundle, other), _empty(FIRST_BYTES)
+            posted = self._post_receive(link, first, other, _MESSAGE_TAG)
+            self._await(link, sent, patience_secs)
+            return self._receive(link, other, first, posted, patience_secs)
 
-        return self._start(other, talk)
+        return self._start(Link(other), talk)
 
-    def send(self, bundle: Bundle, target: int, patience_secs: float) -> Link:
-        """Send a bundle."""
+    def send(self, bundles: Mapping[int, Bundle], patience_secs: float) -> Link:
+        """Send bundles, to each rank its own. That one does not arrive stops none of the others."""
 
         def talk(link: Link) -> None:
-            self._send(link, bundle.to_wire(), target, patience_secs)
+            posted = [work for peer in bundles for work in self._attempt(partial(self._post_bundle, link, bundles[peer], peer))]
+            for work in posted:
+                self._attempt(partial(self._await, link, [work], patience_secs))
 
-        return self._start(target, talk)
+        return self._start(Link(min(bundles)), talk)
 
     def move(self, sends: Sequence[Parcel], receives: Sequence[Parcel], patience_secs: float) -> Link:
         """Send and receive parcels, all at once; none are empty."""
@@ -116,7 +130,13 @@ class Connections:
                 posted += self._post_send(link, _tensor(parcel.data), parcel.peer, _parcel_tag(parcel))
             self._await(link, posted, patience_secs)
 
-        return self._start((*receives, *sends)[0].peer, talk)
+        return self._start(Link((*receives, *sends)[0].peer), talk)
+
+    def part(self) -> None:
+        """Give each link a thread: one of them takes long."""
+        with self._lock:
+            for _ in self._waiting:
+                self._start_thread()
 
     def close(self) -> None:
         """End the connections, and with them the threads that still wait on them.
@@ -132,50 +152,84 @@ class Connections:
             except RuntimeError as error:
                 if "Timed out" in str(error):
                     break
-        for link in self._links:
-            link.join(_JOIN_SECS)
+        with self._lock:
+            self._waiting.clear()
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(_JOIN_SECS)
 
-    def _start(self, peer: int, talk: Callable[[Link], Bundle | None]) -> Link:
-        self._links = [link for link in self._links if not link.finished]
-        link = Link(peer, talk, self.changed)
-        self._links.append(link)
+    # Threads.
+
+    def _start(self, link: Link, talk: Talk) -> Link:
+        with self._lock:
+            self._waiting.append((link, talk))
+            if not self._threads:
+                self._start_thread()
         return link
 
-    # On the link's thread.
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name="giantstep-wait", daemon=True)
+        self._threads.add(thread)
+        thread.start()
 
-    def _send(self, link: Link, messages: Sequence[Buffer], target: int, patience_secs: float) -> None:
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads.discard(threading.current_thread())
+                    return
+                link, talk = self._waiting.popleft()
+            link.run(talk)
+            # Buffers that gloo may still have are let go here, not by the caller.
+            del talk
+            self.changed.set()
+
+    # Talk.
+
+    def _post_bundle(self, link: Link, bundle: Bundle, target: int) -> list[Posted]:
         posted = []
-        for message in messages:
-            # If it is no part of a bundle it is writable, and the tensor keeps it; parts are kept by the bundle.
+        for message in bundle.to_wire():
+            # If it is no part of the bundle it is writable, and the tensor keeps it; parts are kept by the bundle.
             posted += self._post_send(link, _tensor(np.frombuffer(message, np.uint8)), target, _MESSAGE_TAG)
-        self._await(link, posted, patience_secs)
+        return posted
 
-    def _receive(self, link: Link, source: int, patience_secs: float) -> Bundle:
+    def _receive(self, link: Link, source: int, first: torch.Tensor, posted: list[Posted], patience_secs: float) -> Bundle:
+        arriving = iter([(first, posted)])
+
         def receive(count: int) -> bytes:
-            message = _empty(count)
-            self._await(link, self._post_receive(link, message, source, _MESSAGE_TAG), patience_secs)
+            message, posted = next(arriving, (None, []))
+            if message is None:
+                message = _empty(count)
+                posted = self._post_receive(link, message, source, _MESSAGE_TAG)
+            self._await(link, posted, patience_secs)
             return message.numpy().tobytes()
 
         return from_wire(receive)
 
+    def _attempt(self, step: Callable[[], list[Posted] | None]) -> list[Posted]:
+        # A broken connection is found again by the next call.
+        with contextlib.suppress(RuntimeError):
+            return step() or []
+        return []
+
     # If a connection breaks in the middle of a message, gloo does not end the wait of the rank that receives it. So all
     # but small ones are followed by a byte, which cannot be in the middle of arriving, and the byte is waited for first.
 
-    def _post_send(self, link: Link, data: torch.Tensor, target: int, tag: int) -> list[tuple[int, Any]]:
+    def _post_send(self, link: Link, data: torch.Tensor, target: int, tag: int) -> list[Posted]:
         link.peer = target
         posted = [(target, self._gloo.send([data], target, tag))]
         if len(data) > _UNMARKED_BYTES:
             posted.append((target, self._gloo.send([_empty(1).zero_()], target, tag)))
         return posted
 
-    def _post_receive(self, link: Link, room: torch.Tensor, source: int, tag: int) -> list[tuple[int, Any]]:
+    def _post_receive(self, link: Link, room: torch.Tensor, source: int, tag: int) -> list[Posted]:
         link.peer = source
         posted = [(source, self._gloo.recv([room], source, tag))]
         if len(room) > _UNMARKED_BYTES:
             posted.append((source, self._gloo.recv([_empty(1)], source, tag)))
         return posted[::-1]
 
-    def _await(self, link: Link, posted: Sequence[tuple[int, Any]], patience_secs: float) -> None:
+    def _await(self, link: Link, posted: Sequence[Posted], patience_secs: float) -> None:
         patience = dt.timedelta(seconds=patience_secs + _EXTRA_SECS)
         for peer, work in posted:
             link.peer = peer
@@ -199,7 +253,7 @@ def _tensor(array: NDArray[np.uint8]) -> torch.Tensor:
     if not array.flags.writeable:
         # torch warns of read-only memory, which gloo only sends.
         array = np.ctypeslib.as_array((ctypes.c_uint8 * array.size).from_address(array.ctypes.data))
-    return torch.from_numpy(array)
+    return torch.from_numpy(array.reshape(-1))
 
 
 def _empty(count: int) -> torch.Tensor:

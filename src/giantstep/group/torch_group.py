@@ -128,13 +128,11 @@ class TorchGroup:
             above = connections.ask(reports, self._tree.parent(self._rank), patience_secs)
             watch.until([above], patience_secs)
             answers = above.bundle
-        spans = [self._tree.span(child) for child in children]
-        passed_on = [
-            connections.send(answers.cut(span.start - self._rank, span.stop - self._rank), span.start, timeout_secs)
-            for span in spans
-        ]
-        # A rank that is lost now is found by the next call; the others must get their answers.
-        watch.while_pending(passed_on, timeout_secs)
+        if children:
+            spans = {child: self._tree.span(child) for child in children}
+            cuts = {child: answers.cut(span.start - self._rank, span.stop - self._rank) for child, span in spans.items()}
+            # A rank that is lost now is found by the next call; the others must get their answers.
+            watch.until_ended(connections.send(cuts, timeout_secs), timeout_secs)
         return answers.cut(0, 1).messages()[0]
 
     # Making and ending connections.

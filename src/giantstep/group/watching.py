@@ -29,7 +29,7 @@ class Watch:
 
     def __init__(self, rank: int, size: int, connections: Connections, board: Board, phase: str, overdue: Overdue) -> None:
         self._rank = rank
-        self._changed = connections.changed
+        self._connections = connections
         self._board = board
         self._phase = phase
         self._overdue = overdue
@@ -52,12 +52,12 @@ class Watch:
                 self._find_culprits(pending, patience_secs)
             self._pause(pending, deadline)
 
-    def while_pending(self, links: Sequence[Link], patience_secs: float) -> None:
-        """Return when all links have ended, well or not, or the patience did."""
+    def until_ended(self, link: Link, patience_secs: float) -> None:
+        """Return when the link has ended, well or not, or the patience did."""
         deadline = time.monotonic() + patience_secs
-        while not all(link.finished for link in links) and time.monotonic() < deadline:
-            self._changed.wait(max(0.0, deadline - time.monotonic()))
-            self._changed.clear()
+        while not link.finished and time.monotonic() < deadline:
+            self._connections.changed.wait(max(0.0, deadline - time.monotonic()))
+            self._connections.changed.clear()
 
     def _pending(self, links: Sequence[Link]) -> list[Link]:
         broken = {link.peer: link.error for link in links if link.error is not None}
@@ -87,8 +87,9 @@ class Watch:
             self._next_look = now + self._every_secs
             self._board.check(self._phase)
             self._hear_roll(pending)
-        self._changed.wait(max(0.0, min(self._next_look, deadline) - time.monotonic()))
-        self._changed.clear()
+            self._connections.part()
+        self._connections.changed.wait(max(0.0, min(self._next_look, deadline) - time.monotonic()))
+        self._connections.changed.clear()
 
     def _hear_roll(self, pending: Sequence[Link]) -> None:
         if not self._board.roll_called():
