@@ -113,7 +113,7 @@ def from_wire(receive: Callable[[int], bytes]) -> Bundle:
     """
     try:
         return _from_wire(receive)
-    except (struct.error, ValueError, IndexError) as error:
+    except (struct.error, ValueError, OverflowError) as error:
         raise PeerFailureError(
             f"another rank's message cannot be read ({error}): do all run one version of giantstep?"
         ) from error
