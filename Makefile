@@ -10,6 +10,7 @@ export OMP_NUM_THREADS := 1
 demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
 	$(BIN)/python demo/state.py
+	$(BIN)/python demo/parallel.py
 
 test: lint
 	$(BIN)/python -m pytest -q
@@ -21,6 +22,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/save_load.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/balance.py
+	$(BIN)/python benchmarks/bytes_read.py
 
 # Seconds per target; corpora, findings and logs go to build/fuzz.
 SECS ?= 60
