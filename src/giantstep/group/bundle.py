@@ -138,7 +138,7 @@ def _from_wire(receive: Callable[[int], bytes]) -> Bundle:
 
 
 def _rows(numbers: NDArray[np.uint32], rows: int) -> tuple[tuple[int, ...], ...]:
-    ends = np.cumsum([0, *numbers[:rows].tolist()]).tolist()
+    ends = list(itertools.accumulate(numbers[:rows].tolist(), initial=0))
     flat = numbers[rows:].tolist()
     return tuple(tuple(flat[start:stop]) for start, stop in itertools.pairwise(ends))
 
@@ -156,7 +156,7 @@ def _checked(bundle: Bundle) -> Bundle:
 
 
 def _sliced(data: bytes, sizes: Sequence[int]) -> list[bytes]:
-    ends = np.cumsum([0, *sizes], dtype=np.int64).tolist()
+    ends = list(itertools.accumulate(sizes, initial=0))
     return [data[start:stop] for start, stop in itertools.pairwise(ends)]
 
 
