@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
-from giantstep.errors import BadArgumentError, GiantstepError
+from giantstep.errors import BadArgumentError, GiantstepError, PeerError
 from giantstep.format.data_file import chunk_entry, object_entry
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
@@ -140,7 +140,7 @@ class _Save:
             )
         except GiantstepError as error:
             # Only an agreement on a failed write proves that rank 0 has not published.
-            if error.agreed and error.phase == "write":
+            if error.agreed and error.phase == "write" and not isinstance(error, PeerError):
                 self._discard()
             raise
         tensors, objects, total = (int(part) for part in answer.split())
