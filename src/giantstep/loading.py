@@ -27,7 +27,7 @@ from giantstep.planning.load_plan import LoadPlan, plan_load
 from giantstep.planning.load_tables import tabulate_chunks, tabulate_wanted
 from giantstep.planning.matching import KeyDifferences, Requests, Strictness, judge
 from giantstep.reading.arrange import Arrangement, Cell, Limits
-from giantstep.reading.checkpoint import Checkpoint
+from giantstep.reading.checkpoint import Checkpoint, Preface
 from giantstep.reading.data_files import check_data_files
 from giantstep.reading.exchange import Exchanged, Manner, exchange, telling, verify_part
 from giantstep.reading.fetch import Source, fetch
@@ -37,7 +37,7 @@ from giantstep.restoring import restore
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
-from giantstep.unwrapping import Moved, fill_dequantised, read_object, verify_parts
+from giantstep.unwrapping import Moved, fill_dequantised, read_objects, verify_parts
 
 _LOG = logging.getLogger("giantstep")
 
@@ -111,14 +111,16 @@ class _Load:
         self._moved = Exchanged(0)
         self._dequantised = Moved(0, 0)
 
-    # Open: rank 0 reads the commit record, so that all ranks load the same save.
+    # Open: rank 0 reads the commit record, so that all ranks load the same save; and unless every rank is to read for
+    # itself, the index and the common state.
 
     def open(self) -> None:
-        """Describe what is wanted; agree on the commit record."""
-        (answer,) = consult_parts(
+        """Describe what is wanted; agree on the commit record, and hear what is read once for all ranks."""
+        data, *preface = consult_parts(
             self._group, "describe", self._options.timeout_secs, self._describe, self._decide_record, "open"
         )
-        self._record: CommitRecord = decode_record(answer, f"{self._store.location}/{RECORD_NAME}")
+        self._record: CommitRecord = decode_record(data, f"{self._store.location}/{RECORD_NAME}")
+        self._preface = Preface(*preface) if preface else None
 
     def _describe(self) -> Parts:
         if not isinstance(self._strict, StrictHandling):
@@ -141,8 +143,11 @@ class _Load:
     def _decide_record(self, reports: Sequence[Parts]) -> list[Parts]:
         same_call(reports)
         data = read_record_bytes(self._store)
-        decode_record(data, f"{self._store.location}/{RECORD_NAME}")
-        return [(data,)] * len(reports)
+        record = decode_record(data, f"{self._store.location}/{RECORD_NAME}")
+        if self._cell == "none" or len(reports) == 1:
+            return [(data,)] * len(reports)
+        preface = Checkpoint(self._store, record, OBJECT_CODEC).preface()
+        return [(data, preface.index, preface.common)] * len(reports)
 
     # Match: every rank compares its request with the index; rank 0 judges for all.
 
@@ -152,14 +157,18 @@ class _Load:
         self._differences = KeyDifferences.decode(answer)
 
     def _match(self) -> bytes:
-        self._checkpoint = Checkpoint(self._store, self._record, OBJECT_CODEC, unknown=self._options.unknown_types)
+        unknown = self._options.unknown_types
+        self._checkpoint = Checkpoint(self._store, self._record, OBJECT_CODEC, unknown=unknown, preface=self._preface)
+        # The checkpoint has taken over what it needs of it.
+        self._preface = None
         self._stored = StoredState(self._checkpoint)
         self._common = self._checkpoint.common
         self._matched = match(self._described, self._stored, self._common, self._options)
         return self._matched.requests.encode()
 
     def _judge(self, reports: Sequence[bytes]) -> list[bytes]:
-        requests = [Requests.decode(report) for report in reports]
+        # Many ranks request the same, and to be requested twice is no more than once.
+        requests = [Requests.decode(report) for report in dict.fromkeys(reports)]
         strict = Strictness(self._strict, self._options.strict_overrides)
         verdict = judge(requests, self._stored.holdings(), strict)
         check_data_files(self._store, self._record)
@@ -184,7 +193,7 @@ class _Load:
 
     def _plan(self) -> Parts:
         # Objects are decoded before the first tensor is touched.
-        self._objects = {source.leaf.path: read_object(source, self._checkpoint) for source in self._matched.objects}
+        self._objects = read_objects(self._matched.objects, self._checkpoint)
         self._filling = plan_filling(self._matched, self._stored)
         self._chunks = tabulate_chunks(self._stored.index)
         self._reads = self._plan_reads(self._filling.filled)

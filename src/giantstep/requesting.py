@@ -6,7 +6,7 @@ Pure matching of names, shapes and dtypes; reads the index and descriptions, no 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,8 +155,27 @@ def match(described: Described, stored: StoredState, common: Tree, options: Load
         UnsupportedTypeError: a wrapper tensor that is to be dequantised is not registered.
     """
     matched = Matched()
-    for leaf in described.leaves:
-        key = options.stored_key(leaf.key)
+    renamed = [(leaf, options.stored_key(leaf.key)) for leaf in described.leaves]
+    wrapped = {leaf.key if key is None else key for leaf, key in renamed if key is None or options.dequantise}
+    wrapped |= {tensor for tensor in map(wrapped_tensor, described.stored) if tensor is not None}
+    with stored.checkpoint.reading_ahead([wrapper_key(key) for key in sorted(wrapped & stored.wrapped)]):
+        _match_leaves(renamed, stored, options, matched)
+        _match_descriptions(described, stored, options, matched)
+    for item in described.objects:
+        key = options.stored_key(item.source.key)
+        if key is None:
+            matched.skipped.add(item.source.key)
+            matched.requests.objects.append(item.source.key)
+        else:
+            _match_object(item, key, stored, options, matched)
+    _match_statefuls(described, common, matched)
+    return matched
+
+
+def _match_leaves(
+    renamed: Sequence[tuple[TensorLeaf, str | None]], stored: StoredState, options: LoadOptions, matched: Matched
+) -> None:
+    for leaf, key in renamed:
         if key is None:
             # The caller knows of it: it is not missing.
             matched.skipped.add(leaf.key)
@@ -169,16 +188,6 @@ def match(described: Described, stored: StoredState, common: Tree, options: Load
             _match_wrapper(leaf, key, stored, options, matched)
         else:
             matched.requests.unexpected.append(leaf.key)
-    for item in described.objects:
-        key = options.stored_key(item.source.key)
-        if key is None:
-            matched.skipped.add(item.source.key)
-            matched.requests.objects.append(item.source.key)
-        else:
-            _match_object(item, key, stored, options, matched)
-    _match_descriptions(described, stored, options, matched)
-    _match_statefuls(described, common, matched)
-    return matched
 
 
 def _match_statefuls(described: Described, common: Tree, matched: Matched) -> None:

@@ -5,7 +5,7 @@ Called by `load`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,21 @@ from giantstep.mapping.wrappers import aligned_hull, alignment, dequantised, par
 from giantstep.reading.checkpoint import Checkpoint
 from giantstep.requesting import ObjectSource, WrappedSource
 from giantstep.shards.dtypes import BY_TORCH_NAME
+from giantstep.shards.paths import Path
 from giantstep.shards.region import Region
 from giantstep.words import torch_dtype
 
 _STRIPE_ELEMENTS = 1 << 20
 
 
-def read_object(source: ObjectSource, checkpoint: Checkpoint) -> Any:
-    """The value of a sharded object; the user's function makes it where the stored grid has another shape."""
+def read_objects(sources: Sequence[ObjectSource], checkpoint: Checkpoint) -> dict[Path, Any]:
+    """The values of sharded objects by path."""
+    with checkpoint.reading_ahead([position.unique_key for source in sources for position in source.positions]):
+        return {source.leaf.path: _read_object(source, checkpoint) for source in sources}
+
+
+def _read_object(source: ObjectSource, checkpoint: Checkpoint) -> Any:
+    """The value of one; the user's function makes it where the stored grid has another shape."""
     if source.reshard is None:
         return checkpoint.object(source.positions[0].unique_key)
     stored = {position.offset: checkpoint.object(position.unique_key) for position in source.positions}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,19 @@ class TensorInfo:
     chunks: tuple[ChunkInfo, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Preface:
+    """What every rank of a load needs, read by one of them.
+
+    Attributes:
+        index: the index file.
+        common: the common state, encoded; empty if there is none.
+    """
+
+    index: bytes
+    common: bytes
+
+
 class Checkpoint:
     """A committed checkpoint. Reading methods raise `CorruptionError` where bytes are not those written.
 
@@ -70,16 +83,27 @@ class Checkpoint:
         record: its commit record.
         codec: decodes objects.
         unknown: what becomes of values whose types are unknown here; see `Codec.decode`.
+        preface: index and common state, if another rank has read them.
     """
 
-    def __init__(self, store: Store, record: CommitRecord, codec: Codec, *, unknown: Unknown = "raise") -> None:
+    def __init__(
+        self,
+        store: Store,
+        record: CommitRecord,
+        codec: Codec,
+        *,
+        unknown: Unknown = "raise",
+        preface: Preface | None = None,
+    ) -> None:
         self._store = store
         self._record = record
         self._codec = codec
         self._unknown: Unknown = unknown
-        self._index = IndexReader(store, record)
+        self._index = IndexReader(store, record, None if preface is None else preface.index)
         self._lock = threading.Lock()
         self._common: Any = None
+        # Encoded objects that were read before they are asked for.
+        self._ahead: dict[str, bytes] = {} if preface is None or not preface.common else {COMMON_KEY: preface.common}
 
     @property
     def location(self) -> str:
@@ -186,7 +210,9 @@ class Checkpoint:
     def objects(self) -> dict[str, Any]:
         """All stored objects by key, without the common state."""
         self._index.check_objects()
-        return {key: self.object(key) for key in self.object_keys() if key != COMMON_KEY}
+        keys = [key for key in self.object_keys() if key != COMMON_KEY]
+        with self.reading_ahead(keys):
+            return {key: self.object(key) for key in keys}
 
     def object(self, key: str) -> Any:
         """One stored object, decoded; runs no stored code.
@@ -200,20 +226,48 @@ class Checkpoint:
         return self._codec.decode(self._object_bytes(key), f"{key!r} in {self.location}", unknown=self._unknown)
 
     def _object_bytes(self, key: str) -> bytes:
+        found = self._ahead.get(key)
+        return self._read_objects([key])[key] if found is None else found
+
+    def _read_objects(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """Encoded objects, those that lie near each other read together."""
+        places = [self._place_of(key) for key in keys]
+        table, wanted = tabulate_spans(*([place[column] for place in places] for column in range(3)))
+        targets = [np.empty(size, dtype=np.uint8) for _, _, size in places]
+        plan = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
+
+        def key_of(chunk: int) -> str:
+            return keys[int(np.searchsorted(table.ends, chunk, side="right")) - 1]
+
+        source = Source(self._store, self._record, self._index.block_checksums, table, key_of, "object")
+        with self._reading():
+            fetch(source, plan, [ArraySink(target, (0,)) for target in targets], _THREADS)
+        return {key: target.tobytes() for key, target in zip(keys, targets, strict=True)}
+
+    def _place_of(self, key: str) -> tuple[int, int, int]:
+        """File, first byte and length of an object."""
         found = self._index.find_object(key)
         if found is None:
             raise KeyMismatchError(
                 f"no object {key!r} in {self.location}; it holds {', '.join(map(repr, self.object_keys()[:20])) or 'none'}"
             )
-        file, start, size = found
-        data = np.empty(size, dtype=np.uint8)
-        if size:
-            table, wanted = tabulate_spans([file], [start], [size])
-            plan = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
-            source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: key, "object")
-            with self._reading():
-                fetch(source, plan, [ArraySink(data, (0,))], _THREADS)
-        return data.tobytes()
+        return found
+
+    @contextmanager
+    def reading_ahead(self, keys: Iterable[str]) -> Iterator[None]:
+        """Inside, these objects are not read again: those that lie near each other were read together."""
+        new = list(dict.fromkeys(key for key in keys if key not in self._ahead))
+        self._ahead |= self._read_objects(new)
+        try:
+            yield
+        finally:
+            for key in new:
+                self._ahead.pop(key, None)
+
+    def preface(self) -> Preface:
+        """Index and common state, verified."""
+        stored = self._index.find_object(COMMON_KEY) is not None
+        return Preface(self._index.image(), self._object_bytes(COMMON_KEY) if stored else b"")
 
     @property
     def common(self) -> Any:

@@ -50,21 +50,26 @@ class IndexReader:
 
     Memory is reserved for the whole index, but only blocks that were touched are read and take room.
 
+    Args:
+        store, record: the checkpoint.
+        image: the index file, if another rank has read it; it is verified all the same, and not changed.
+
     Raises (all methods):
         IncompleteError: the index file is missing.
         CorruptionError: its bytes are not those that were written.
         OSError: reading failed.
     """
 
-    def __init__(self, store: Store, record: CommitRecord) -> None:
+    def __init__(self, store: Store, record: CommitRecord, image: bytes | None = None) -> None:
         self._store = store
         self._record = record
         self._what = f"{store.location}/{record.index.name}"
         self._lock = threading.Lock()
         entry = record.index
         # Invariant: not a byte is reserved for an index that is not there in full.
-        self._check_size(store)
-        self._data = np.empty(entry.bytes, dtype=np.uint8)
+        self._check_size(store if image is None else len(image))
+        self._data = np.empty(entry.bytes, dtype=np.uint8) if image is None else np.frombuffer(image, dtype=np.uint8)
+        self._filled = image is not None
         self._read(0, entry.head_bytes)
         self._head = decode_head(
             self._data[: entry.head_bytes].tobytes(),
@@ -76,15 +81,17 @@ class IndexReader:
         )
         self._verified = np.zeros(len(self._head.rest_checksums), dtype=bool)
 
-    def _check_size(self, store: Store) -> None:
+    def _check_size(self, where: Store | int) -> None:
         try:
-            found = store.size(self._record.index.name)
+            found = where if isinstance(where, int) else where.size(self._record.index.name)
         except FileNotFoundError as error:
             raise IncompleteError(f"index {self._what} is missing. Restore it from a copy, or load another step.") from error
         if found != self._record.index.bytes:
             raise CorruptionError(f"index {self._what} has {found} bytes, expected {self._record.index.bytes}")
 
     def _read(self, start: int, stop: int) -> None:
+        if self._filled:
+            return
         with reading(self._store, self._record.index.name) as handle:
             handle.read_into(start, self._data[start:stop].data)
 
@@ -257,6 +264,11 @@ class IndexReader:
         if not base <= base + first <= base + last <= end:
             raise CorruptionError(f"index {self._what}: file {file} has {end - base} blocks, not {last}")
         return self._column("block_checksum", base + first, base + last).astype(np.uint64)
+
+    def image(self) -> bytes:
+        """The index file, verified; for readers on other ranks."""
+        self._bytes(self._record.index.head_bytes, len(self._data))
+        return self._data.tobytes()
 
     def load_all(self) -> Index:
         """Every column, checked against each other and the commit record."""
