@@ -105,11 +105,12 @@ class Planned:
 
 def contents(messages: Messages, message: Message) -> list[tuple[object, ...]]:
     """What a message holds, slot by slot."""
-    pieces, rows = messages.pieces, range(message.first, message.last)
-    found = {
-        (int(messages.slot[row]), int(pieces.chunk[row]), tuple(pieces.offset[row].tolist()), tuple(pieces.size[row].tolist()))
-        for row in rows
-    }
+    pieces, chunks = messages.pieces, messages.chunks
+    found = set()
+    for row in range(message.first, message.last):
+        place = int(chunks.file[pieces.chunk[row]]), int(chunks.start[pieces.chunk[row]])
+        box = tuple(pieces.offset[row].tolist()), tuple(pieces.size[row].tolist())
+        found.add((int(messages.slot[row]), place, box))
     return sorted(found)
 
 
@@ -173,6 +174,40 @@ def test_sender_and_receiver_make_the_same_messages_without_a_header(planned: Pl
         if message.peer != receiver
     }
     assert sent == received
+
+
+def test_a_reader_is_told_only_the_regions_that_concern_it() -> None:
+    """200 tensors of a block each, wanted by eight ranks that read 25 of them each; two of them by a ninth."""
+    chunks = ChunkTable(
+        ends=np.arange(201),
+        item_bytes=np.full(200, 4),
+        file=np.zeros(200, dtype=np.int64),
+        start=np.arange(200) * 4096,
+        offset=np.zeros((200, 1), dtype=np.int64),
+        size=np.full((200, 1), 1024),
+    )
+    blocks = BlockTable(np.array([0, 200]), np.array([200 * 4096]), 4096)
+    held = [*([np.arange(200)] * 8), np.array([3, 150])]
+    tables = [tabulate_wanted(rows.tolist(), [Region((0,), (1024,))] * len(rows), [False] * len(rows), 1) for rows in held]
+    # Ranks 0 to 3 are one client, the others differ in a region.
+    for rank in range(4, 8):
+        tables[rank].offset[rank, 0], tables[rank].size[rank, 0] = 1, 1023
+    demand = demand_of(interned([pack_blocks(rows, np.ones(len(rows), dtype=np.int64)) for rows in held]), range(9))
+    plan = assign(demand, blocks, exchange_bytes=1 << 20, read_bytes=1 << 16)
+    told = dict(plan.clients(interned([pack_regions(table) for table in tables]), chunks, blocks))
+    for reader in range(8):
+        clients = Clients.of(told[reader], 1)
+        shares = zip(plan.first.tolist(), plan.count.tolist(), plan.reader.tolist(), strict=True)
+        mine = {block for first, count, who in shares if who == reader for block in range(first, first + count)}
+        expected = [[0, 1, 2, 3], *([rank] for rank in range(4, 8) if rank != reader)]
+        assert sorted(clients.ranks) == sorted([*expected, *([[8]] if mine & {3, 150} else [])])
+        for number, ranks in enumerate(clients.ranks):
+            chosen = clients.wanted.tensor[clients.client == number]
+            assert set(chosen.tolist()) == (mine if ranks != [8] else {3, 150})
+            assert len(chosen) == len(set(chosen.tolist()))
+            if ranks[0] in chosen.tolist() and ranks != [8]:
+                row = clients.wanted.size[clients.client == number][chosen.tolist().index(ranks[0])]
+                assert row.tolist() == [1024 if ranks[0] == 0 else 1023]
 
 
 def halves(count: int, ranks: int, exchange_bytes: int = 1 << 20) -> Planned:

@@ -6,6 +6,7 @@ bytes and nothing else. Called by `loading`; the plan comes from `exchange_plan`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,13 +96,23 @@ class Clients:
     def of(cls, answer: Parts, width: int) -> Clients:
         """Decode the answer for a reader; it is empty for a rank that serves nobody."""
         if not answer:
-            table = np.zeros((0, width), dtype=np.int64)
-            rows = table[:, 0]
-            return cls([], WantedTable(rows, table, table, rows > 0), rows)
-        lengths, ranks, counts, tensor, offset, size = map(unpack_column, answer)
-        members = [found.tolist() for found in np.split(ranks, np.cumsum(lengths)[:-1])]
-        wanted = WantedTable(tensor, offset.reshape(-1, width), size.reshape(-1, width), np.ones(len(tensor), dtype=bool))
-        return cls(members, wanted, np.repeat(np.arange(len(counts)), counts))
+            answer = (pack_column(np.zeros(0, dtype=np.int64)),) * 6
+        lengths, listed, counts, *chosen = answer[:6]
+        members = np.split(unpack_column(listed), np.cumsum(unpack_column(lengths)))[:-1]
+        whole = [answer[start : start + 4] for start in range(6, len(answer), 4)]
+        tables = [_wanted(chosen, width), *(_wanted(parts[1:], width) for parts in whole)]
+        members += [unpack_column(parts[0]) for parts in whole]
+        rows = np.array([*unpack_column(counts).tolist(), *(len(table.tensor) for table in tables[1:])], dtype=np.int64)
+        wanted = WantedTable(
+            *(np.concatenate([getattr(table, name) for table in tables]) for name in ("tensor", "offset", "size", "partial"))
+        )
+        return cls([found.tolist() for found in members], wanted, np.repeat(np.arange(len(rows)), rows))
+
+
+def _wanted(columns: Sequence[bytes], width: int) -> WantedTable:
+    """Packed regions; that a reader does not have all of them is fine."""
+    tensor, offset, size = map(unpack_column, columns)
+    return WantedTable(tensor, offset.reshape(-1, width), size.reshape(-1, width), np.ones(len(tensor), dtype=bool))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +232,18 @@ def exchange_part(
     own = cut_pieces(chunks, found, base, spans.cuts(size), size)
     wanted = messages_of(chunks, own, spans.reader[own.span], spans, size)
     duty = spans.of_reader(rank)
-    served = cut_pieces(chunks, intersections(chunks, clients.wanted), base, duty.cuts(size), size)
-    sent = messages_of(chunks, served, clients.client[served.wanted], duty, size)
+    # Of the chunks only those that it reads: clients want much besides.
+    read = chunks.rows(_touched(chunks, base, duty.cuts(size)))
+    served = cut_pieces(read, intersections(read, clients.wanted), base, duty.cuts(size), size)
+    sent = messages_of(read, served, clients.client[served.wanted], duty, size)
     return ExchangePart(spans.unit_bytes, _reads(duty, blocks), wanted, sent, clients.ranks)
+
+
+def _touched(chunks: ChunkTable, base: Int64s, spans: Runs) -> Int64s:
+    """Chunks of which some byte lies in one of the spans."""
+    start = base[chunks.file] + chunks.start
+    first, last = spans.between(start, start + chunks.size.prod(axis=1) * chunks.chunk_item_bytes())
+    return np.flatnonzero(first < last)
 
 
 def _reads(duty: Spans, blocks: BlockTable) -> dict[int, list[UnitRead]]:

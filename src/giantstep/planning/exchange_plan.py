@@ -32,6 +32,9 @@ WORTH_RATIO = 1.1
 # ... and at least this many bytes more: for fewer, agreeing on an exchange takes longer than reading them.
 WORTH_BYTES = 4 << 20
 
+# A reader that serves a client in less than one in so many of its regions is told those only.
+_FEW = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -154,8 +157,8 @@ class Assignment:
     def clients(self, regions: Sequence[Parts], chunks: ChunkTable, blocks: BlockTable) -> Iterator[tuple[int, Parts]]:
         """For each reader that serves others, who they are and what they want; decoded by `exchange_part.Clients`.
 
-        Ranks with equal regions are one client. Of its regions, a reader gets those of tensors of which it reads
-        something for that client.
+        Ranks with equal regions are one client. A reader gets all of a client's regions, as the client sent them, which
+        many readers share; or only those of tensors of which it reads something for the client, if these are few.
 
         Args:
             regions: by rank: tensor, offset and size of its regions, packed; equal parts one object.
@@ -167,24 +170,21 @@ class Assignment:
         ends = np.cumsum([0, *map(len, alike)])
         wanted = _Regions.of([regions[int(members[0])] for members in ranks], chunks.width)
         reader, request, tensor = self._served(chunks, blocks)
-        client, row = _expanded(ends[request], ends[request + 1])
+        new = np.flatnonzero(np.diff(reader, prepend=-1) | np.diff(request, prepend=-1))
+        served = np.diff(np.append(new, len(reader)))
+        # Pairs of a reader and a client, and where the reader's tensors for it begin.
+        client, pair = _expanded(ends[request[new]], ends[request[new] + 1])
         alone = np.array([int(members[0]) if len(members) == 1 else -1 for members in ranks], dtype=np.int64)
-        others = np.flatnonzero(alone[client] != reader[row])
-        reader, client, tensor = reader[row][others], client[others], tensor[row][others]
-        at, row = wanted.rows_of(client, tensor)
-        reader, client = reader[row], client[row]
-        order = np.lexsort((at, client, reader))
-        reader, client, at = reader[order], client[order], at[order]
-        readers, begins = np.unique(reader, return_index=True)
-        for number, low, high in zip(
-            readers.tolist(), begins.tolist(), np.append(begins, len(reader))[1:].tolist(), strict=True
-        ):
-            served, counts = np.unique(client[low:high], return_counts=True)
-            members = [ranks[row] for row in served.tolist()]
-            rows = at[low:high]
-            lengths = np.array(list(map(len, members)), dtype=np.int64)
-            columns = (lengths, np.concatenate(members), counts, wanted.tensor[rows], wanted.offset[rows], wanted.size[rows])
-            yield number, tuple(map(pack_column, columns))
+        others = alone[client] != reader[new][pair]
+        few = (served[pair] * _FEW < wanted.counts[client]) & others
+        at, row = _expanded(new[pair[few]], (new + served)[pair[few]])
+        chosen = _Chosen.of(wanted, reader[at], client[few][row], tensor[at])
+        packed = [pack_column(members) for members in ranks]
+        whole: dict[int, list[bytes]] = {}
+        for number, found in zip(reader[new][pair[others & ~few]].tolist(), client[others & ~few].tolist(), strict=True):
+            whole.setdefault(number, []).extend((packed[found], *regions[int(ranks[found][0])]))
+        for number in sorted({*whole, *chosen.rows}):
+            yield number, (*chosen.parts(number, wanted, ranks), *whole.get(number, ()))
 
     def _served(self, chunks: ChunkTable, blocks: BlockTable) -> tuple[Int64s, Int64s, Int64s]:
         """Distinct (reader, request, tensor) such that the reader reads blocks of the tensor that the request wants."""
@@ -251,6 +251,7 @@ def _most_readers(sets: Sequence[Int64s], set_of: Int64s, reader: Int64s) -> int
 class _Regions:
     """The regions of all clients, one client after another; `order` sorts the rows of each by tensor, `key` is sorted."""
 
+    counts: Int64s
     tensor: Int64s
     offset: Int64s
     size: Int64s
@@ -264,11 +265,11 @@ class _Regions:
         offset = np.concatenate([unpack_column(parts[1]).reshape(-1, width) for parts in packed])
         size = np.concatenate([unpack_column(parts[2]).reshape(-1, width) for parts in packed])
         tensor = np.concatenate(tensors)
-        client = np.repeat(np.arange(len(tensors)), [len(rows) for rows in tensors])
+        counts = np.array([len(rows) for rows in tensors], dtype=np.int64)
         most = int(tensor.max(initial=0)) + 1
-        key = client * most + tensor
+        key = np.repeat(np.arange(len(tensors)), counts) * most + tensor
         order = np.argsort(key, kind="stable")
-        return cls(tensor, offset, size, order, key[order], most)
+        return cls(counts, tensor, offset, size, order, key[order], most)
 
     def rows_of(self, client: Int64s, tensor: Int64s) -> tuple[Int64s, Int64s]:
         """Rows that some clients have of tensors, and to which of these each belongs."""
@@ -278,6 +279,35 @@ class _Regions:
         high = np.where(known, np.searchsorted(self.key, key, side="right"), low)
         at, pair = _expanded(low, high)
         return self.order[at], pair
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Some regions of clients for readers, sorted by reader and client; `rows` are those of each reader."""
+
+    client: Int64s
+    at: Int64s
+    rows: dict[int, slice]
+
+    @classmethod
+    def of(cls, wanted: _Regions, reader: Int64s, client: Int64s, tensor: Int64s) -> _Chosen:
+        at, row = wanted.rows_of(client, tensor)
+        reader, client = reader[row], client[row]
+        order = np.lexsort((at, client, reader))
+        readers, begins = np.unique(reader[order], return_index=True)
+        ends = np.append(begins, len(order))[1:]
+        columns = (readers.tolist(), begins.tolist(), ends.tolist())
+        return cls(client[order], at[order], {number: slice(low, high) for number, low, high in zip(*columns, strict=True)})
+
+    def parts(self, reader: int, wanted: _Regions, ranks: Sequence[Int64s]) -> Parts:
+        """For one reader: sizes and ranks of the clients, how many regions of each, and these."""
+        rows = self.rows.get(reader, slice(0, 0))
+        served, counts = np.unique(self.client[rows], return_counts=True)
+        members = [ranks[row] for row in served.tolist()]
+        lengths = np.array(list(map(len, members)), dtype=np.int64)
+        at = self.at[rows]
+        listed = np.concatenate([np.zeros(0, dtype=np.int64), *members])
+        return tuple(map(pack_column, (lengths, listed, counts, wanted.tensor[at], wanted.offset[at], wanted.size[at])))
 
 
 def _chunk_blocks(chunks: ChunkTable, blocks: BlockTable) -> tuple[Int64s, Int64s, Int64s]:

@@ -44,6 +44,11 @@ class ChunkTable:
         """[chunks] bytes per element."""
         return np.repeat(self.item_bytes, np.diff(self.ends))
 
+    def rows(self, chunks: Int64s) -> ChunkTable:
+        """Some chunks, ascending, of the same tensors."""
+        columns = (self.file[chunks], self.start[chunks], self.offset[chunks], self.size[chunks])
+        return ChunkTable(np.searchsorted(chunks, self.ends), self.item_bytes, *columns)
+
     def within(self, file: int, start: int, stop: int) -> list[int]:
         """Chunks of which some bytes lie in [start, stop) of a file."""
         chunk = np.flatnonzero((self.file == file) & (self.start < stop))
