@@ -13,20 +13,19 @@ import numpy as np
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.errors import BadArgumentError
-from giantstep.filling import Wanted, compare_sinks, fill_sinks, plan_filling
+from giantstep.filling import compare_sinks, fill_sinks, plan_filling
 from giantstep.format.names import RECORD_NAME
 from giantstep.format.record import CommitRecord, decode_record
 from giantstep.group.base import Group, Parts, consult, consult_parts
 from giantstep.group.subgroup import ranks_within
 from giantstep.group.torch_group import group_of
+from giantstep.kept_index import KeptIndex, keep_index, kept_index
 from giantstep.mapping.describe import Described, describe
 from giantstep.options import LoadOptions, StrictHandling
 from giantstep.phases import Stopwatch, same_call, settings, with_call
-from giantstep.planning.exchange_part import ExchangePart, pack_regions
-from giantstep.planning.load_plan import LoadPlan, plan_load
-from giantstep.planning.load_tables import tabulate_chunks, tabulate_wanted
+from giantstep.planned_load import LoadPlanner, Subject
 from giantstep.planning.matching import KeyDifferences, Requests, Strictness, judge
-from giantstep.reading.arrange import Arrangement, Cell, Limits
+from giantstep.reading.arrange import Cell
 from giantstep.reading.checkpoint import Checkpoint, Preface
 from giantstep.reading.data_files import check_data_files
 from giantstep.reading.exchange import Exchanged, Manner, exchange, telling, verify_part
@@ -108,6 +107,7 @@ class _Load:
         self._options = options if isinstance(options, LoadOptions) else LoadOptions()
         self._process_group = process_group
         self._group: Group = group_of(process_group)
+        self._planner = LoadPlanner(self._group, self._options)
         self._moved = Exchanged(0)
         self._dequantised = Moved(0, 0)
 
@@ -138,16 +138,19 @@ class _Load:
             "strict": self._strict.value,
             "options": {**settings(self._options), "exchange": self._cell if isinstance(self._cell, str) else "a group"},
         }
-        return with_call(call)
+        cache = self._options.plan_cache
+        self._kept: KeptIndex | None = None if cache is None else kept_index(cache, self._store)
+        return with_call(call, b"" if self._kept is None else self._kept.digest.encode("ascii"))
 
     def _decide_record(self, reports: Sequence[Parts]) -> list[Parts]:
-        same_call(reports)
+        kept = {digest for (digest,) in same_call(reports)}
         data = read_record_bytes(self._store)
         record = decode_record(data, f"{self._store.location}/{RECORD_NAME}")
-        if self._cell == "none" or len(reports) == 1:
+        if self._cell == "none" or len(reports) == 1 or kept == {record.index.head_digest.encode("ascii")}:
             return [(data,)] * len(reports)
-        preface = Checkpoint(self._store, record, OBJECT_CODEC).preface()
-        return [(data, preface.index, preface.common)] * len(reports)
+        checkpoint = Checkpoint(self._store, record, OBJECT_CODEC)
+        common = checkpoint.preface().common
+        return [(data, checkpoint.index_tables().image(), common)] * len(reports)
 
     # Match: every rank compares its request with the index; rank 0 judges for all.
 
@@ -157,11 +160,17 @@ class _Load:
         self._differences = KeyDifferences.decode(answer)
 
     def _match(self) -> bytes:
+        kept = self._kept
+        if kept is not None and kept.digest != self._record.index.head_digest:
+            kept = None
+        preface = self._preface if kept is None else kept.preface
         unknown = self._options.unknown_types
-        self._checkpoint = Checkpoint(self._store, self._record, OBJECT_CODEC, unknown=unknown, preface=self._preface)
+        self._checkpoint = Checkpoint(self._store, self._record, OBJECT_CODEC, unknown=unknown, preface=preface)
         # The checkpoint has taken over what it needs of it.
         self._preface = None
-        self._stored = StoredState(self._checkpoint)
+        self._stored = StoredState(self._checkpoint) if kept is None else kept.stored.of(self._checkpoint)
+        if kept is None and self._options.plan_cache is not None:
+            keep_index(self._options.plan_cache, self._stored)
         self._common = self._checkpoint.common
         self._matched = match(self._described, self._stored, self._common, self._options)
         return self._matched.requests.encode()
@@ -181,73 +190,47 @@ class _Load:
     def read(self) -> None:
         """Fill this rank's tensors; agree that all ranks have."""
         patience = self._options.timeout_secs
-        answer = consult_parts(self._group, "plan", patience, self._plan, self._decide_reading)
-        self._arrangement.adopt(answer)
-        if self._arrangement.exchanges:
-            self._clients = consult_parts(
-                self._group, "plan", patience, lambda: pack_regions(self._reads.wanted), self._arrangement.decide_clients
-            )
+        self._planner.agree(self._prepare, self._cell)
         if self._options.verify == "before":
             consult(self._group, "verify", patience, self._verify)
         consult(self._group, "read", patience, self._fill)
 
-    def _plan(self) -> Parts:
+    def _prepare(self) -> Subject:
         # Objects are decoded before the first tensor is touched.
         self._objects = read_objects(self._matched.objects, self._checkpoint)
         self._filling = plan_filling(self._matched, self._stored)
-        self._chunks = tabulate_chunks(self._stored.index)
-        self._reads = self._plan_reads(self._filling.filled)
-        limits = Limits(self._options.exchange_bytes, self._options.buffer_bytes)
-        self._arrangement = Arrangement(self._record, self._stored.index, self._chunks, self._cell, limits)
-        return self._arrangement.report(self._reads)
-
-    def _decide_reading(self, reports: Sequence[Parts]) -> list[Parts]:
-        # The arrangement is made in `_plan`.
-        return self._arrangement.decide(reports)
-
-    def _plan_reads(self, wanted: Sequence[Wanted]) -> LoadPlan:
-        rows, regions = [item.row for item in wanted], [item.region for item in wanted]
-        partial = [item.leaf.allow_shape_mismatch for item in wanted]
-        return plan_load(
-            self._chunks,
-            tabulate_wanted(rows, regions, partial, self._chunks.width),
-            block_bytes=self._record.block_bytes,
-            buffer_bytes=self._options.buffer_bytes,
-        )
+        return Subject(self._record, self._stored, self._filling.filled)
 
     def _verify(self) -> bytes:
-        source, threads = self._source(verify=True), self._options.reader_threads
-        if self._arrangement.exchanges:
-            verify_part(source, self._part(), threads)
+        source, threads, plan = self._source(verify=True), self._options.reader_threads, self._planner.plan
+        if plan.part is not None:
+            verify_part(source, plan.part, threads)
         else:
-            fetch(source, self._reads, None, threads)
-        fetch(source, self._plan_reads(self._filling.compared), None, threads)
+            fetch(source, plan.reads, None, threads)
+        fetch(source, self._planner.plan_of(self._filling.compared), None, threads)
         for wrapped in self._matched.dequantised:
             verify_parts(wrapped, self._checkpoint)
         return b""
 
     def _fill(self) -> bytes:
         source = self._source(verify=self._options.verify == "reading")
-        threads = self._options.reader_threads
+        threads, plan = self._options.reader_threads, self._planner.plan
         filled, compared = self._filling.filled, self._filling.compared
-        if self._arrangement.exchanges:
+        if plan.part is not None:
             with telling(self._group, "read"):
                 sinks = fill_sinks(filled, self._stored)
                 how = Manner(threads, "read", self._options.timeout_secs)
-                self._moved = exchange(source, self._part(), sinks, self._group, how)
+                self._moved = exchange(source, plan.part, sinks, self._group, how)
         else:
-            self._moved = Exchanged(fetch(source, self._reads, fill_sinks(filled, self._stored), threads).bytes_read)
+            self._moved = Exchanged(fetch(source, plan.reads, fill_sinks(filled, self._stored), threads).bytes_read)
         if compared:
-            fetch(source, self._plan_reads(compared), compare_sinks(compared, self._stored), threads)
+            fetch(source, self._planner.plan_of(compared), compare_sinks(compared, self._stored), threads)
         for wrapped in self._matched.dequantised:
             self._dequantised += fill_dequantised(wrapped, self._checkpoint)
         return b""
 
-    def _part(self) -> ExchangePart:
-        return self._arrangement.part(self._group.rank, self._reads, self._clients)
-
     def _source(self, *, verify: bool) -> Source:
-        chunks = self._chunks
+        chunks = self._planner.chunks
 
         def key_of(chunk: int) -> str:
             return self._stored.keys[int(np.searchsorted(chunks.ends, chunk, side="right")) - 1]
@@ -256,7 +239,9 @@ class _Load:
             base = int(self._stored.index.file_block_ends[file])
             return self._stored.index.block_checksum[base + first : base + last]
 
-        return Source(self._store, self._record, checksums if verify else None, chunks, key_of, direct=self._arrangement.direct)
+        return Source(
+            self._store, self._record, checksums if verify else None, chunks, key_of, direct=self._planner.plan.direct
+        )
 
     # After all ranks are done.
 
@@ -285,7 +270,8 @@ class _Load:
             dropped=tuple(sorted(matched.dropped)),
             bytes_filled=filled + self._dequantised.filled,
             bytes_read=self._moved.bytes_read + self._dequantised.read,
-            exchange=self._arrangement.kind,
+            exchange=self._planner.plan.kind,
+            plan_reused=self._planner.reused,
             bytes_sent=self._moved.bytes_sent,
             bytes_received=self._moved.bytes_received,
             seconds=self.watch.seconds,

@@ -233,6 +233,9 @@ class LoadOptions:
     buffer_bytes: int = 8 * MIB
     """Most bytes that one thread reads at a time."""
 
+    plan_cache: PlanCache | None = None
+    """Where plans of loads, and the index of the checkpoint loaded last, are kept for later loads. None: nothing is kept."""
+
     def __post_init__(self) -> None:
         _require_secs("timeout_secs", self.timeout_secs)
         _require(self.cast in get_args(Cast), "cast", self.cast, f"one of {get_args(Cast)}")
@@ -246,6 +249,7 @@ class LoadOptions:
         named = isinstance(asked, str) and asked in ("auto", "none")
         _require(named or (ranks and len(asked) > 0) or group, "exchange", asked, "'auto', 'none', a group, or ranks")
         _require_int("exchange_bytes", self.exchange_bytes, MIB, 1 << 40)
+        _require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
         _require_int("reader_threads", self.reader_threads, 1, 64)
         _require_int("buffer_bytes", self.buffer_bytes, 64 * KIB, GIB)
 

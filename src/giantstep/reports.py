@@ -77,6 +77,7 @@ class LoadReport:
             that want it; "group" if the ranks of a group did.
         bytes_sent, bytes_received: bytes of tensors to and from other ranks.
         seconds: per phase, on this rank.
+        plan_reused: whether the plan of an earlier load was used (see `PlanCache`).
     """
 
     location: str
@@ -95,6 +96,7 @@ class LoadReport:
     exchange: str = "none"
     bytes_sent: int = 0
     bytes_received: int = 0
+    plan_reused: bool = False
 
     def __str__(self) -> str:
         filled, read = size_text(self.bytes_filled), size_text(self.bytes_read)

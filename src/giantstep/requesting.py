@@ -5,6 +5,7 @@ Pure matching of names, shapes and dtypes; reads the index and descriptions, no 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,12 @@ class StoredState:
                 self.grids.setdefault(position.key, {}).setdefault(position.shape, {})[position.offset] = position
             elif tensor is not None:
                 self.wrapped.add(tensor)
+
+    def of(self, checkpoint: Checkpoint) -> StoredState:
+        """The same names for another `Checkpoint` of the same save."""
+        found = copy.copy(self)
+        found.checkpoint = checkpoint
+        return found
 
     def shape(self, row: int) -> tuple[int, ...]:
         """Global shape of a tensor."""

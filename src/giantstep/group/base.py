@@ -75,10 +75,11 @@ class Group(Protocol):
         """
         ...
 
-    def withdraw(self, error: GiantstepError) -> None:
+    def withdraw(self, error: GiantstepError) -> GiantstepError:
         """This rank gives up instead of calling `exchange` or `transfer`; the others raise `error` from theirs.
 
-        An error of no rank becomes one of this rank.
+        An error of no rank becomes one of this rank. Returns the error that all of them raise, marked as agreed: `error`
+        itself, or what another rank put up before.
         """
         ...
 

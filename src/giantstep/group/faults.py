@@ -68,6 +68,13 @@ def to_text(error: GiantstepError) -> str:
     return json.dumps(error_to_wire(error))
 
 
+def standing(error: GiantstepError, told: str | None) -> GiantstepError:
+    """What a rank raises that put up `error` and found `told` standing: its own error if that is it, or if nothing is."""
+    found = error if told is None or told == to_text(error) else from_text(told)
+    found.agreed = True
+    return found
+
+
 def from_text(text: str | bytes) -> GiantstepError:
     """Inverse of `to_text`: a copy to be raised, marked as one of which all ranks hear."""
     error = error_from_wire(json.loads(text))

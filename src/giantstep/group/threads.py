@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from giantstep.errors import GiantstepError, PeerFailureError
 from giantstep.group.base import Answer, Parcel, Parts, check_parcels
-from giantstep.group.faults import culprits, ended, from_text, idle, late, listed, to_text
+from giantstep.group.faults import culprits, ended, from_text, idle, late, listed, standing, to_text
 
 
 @dataclass(slots=True)
@@ -116,12 +116,13 @@ class ThreadGroup:
             self._leave(ours, error, phase)
             raise
 
-    def withdraw(self, error: GiantstepError) -> None:
+    def withdraw(self, error: GiantstepError) -> GiantstepError:
         if error.rank is None:
             error.rank = self._rank
         ours = self._ours()
         self._end(ours, error)
         self._next_generation()
+        return standing(error, ours.fault)
 
     def _ours(self) -> _Generation:
         with self._shared.changed:

@@ -21,7 +21,7 @@ from giantstep.errors import BadArgumentError, GiantstepError, PeerError, PeerFa
 from giantstep.group.base import Answer, Group, Parcel, Parts, check_parcels
 from giantstep.group.bundle import Bundle
 from giantstep.group.connections import Connections, cause
-from giantstep.group.faults import ended, idle, late
+from giantstep.group.faults import ended, idle, late, standing
 from giantstep.group.notices import Board
 from giantstep.group.rendezvous import meet, withdraw
 from giantstep.group.single import SingleGroup
@@ -105,16 +105,18 @@ class TorchGroup:
             with self._turn, self._call(phase, timeout_secs, idle) as (connections, watch):
                 watch.until([connections.move(sends, receives, timeout_secs)], timeout_secs)
 
-    def withdraw(self, error: GiantstepError) -> None:
+    def withdraw(self, error: GiantstepError) -> GiantstepError:
         if error.rank is None:
             error.rank = self._rank
+        told: str | None = None
         if self._size > 1:
             with self._turn:
                 if self._connected is None:
                     withdraw(self._store, self._rank, self._size, error)
                 else:
-                    self._tell(error)
+                    told = self._tell(error)
                     self._close(error)
+        return standing(error, told)
 
     def _exchange(self, connections: Connections, watch: Watch, report: Parts, answer: Answer, timeout_secs: float) -> Parts:
         children = self._tree.children(self._rank)
@@ -176,8 +178,10 @@ class TorchGroup:
             # The store may be in this process, which may end now. A rank that is gone or late will not hear.
             board.until_heard(self._size - 1 - isinstance(error, PeerError), _HEAR_SECS)
 
-    def _tell(self, error: GiantstepError) -> None:
+    def _tell(self, error: GiantstepError) -> str | None:
+        """Put an error on the board; return what stands there, if anything can."""
         if self._connected is not None:
             # Without the board the others find the connections closed.
             with contextlib.suppress(PeerFailureError):
-                self._connected[1].tell(error)
+                return self._connected[1].tell(error)
+        return None

@@ -64,14 +64,14 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Preface:
-    """What every rank of a load needs, read by one of them.
+    """What every rank of a load needs, read by one of them or by a load before.
 
     Attributes:
-        index: the index file.
+        index: the index file, or what an earlier `Checkpoint` made of it.
         common: the common state, encoded; empty if there is none.
     """
 
-    index: bytes
+    index: bytes | IndexReader
     common: bytes
 
 
@@ -99,7 +99,8 @@ class Checkpoint:
         self._record = record
         self._codec = codec
         self._unknown: Unknown = unknown
-        self._index = IndexReader(store, record, None if preface is None else preface.index)
+        known = None if preface is None else preface.index
+        self._index = known if isinstance(known, IndexReader) else IndexReader(store, record, known)
         self._lock = threading.Lock()
         self._common: Any = None
         # Encoded objects that were read before they are asked for.
@@ -265,9 +266,11 @@ class Checkpoint:
                 self._ahead.pop(key, None)
 
     def preface(self) -> Preface:
-        """Index and common state, verified."""
+        """Index and common state, verified; the index in memory, to be used again in this process."""
         stored = self._index.find_object(COMMON_KEY) is not None
-        return Preface(self._index.image(), self._object_bytes(COMMON_KEY) if stored else b"")
+        if stored and self._common is None and COMMON_KEY not in self._ahead:
+            self._ahead[COMMON_KEY] = self._object_bytes(COMMON_KEY)
+        return Preface(self._index, self._ahead.get(COMMON_KEY, b""))
 
     @property
     def common(self) -> Any:

@@ -89,11 +89,10 @@ def telling(group: Group, phase: str) -> Iterator[None]:
         if isinstance(error, GiantstepError) and error.agreed:
             raise
         ours = located(error, group.rank, phase)
-        group.withdraw(ours)
-        ours.agreed = True
-        if ours is error:
+        agreed = group.withdraw(ours)
+        if agreed is error:
             raise
-        raise ours from error
+        raise agreed from error
 
 
 _Prepare = Callable[[int], "_Packed"]
