@@ -70,12 +70,12 @@ def load_all(rank: int, path: str, culprit: int, what: str) -> tuple[str, int | 
         if done == 2 and rank == culprit:
             if what == "die":
                 os._exit(9)
-            time.sleep(12)
+            time.sleep(8)
         return real(self, *arguments)
 
     giantstep.reading.exchange._Rounds._transfer = transfer
     state = {"w": torch.zeros(ROWS, COLUMNS, dtype=torch.int64), "b": torch.zeros(77, dtype=torch.int64)}
-    options = gs.LoadOptions(exchange="auto", buffer_bytes=256 << 10, timeout_secs=20.0 if what == "die" else 3.0)
+    options = gs.LoadOptions(exchange="auto", buffer_bytes=256 << 10, timeout_secs=20.0 if what == "die" else 2.0)
     try:
         gs.load(state, path, options=options)
     except GiantstepError as error:

@@ -25,7 +25,7 @@ _NAMES = itertools.count()
 BLOCK = 4096
 
 
-@examples(150)
+@examples(100)
 @given(checkpoints(), st.integers(0, 3))
 def test_any_layout_loads_under_any_other_with_an_exchange(drawn: tuple[list[Case], int, int], cut: int) -> None:
     tensors, saving, loading = drawn
@@ -151,7 +151,7 @@ def test_ranks_that_want_nothing_or_nothing_in_common_take_part() -> None:
 def test_buffers_are_bounded_however_much_is_loaded(
     ranks: int, exchange_bytes: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rounds of messages; and per thread a unit that is read and one that is packed. Of 16 readers, half are active in a round."""
+    """Two rounds of messages; units read, one per thread, and packed, one more. Of 16 readers, half are active at a time."""
     moved: list[Exchanged] = []
     real = giantstep.loading.exchange
 
@@ -176,4 +176,4 @@ def test_buffers_are_bounded_however_much_is_loaded(
         assert store.bytes_read == store.unique_bytes()
     assert len(moved) == ranks
     assert max(found.bytes_received for found in moved) > 2 * exchange_bytes
-    assert max(found.peak_bytes for found in moved) <= exchange_bytes + 2 * threads * buffer_bytes
+    assert max(found.peak_bytes for found in moved) <= exchange_bytes + (2 * threads + 1) * buffer_bytes

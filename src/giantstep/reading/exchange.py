@@ -2,14 +2,15 @@
 
 It goes in rounds. In a round a reader sends from one unit; reader threads read and verify the units of the next rounds
 meanwhile, put this rank's own pieces where they belong and pack those for others. What was received in a round is put in
-place by another thread while the next one is on its way. So a rank holds the messages of two rounds at most, and as many
-units as there are reader threads, twice: read and packed.
+place by another thread while the next one is on its way. So a rank holds the messages of two rounds at most; and of its
+own units as many as there are reader threads, and packed for sending one more.
 
 Bytes travel through host memory, as plain arrays; sinks copy them on to other devices.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections import deque
@@ -98,27 +99,41 @@ def telling(group: Group, phase: str) -> Iterator[None]:
 _Prepare = Callable[[int], "_Packed"]
 
 
-class _Ledger:
-    """Counts the bytes of buffers."""
+class _Arenas:
+    """Memory for messages that is used again and again: fresh pages cost about as much as copying into them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._free: list[Wire] = []
         self._held = 0
-        self.peak = 0
+        self.peak_bytes = 0
 
-    def add(self, count: int) -> None:
-        """Bytes that are taken, or given back if negative."""
+    def take(self, size: int) -> Wire:
+        """At least so many bytes, whose values are anything."""
         with self._lock:
-            self._held += count
-            self.peak = max(self.peak, self._held)
+            found = next((arena for arena in self._free if arena.size >= size), None)
+            if found is not None:
+                self._free = [arena for arena in self._free if arena is not found]
+                return found
+            # One that is too small goes, so that there are never more than are in use at a time.
+            if self._free:
+                self._held -= self._free.pop().size
+            self._held += size
+            self.peak_bytes = max(self.peak_bytes, self._held)
+        return device_buffer(size)
+
+    def give(self, arena: Wire) -> None:
+        """Take one back."""
+        with self._lock:
+            self._free.append(arena)
 
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """What is sent in a round: bytes per client; clients of equal bytes share them."""
+    """What is sent in a round: bytes per client, within `arena`; clients of equal bytes share them."""
 
     messages: list[tuple[int, Wire]]
-    bytes: int
+    arena: Wire
     bytes_read: int
 
 
@@ -153,7 +168,7 @@ class _Rounds:
         self._sinks = sinks
         self._group = group
         self._how = how
-        self._ledger = _Ledger()
+        self._outbound, self._incoming = _Arenas(), _Arenas()
         self._failed = threading.Event()
         self._sent = self._received = self._read = 0
         # Units, and what is received, by round.
@@ -162,6 +177,7 @@ class _Rounds:
             number: [message for message in messages if message.peer != group.rank]
             for number, messages in part.wanted.by_round.items()
         }
+        self._room = max((sum(message.bytes for message in messages) for messages in self._inbound.values()), default=0)
 
     def run(self) -> Exchanged:
         """All rounds."""
@@ -170,7 +186,6 @@ class _Rounds:
         if self._units:
             for _ in range(workers):
                 buffers.put(device_buffer(self._part.unit_bytes))
-            self._ledger.add(workers * self._part.unit_bytes)
         with (
             DataFiles(self._source.store, self._source.record, direct=self._source.direct) as files,
             ThreadPoolExecutor(workers, thread_name_prefix="giantstep-read") as readers,
@@ -182,7 +197,9 @@ class _Rounds:
                 # Whatever ends it, an interrupt too: threads that wait for their turn need not begin.
                 self._failed.set()
                 raise
-        return Exchanged(self._read, self._sent, self._received, self._ledger.peak)
+        units = workers * self._part.unit_bytes if self._units else 0
+        peak = units + self._outbound.peak_bytes + self._incoming.peak_bytes
+        return Exchanged(self._read, self._sent, self._received, peak)
 
     def _run(self, units: _Units, unpacker: ThreadPoolExecutor) -> None:
         unpacking: deque[Future[None]] = deque()
@@ -191,16 +208,18 @@ class _Rounds:
             # The messages of two rounds at most: those that are being put in place, and the next ones.
             while len(unpacking) > 1:
                 unpacking.popleft().result()
-            received = self._transfer(number, packed)
+            inbound = self._inbound.get(number, [])
+            arena = self._incoming.take(self._room if inbound else 0)
+            received = list(zip(inbound, _divided(arena, [message.bytes for message in inbound]), strict=True))
+            self._transfer(packed, received)
             if packed is not None:
                 self._read += packed.bytes_read
-                self._ledger.add(-packed.bytes)
-            if received:
-                unpacking.append(unpacker.submit(self._unpack, received))
+                self._outbound.give(packed.arena)
+            unpacking.append(unpacker.submit(self._unpack, received, arena))
         for future in unpacking:
             future.result()
 
-    def _transfer(self, number: int, packed: _Packed | None) -> list[tuple[Message, Wire]]:
+    def _transfer(self, packed: _Packed | None, received: list[tuple[Message, Wire]]) -> None:
         """Send and receive what belongs to a round."""
         rank, size = self._group.rank, self._group.size
         sends = [
@@ -209,32 +228,27 @@ class _Rounds:
             for peer in self._part.clients[client]
             if peer != rank
         ]
-        inbound = self._inbound.get(number, [])
-        if not sends and not inbound:
-            return []
-        received = [(message, np.empty(message.bytes, dtype=np.uint8)) for message in inbound]
-        self._ledger.add(sum(message.bytes for message in inbound))
         receives = [Parcel(message.peer, data) for message, data in received]
+        if not sends and not receives:
+            return
         # Everybody begins with the rank after its own, so that nobody is everybody's first.
         for parcels in (sends, receives):
             parcels.sort(key=lambda parcel: (parcel.peer - rank) % size)
         self._group.transfer(sends, receives, self._how.phase, self._how.timeout_secs)
         self._sent += sum(parcel.data.size for parcel in sends)
         self._received += sum(parcel.data.size for parcel in receives)
-        return received
 
     # In the reader threads.
 
     def _prepare(self, number: int, files: DataFiles, buffers: queue.SimpleQueue[Wire]) -> _Packed:
         """Read a unit, fill this rank's own, and pack what others want."""
         if self._failed.is_set():
-            return _Packed([], 0, 0)
+            return _Packed([], self._outbound.take(0), 0)
         buffer = buffers.get()
         try:
             count = sum(self._read_blocks(read, files, buffer) for read in self._part.reads[number])
             self._fill_own(number, buffer)
-            messages, size = self._pack(number, buffer)
-            return _Packed(messages, size, count)
+            return _Packed(*self._pack(number, buffer), count)
         except BaseException:
             # Whatever it is, units behind this one are not needed any more; the caller of the future sees it.
             self._failed.set()
@@ -252,35 +266,37 @@ class _Rounds:
                 for box, place in _placed(wanted, message, wanted.place):
                     self._sinks[box.wanted].put(box.offset, box.size, bits(box, buffer, box.position - place))
 
-    def _pack(self, number: int, buffer: Wire) -> tuple[list[tuple[int, Wire]], int]:
-        """Messages of a round, each copied together; and how many bytes they hold in all."""
+    def _pack(self, number: int, buffer: Wire) -> tuple[list[tuple[int, Wire]], Wire]:
+        """Messages of a round, each copied together, and the memory that holds them."""
         sent = self._part.sent
-        made: dict[tuple[bytes, ...], Wire] = {}
-        found = []
+        # What several clients want alike, as all of some tensors, is packed once.
+        alike: dict[tuple[bytes, ...], list[Message]] = {}
         for message in sent.by_round.get(number, []):
             rows = slice(message.first, message.last)
-            # What several clients want alike, as all of some tensors, is packed once.
             key = (sent.place[rows].tobytes(), sent.slot[rows].tobytes(), sent.pieces.size[rows].tobytes())
-            data = made.get(key)
-            if data is None:
-                data = made[key] = np.empty(message.bytes, dtype=np.uint8)
-                self._ledger.add(message.bytes)
-                for (box, place), slot in zip(_placed(sent, message, sent.place), sent.slot[rows].tolist(), strict=True):
-                    np.copyto(_on_wire(box, data, slot), bits(box, buffer, box.position - place), casting="no")
-            found.append((message.peer, data))
-        return found, sum(data.size for data in made.values())
+            alike.setdefault(key, []).append(message)
+        sizes = [messages[0].bytes for messages in alike.values()]
+        arena = self._outbound.take(sum(sizes))
+        found = []
+        for messages, data in zip(alike.values(), _divided(arena, sizes), strict=True):
+            first = messages[0]
+            slots = sent.slot[first.first : first.last].tolist()
+            for (box, place), slot in zip(_placed(sent, first, sent.place), slots, strict=True):
+                np.copyto(_on_wire(box, data, slot), bits(box, buffer, box.position - place), casting="no")
+            found += [(message.peer, data) for message in messages]
+        return found, arena
 
     # In the unpacking thread.
 
-    def _unpack(self, received: list[tuple[Message, Wire]]) -> None:
-        """Put what was received where it belongs."""
+    def _unpack(self, received: list[tuple[Message, Wire]], arena: Wire) -> None:
+        """Put what was received where it belongs, and give its memory back."""
         if self._failed.is_set():
             return
         wanted = self._part.wanted
         for message, data in received:
             for box, slot in _placed(wanted, message, wanted.slot):
                 self._sinks[box.wanted].put(box.offset, box.size, _on_wire(box, data, slot))
-        self._ledger.add(-sum(message.bytes for message, _ in received))
+        self._incoming.give(arena)
 
 
 class _Units:
@@ -306,6 +322,12 @@ class _Units:
         packed = self._pending.popleft()[1].result()
         self._begin_next()
         return packed
+
+
+def _divided(arena: Wire, sizes: Sequence[int]) -> list[Wire]:
+    """Parts of an arena, one after another."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [arena[start:stop] for start, stop in itertools.pairwise(ends)]
 
 
 def _placed(messages: Messages, message: Message, at: Int64s) -> Iterator[tuple[Box, int]]:
