@@ -69,6 +69,7 @@ class Table:
             object_keys=[],
             object_role=np.zeros(0, dtype=np.uint8),
             object_digest=np.zeros((0, 2), dtype=np.uint64),
+            object_bytes=np.zeros(0, dtype=np.int64),
         )
 
     def whole(self, role: int) -> Description:
@@ -98,7 +99,13 @@ def with_objects(descriptions: Sequence[Description], *, per_rank: bool) -> list
         known: dict[int, Description] = {}
         for found in descriptions:
             if id(found) not in known:
-                known[id(found)] = replace(found, object_keys=["common_state"], object_role=role, object_digest=digest)
+                known[id(found)] = replace(
+                    found,
+                    object_keys=["common_state"],
+                    object_role=role,
+                    object_digest=digest,
+                    object_bytes=np.zeros(1, dtype=np.int64),
+                )
         return [known[id(found)] for found in descriptions]
     return [
         replace(
@@ -106,6 +113,7 @@ def with_objects(descriptions: Sequence[Description], *, per_rank: bool) -> list
             object_keys=["common_state", f"rng_state/shard_{rank}_{ranks}"],
             object_role=np.array([IMPLICIT, MAIN], dtype=np.uint8),
             object_digest=np.concatenate((digest, digest + np.uint64(rank))),
+            object_bytes=np.zeros(2, dtype=np.int64),
         )
         for rank, found in enumerate(descriptions)
     ]

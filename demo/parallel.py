@@ -212,6 +212,7 @@ def thousands_of_ranks(story: Story) -> None:
         object_keys=[],
         object_role=np.zeros(0, dtype=np.uint8),
         object_digest=np.zeros((0, 2), dtype=np.uint64),
+        object_bytes=np.zeros(0, dtype=np.int64),
     )
     copies = replace(base, shard_role=np.full(tensors, IMPLICIT, np.uint8), shard_size=base.dims, shard_mesh=base.tied + 1)
     offsets = [np.tile([rank * 2, 0], tensors) for rank in range(ranks)]

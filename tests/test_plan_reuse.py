@@ -14,7 +14,7 @@ import giantstep as gs
 from giantstep.group.base import Answer, Parts
 from giantstep.group.threads import ThreadGroup
 from giantstep.testing.ranks import run_ranks
-from giantstep.writers import LowestRank
+from giantstep.writers import Balanced, LowestRank
 
 RANKS = 4
 State = dict[str, Any]
@@ -84,32 +84,20 @@ def _rename(state: State) -> State:
     return {("v" if key == "bias" else key): value for key, value in state.items()}
 
 
-def _w(state: State, **changed: Any) -> State:
-    kept = state["w"]
-    arguments = {
-        "key": kept.key,
-        "data": kept.data,
-        "dtype": kept.data.dtype,
-        "local_shape": kept.local_shape,
-        "global_shape": kept.global_shape,
-        "global_offset": kept.global_offset,
-        "axis_fragmentations": kept.axis_fragmentations,
-    }
-    return {**state, "w": gs.ShardedTensor(**{**arguments, **changed})}
-
-
 # On one rank alone or on all: what a new plan must be made for, and then stores.
 CHANGES_OF_ONE: dict[str, Callable[[State], State]] = {
     "another key more": lambda state: {**state, "more": torch.ones(3)},
     "a replica less": lambda state: {key: value for key, value in state.items() if key != "bias"},
     "an object more": lambda state: {**state, "extra": gs.ShardedObject("extra", 1, (1,), (0,))},
-    "tied": lambda state: {**state, "tied": state["bias"]},
 }
 CHANGES_OF_ALL: dict[str, Callable[[State], State]] = {
     "another key": _rename,
     "another shape": lambda state: {**state, "bias": torch.ones(9)},
     "another dtype": lambda state: {**state, "bias": state["bias"].to(torch.float64)},
-    "another layout": lambda state: {**state, "bias": gs.ShardedTensor.from_rank_offsets("bias", torch.ones(2), replica_id=0)},
+    "another layout": lambda state: {
+        **state,
+        "bias": gs.ShardedTensor.from_rank_offsets("bias", torch.ones(2), (0, int(state["w"].global_offset[0]) // 3, RANKS)),
+    },
 }
 
 
@@ -130,13 +118,6 @@ def test_a_change_on_one_rank_is_noticed_by_all_and_planned_anew(tmp_path: Path,
 @pytest.mark.parametrize("name", CHANGES_OF_ALL)
 def test_a_change_on_all_ranks_is_planned_anew_at_once(tmp_path: Path, name: str) -> None:
     change = CHANGES_OF_ALL[name]
-    if name == "another layout":
-        change = lambda state: {  # noqa: E731 - one rank each holds a quarter
-            **state,
-            "bias": gs.ShardedTensor.from_rank_offsets(
-                "bias", torch.ones(2), (0, int(state["w"].global_offset[0]) // 3, RANKS)
-            ),
-        }
     for report, messages in save_twice(tmp_path, lambda state, _rank: change(state)):
         assert not report.plan_reused
         assert [phase for phase, _ in messages] == ["describe", "write"]
@@ -169,8 +150,9 @@ def test_a_main_replica_that_moves_to_another_rank_ends_the_plan(tmp_path: Path)
     assert run_ranks(2, run) == [[False, True, False]] * 2
 
 
-def test_options_that_decide_who_writes_what_end_the_plan(tmp_path: Path) -> None:
-    assert not any(report.plan_reused for report, _ in save_twice(tmp_path, writers=LowestRank()))
+@pytest.mark.parametrize("second", [{"writers": LowestRank()}, {"split_bytes": 1}, {"max_file_bytes": 1 << 30}])
+def test_options_that_decide_who_writes_what_end_the_plan(tmp_path: Path, second: dict[str, Any]) -> None:
+    assert not any(report.plan_reused for report, _ in save_twice(tmp_path, **second))
     assert all(report.plan_reused for report, _ in save_twice(tmp_path))
 
 
@@ -309,3 +291,70 @@ def test_a_cache_refuses_bad_settings(arguments: dict[str, Any]) -> None:
         gs.PlanCache(**arguments)
     with pytest.raises(gs.errors.BadArgumentError, match="plan_cache"):
         gs.SaveOptions(plan_cache={})  # type: ignore[arg-type]
+
+
+def test_a_tie_that_ends_on_one_rank_is_noticed(tmp_path: Path) -> None:
+    def run(group: ThreadGroup) -> list[bool]:
+        options = gs.SaveOptions(plan_cache=gs.PlanCache())
+        reused = []
+        for turn in range(3):
+            w = torch.full((4,), float(group.rank))
+            other = w + 10 if turn == 2 and group.rank == 1 else w
+            state = {
+                key: gs.ShardedTensor.from_rank_offsets(key, value, (0, group.rank, 2))
+                for key, value in (("a", w), ("b", other))
+            }
+            reused.append(gs.save(state, tmp_path / "c", process_group=group, options=options).plan_reused)
+        return reused
+
+    assert run_ranks(2, run) == [[False, True, False]] * 2
+    assert gs.open_checkpoint(tmp_path / "c")["b"][:].tolist() == [0.0] * 4 + [11.0] * 4
+
+
+def test_another_cell_of_the_same_policy_ends_the_plan(tmp_path: Path) -> None:
+    def run(group: ThreadGroup) -> list[tuple[bool, int]]:
+        cache = gs.PlanCache()
+        found = []
+        for over in ([0, 1], [group.rank]):
+            options = gs.SaveOptions(plan_cache=cache, writers=Balanced(over=over))
+            report = gs.save({"w": torch.ones(1 << 20)}, tmp_path / "c", process_group=group, options=options)
+            found.append((report.plan_reused, report.bytes_written))
+        return found
+
+    assert [found[1] for found in run_ranks(2, run)] == [(False, 4 << 20), (False, 0)]
+
+
+def test_a_plan_on_disk_of_another_structure_is_not_used(tmp_path: Path) -> None:
+    def run(group: ThreadGroup, count: int) -> bool:
+        options = gs.SaveOptions(plan_cache=gs.PlanCache(tmp_path / "plans"))
+        return gs.save({"w": torch.full((count,), 3.0)}, tmp_path / "c", process_group=group, options=options).plan_reused
+
+    turns = [run_ranks(2, lambda group, count=count: run(group, count)) for count in (50, 40, 40)]
+    assert turns == [[False] * 2, [False] * 2, [True] * 2]
+    assert gs.open_checkpoint(tmp_path / "c")["w"][:].tolist() == [3.0] * 40
+
+
+def test_what_a_killed_process_left_of_a_plan_is_not_in_the_way(tmp_path: Path) -> None:
+    left = tmp_path / "plans" / "save-r00000.plan.safetensors.0123456789abcdef.tmp"
+    left.parent.mkdir()
+    left.write_bytes(b"half a pl")
+    (tmp_path / "plans" / "notes.txt").write_text("mine")
+
+    def save() -> bool:
+        options = gs.SaveOptions(plan_cache=gs.PlanCache(tmp_path / "plans"))
+        return gs.save({"w": torch.ones(3)}, tmp_path / "c", options=options).plan_reused
+
+    assert [save(), save()] == [False, True]
+    assert sorted(file.name for file in (tmp_path / "plans").iterdir()) == ["notes.txt", "save-r00000.plan.safetensors"]
+
+
+def test_many_thread_ranks_may_share_one_cache(tmp_path: Path) -> None:
+    cache = gs.PlanCache(max_plans=1)
+
+    def run(group: ThreadGroup) -> list[bool]:
+        options = gs.SaveOptions(plan_cache=cache)
+        return [
+            gs.save({"w": torch.ones(9)}, tmp_path / "c", process_group=group, options=options).plan_reused for _ in range(2)
+        ]
+
+    assert run_ranks(20, run) == [[False, True]] * 20

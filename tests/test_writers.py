@@ -148,3 +148,23 @@ def _in_a_subgroup(rank: int, folder: str) -> int:
 def test_the_group_may_be_a_process_group_also_of_a_save_on_some_ranks(tmp_path: Path) -> None:
     assert results(run_processes(4, _over_a_process_group, str(tmp_path / "a"))) == [4 * MIB, 0, 4 * MIB, 0]
     assert results(run_processes(4, _in_a_subgroup, str(tmp_path / "b"))) == [-1, 0, MIB // 2, MIB // 2]
+
+
+@pytest.mark.parametrize("name", [3, None, b"rack"])
+def test_a_policy_that_names_no_text_is_refused_on_all_ranks(tmp_path: Path, name: Any) -> None:
+    class Odd:
+        def cell(self, caller: Caller) -> Any:
+            return name if caller.rank == 1 else "a"
+
+    def run(group: ThreadGroup) -> str:
+        with pytest.raises(gs.errors.BadArgumentError, match=r"Odd\.cell must return a str") as caught:
+            gs.save(replicated(1), tmp_path / "c", process_group=group, options=gs.SaveOptions(writers=Odd()))
+        return str(caught.value)
+
+    assert len(set(run_ranks(2, run))) == 1
+
+
+def test_a_tensor_larger_than_a_file_may_be_is_stored_as_it_was(tmp_path: Path) -> None:
+    value = torch.arange(1 << 20, dtype=torch.float32)
+    gs.save({"w": value}, tmp_path / "c", options=gs.SaveOptions(max_file_bytes=1 << 20))
+    assert torch.equal(torch.from_numpy(gs.open_checkpoint(tmp_path / "c")["w"][:]), value)

@@ -42,7 +42,7 @@ def with_digests(structure: Description, described: Described, ranks: int, buffe
 
 
 def structure_of(described: Described) -> Description:
-    """What there is on this rank, without digests of values: they are zeros."""
+    """What there is on this rank, without digests of values and sizes of objects: they are zeros."""
     leaves = described.leaves
     numbers: dict[str, int] = {}
     tensors: list[TensorLeaf] = []
@@ -69,6 +69,7 @@ def structure_of(described: Described) -> Description:
         object_keys=keys,
         object_role=np.array([described.stored[key].role for key in keys], dtype=np.uint8),
         object_digest=np.zeros((len(keys), 2), dtype=np.uint64),
+        object_bytes=np.zeros(len(keys), dtype=np.int64),
     )
 
 

@@ -26,7 +26,7 @@ class PlanCache:
         path: a folder in which plans are kept beyond the end of the process, so that the first save after a restart is
             planned already. Each rank keeps a file of its own there; ranks may share the folder. A file that
             cannot be read is not used, with a warning. None: in memory alone.
-        max_plans: the plans used least recently are forgotten beyond this number.
+        max_plans: of each rank and kind, the plans used least recently are forgotten beyond this number.
     """
 
     def __init__(self, path: str | PurePath | None = None, *, max_plans: int = 16) -> None:
@@ -56,8 +56,9 @@ class PlanCache:
         with self._lock:
             self._entries[key] = value
             self._entries.move_to_end(key)
-            while len(self._entries) > self._max_plans:
-                self._entries.popitem(last=False)
+            alike = [other for other in self._entries if _owner(other) == _owner(key)]
+            for other in alike[: max(0, len(alike) - self._max_plans)]:
+                del self._entries[other]
 
     def clear(self) -> None:
         """Forget what is in memory; files stay."""
@@ -67,3 +68,8 @@ class PlanCache:
     def __len__(self) -> int:
         with self._lock:
             return len(self._entries)
+
+
+def _owner(key: Hashable) -> Hashable:
+    """What counts together: entries of one kind and rank, which are all parts of a key but the last."""
+    return key[:-1] if isinstance(key, tuple) else key

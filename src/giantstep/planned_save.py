@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.describing import object_digests, structure_of, with_digests
-from giantstep.errors import CoverageError, DisagreementError
+from giantstep.errors import BadArgumentError, CoverageError, DisagreementError
 from giantstep.group.base import Group, Parts, consult, consult_parts
+from giantstep.group.subgroup import name_of
 from giantstep.mapping.describe import Described
 from giantstep.mapping.differences import describe_differences, fingerprints
 from giantstep.mapping.flat_ranges import describe_flat, flat_shards
@@ -43,10 +44,17 @@ _HEADER_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is to be planned on this rank: its state taken apart, and what must be equal on all ranks."""
+    """What is to be planned on this rank.
+
+    Attributes:
+        described: its state taken apart.
+        call: what must be equal on all ranks.
+        object_bytes: sizes of the encoded objects that this rank may write, by name.
+    """
 
     described: Described
     call: dict[str, Any]
+    object_bytes: Mapping[str, int]
 
 
 class SavePlanner:
@@ -103,10 +111,14 @@ class SavePlanner:
     def _report(self, subject: Subject) -> Parts:
         self._described = subject.described
         self._call = subject.call
+        self._object_bytes = subject.object_bytes
         policy = self._options.writers if self._options.writers is not None else Balanced()
         self._cell = policy.cell(self._caller)
+        if not isinstance(self._cell, str):
+            raise BadArgumentError(f"{type(policy).__name__}.cell must return a str, not {self._cell!r}")
         self.description = structure_of(subject.described)
-        circumstances = [self._group.rank, self._group.size, self._cell, settings(self._options)]
+        place = [self._group.rank, self._group.size, name_of(self._caller.process_group)]
+        circumstances = [*place, self._cell, settings(self._options)]
         self._fingerprint = fingerprint(self.description, json.dumps(circumstances, sort_keys=True).encode("ascii"))
         if self._options.plan_cache is not None:
             self._known = find_plan(self._options.plan_cache, self._group.rank, self._fingerprint)
@@ -124,7 +136,9 @@ class SavePlanner:
     def _tell(self) -> Parts:
         self._known = None
         self.description = with_digests(self.description, self._described, self._group.size, self._options.buffer_bytes)
-        return with_call(self._call, _NEW, self._cell.encode("utf-8"), *self.description.encode())
+        sizes = [self._object_bytes.get(name, 0) for name in self.description.object_keys]
+        self.description = replace(self.description, object_bytes=np.array(sizes, dtype=np.int64))
+        return with_call(self._call, _NEW, self._cell.encode("utf-8", "surrogatepass"), *self.description.encode())
 
     # Rank 0's decision.
 
@@ -134,13 +148,15 @@ class SavePlanner:
             holds = all(report[0] == _AS_BEFORE for report in reports) and all_as_before([report[1] for report in reports])
             return [(_HOLDS, prepare())] * count if holds else [(_TELL,)] * count
         descriptions = decode_descriptions([report[2:] for report in reports])
-        cells = [report[1].decode("utf-8") for report in reports]
+        # Equal names are one object: they are numbered without being looked at.
+        numbers: dict[bytes, int] = {}
+        cells = np.array([numbers.setdefault(report[1], len(numbers)) for report in reports], dtype=np.int64)
         try:
             plan = plan_save(
                 descriptions,
                 split_bytes=self._options.split_bytes,
                 max_chunk_bytes=max(1, self._options.max_file_bytes - _HEADER_BYTES),
-                cells=cells if any(cells) else None,
+                cells=cells if len(numbers) > 1 else None,
             )
         except CoverageError as error:
             if error.tensor_key is None:
@@ -178,7 +194,7 @@ class SavePlanner:
             unreadable = any(wrapped_tensor(name) is not None for name in differing)
             if unreadable or self._options.on_object_difference == "raise":
                 raise DisagreementError(message + ". Make them equal, or give each rank a ShardedObject position of its own.")
-            _LOG.warning("%s; rank 0's or the main replica's is stored", message)
+            _LOG.warning("%s; what its main replica or the lowest rank that holds it has is stored", message)
             return [b""] * len(reports)
 
         def told() -> bytes:

@@ -123,7 +123,7 @@ class _Save:
         self._views = [view for leaf in self._described.leaves for _, view in leaf.pieces if view is not None]
         self._objects = _encoded(self._described.stored)
         call = {"call": "save", "path": self._store.location, "options": settings(self._options)}
-        return Subject(self._described, call)
+        return Subject(self._described, call, {name: len(data) for name, data in self._objects.items()})
 
     def _prepare(self) -> bytes:
         self._store.prepare(DATA_DIR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 
 from giantstep.errors import CorruptionError
 from giantstep.plan_cache import PlanCache
@@ -33,9 +34,13 @@ def keep_plan(cache: PlanCache, rank: int, plan: StoredPlan) -> None:
         return
     store = store_at(cache.path)
     name = _name(rank)
+    # A name of its own: what a killed process left must not be in the way, nor another job.
+    temporary = f"{name}.{secrets.token_hex(8)}.tmp"
     try:
         store.prepare("")
-        store.publish(name, plan.encode(), f"{name}.tmp")
+        for left in [found for found in store.names("") if found.startswith(f"{name}.")]:
+            store.delete(left)
+        store.publish(name, plan.encode(), temporary)
     except OSError as error:
         _LOG.warning("%s: a plan could not be kept for later runs: %s", store.location, error)
 

@@ -11,6 +11,8 @@ import platform
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import xxhash
+
 from giantstep.errors import BadArgumentError
 from giantstep.group.subgroup import ranks_within
 
@@ -44,11 +46,12 @@ class Balanced:
     over: Any = None
 
     def cell(self, caller: Caller) -> str:
-        """The ranks of the group."""
+        """A name made of the ranks of the group."""
         if self.over is None:
             return ""
         ranks = ranks_within(self.over, caller.process_group, caller.rank, caller.size, "Balanced.over")
-        return ",".join(map(str, ranks))
+        # Short, however many they are.
+        return xxhash.xxh3_128_hexdigest(",".join(map(str, ranks)).encode("ascii"))
 
 
 @dataclass(frozen=True, slots=True)

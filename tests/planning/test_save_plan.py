@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from giantstep.planning.balance import Regions, _quotas, balance
 from giantstep.planning.description import COPY, IMPLICIT, MAIN, Description, decode_descriptions
+from giantstep.planning.reuse import all_as_before, fingerprint, token
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save, regions_of_part
 from giantstep.planning.shard_table import tabulate
 from giantstep.shards.region import Region
@@ -39,6 +41,7 @@ def description(shards: Sequence[tuple[str, tuple[int, ...], Region, int]]) -> D
         object_keys=[],
         object_role=np.zeros(0, dtype=np.uint8),
         object_digest=np.zeros((0, 2), dtype=np.uint64),
+        object_bytes=np.zeros(0, dtype=np.int64),
     )
 
 
@@ -199,6 +202,8 @@ def test_a_thousand_tensors_on_many_ranks_are_planned_and_balanced(ranks: int) -
 def test_one_tensor_of_any_shape_is_divided_into_equal_shares(shape: tuple[int, ...], ranks: int) -> None:
     found = plan([description([("w", shape, Region.whole(shape), IMPLICIT)])] * ranks)
     assert imbalance(found, ranks) <= 1.05
+    assert (found.offset + found.size <= found.shape[found.tensor]).all()
+    assert int(found.bytes.sum()) == 4 * math.prod(shape)
     # Every element once.
     covered = np.zeros(shape, dtype=np.int8)
     for offset, size in zip(found.offset.tolist(), found.size.tolist(), strict=True):
@@ -267,6 +272,7 @@ def test_ranks_that_differ_in_their_objects_alone_are_planned_as_one_class() -> 
             object_keys=[f"rng/shard_{rank}_4"],
             object_role=np.zeros(1, np.uint8),
             object_digest=np.full((1, 2), rank + 1, np.uint64),
+            object_bytes=np.full(1, 10),
         )
         for rank in range(4)
     ]
@@ -275,3 +281,110 @@ def test_ranks_that_differ_in_their_objects_alone_are_planned_as_one_class() -> 
     found = plan(own)
     assert found.objects.writer.tolist() == [0, 1, 2, 3]
     assert not found.objects.differs.any()
+
+
+def test_holders_that_overlap_without_being_nested_are_levelled_too() -> None:
+    """A grid of ranks: some tensors are sharded over its rows and replicated along them, others the other way round."""
+    side, descriptions = 4, []
+    for rank in range(side * side):
+        i, j = divmod(rank, side)
+        shards = []
+        for n in range(4):
+            shards.append((f"rows{n}", (512 * side, 512), Region((512 * i, 0), (512, 512)), IMPLICIT))
+            shards.append((f"columns{n}", (512 * side, 512), Region((512 * j, 0), (512, 512)), IMPLICIT))
+        descriptions.append(description(shards))
+    assert imbalance(plan(descriptions), side * side) <= 1.05
+
+
+@pytest.mark.parametrize("sets", [[(0, 1), (1, 2)], [(0, 1, 2, 3), (2, 3, 4, 5), (4, 5, 6, 7)], [(0, 1, 2), (0, 3), (1, 3)]])
+def test_chains_of_holders_are_levelled(sets: list[tuple[int, ...]]) -> None:
+    ranks = 1 + max(max(held) for held in sets)
+    shape = (1000, 1000)
+    found = plan(
+        [
+            description([(f"t{n}", shape, Region.whole(shape), IMPLICIT) for n, held in enumerate(sets) if rank in held])
+            for rank in range(ranks)
+        ]
+    )
+    assert imbalance(found, ranks) <= 1.05
+
+
+def test_small_tensors_are_divided_where_shares_are_small_too() -> None:
+    shapes = {f"t{n}": (63, 256) for n in range(25)}
+    state = [(key, shape, Region.whole(shape), IMPLICIT) for key, shape in shapes.items()]
+    assert imbalance(plan([description(state)] * 8), 8) <= 1.05
+
+
+def test_ranks_that_write_large_objects_write_less_of_the_tensors() -> None:
+    state = description([("w", (2048, 1024), Region.whole((2048, 1024)), IMPLICIT)])
+    objects = replace(
+        state,
+        object_keys=["common_state"],
+        object_role=np.full(1, IMPLICIT, np.uint8),
+        object_digest=np.ones((1, 2), np.uint64),
+        object_bytes=np.full(1, 1 << 20),
+    )
+    found = plan([objects] * 8)
+    loads = np.array(bytes_per_rank(found, 8)) + np.bincount(found.objects.writer, found.objects.bytes, minlength=8)
+    assert loads.max() <= 1.05 * loads.mean()
+
+
+def test_main_replicas_in_different_cells_are_written_in_their_cells() -> None:
+    whole = Region.whole((64, 1024))
+    descriptions = [
+        description([(key, whole.size, whole, MAIN if rank == main else COPY) for main, key in enumerate("ab")])
+        for rank in range(2)
+    ]
+    found = plan_save(as_gathered(descriptions), split_bytes=1, max_chunk_bytes=1 << 60, cells=np.array([0, 1]))
+    assert {(found.keys[tensor], rank) for tensor, rank in zip(found.tensor, found.writer.tolist(), strict=True)} == {
+        ("a", 0),
+        ("b", 1),
+    }
+
+
+def test_copies_that_begin_where_main_replicas_do_but_are_larger_are_not_taken_for_them() -> None:
+    found = plan(
+        [
+            description([("a", (4,), Region((0,), (2,)), MAIN), ("a", (4,), Region((2,), (2,)), MAIN)]),
+            description([("a", (4,), Region((0,), (4,)), COPY), ("b", (1,), Region((0,), (1,)), MAIN)]),
+        ]
+    )
+    assert int(found.bytes.sum()) == 20
+    assert found.writer.tolist() == [0, 0, 1]
+
+
+_DESCRIBED = replace(
+    description([("a", (4, 6), Region((0, 0), (2, 6)), MAIN), ("b", (2, 12), Region.whole((2, 12)), IMPLICIT)]),
+    object_keys=["o", "p"],
+    object_role=np.array([MAIN, COPY], np.uint8),
+    object_digest=np.zeros((2, 2), np.uint64),
+    object_bytes=np.zeros(2, np.int64),
+)
+
+
+@pytest.mark.parametrize("name", [*Description.__dataclass_fields__])
+def test_a_fingerprint_changes_with_every_column_but_those_about_values(name: str) -> None:
+    kept = getattr(_DESCRIBED, name)
+    if isinstance(kept, list):
+        changed: Any = [*kept[:-1], "z"]
+    else:
+        changed = kept.copy()
+        changed.reshape(-1)[-1] ^= 1
+    same = fingerprint(_DESCRIBED, b"x") == fingerprint(replace(_DESCRIBED, **{name: changed}), b"x")
+    assert same == (name.endswith("_digest") or name == "object_bytes")
+
+
+def test_a_fingerprint_tells_where_one_column_ends_and_the_next_begins() -> None:
+    one = replace(_DESCRIBED, keys=["ab"], object_keys=["c"])
+    assert fingerprint(one, b"x") != fingerprint(one, b"xx")
+    assert fingerprint(one, b"x") != fingerprint(replace(one, keys=["a"], object_keys=["bc"]), b"x")
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_token_notices_either_half_of_a_digest(half: int) -> None:
+    digests = np.ones((1, 2), dtype=np.uint64)
+    other = digests.copy()
+    other[0, half] += np.uint64(1)
+    tokens = [token(b"12345678", ["o"], np.array([1]), digests), token(b"12345678", ["o"], np.array([-1]), other)]
+    assert not all_as_before(tokens)
+    assert all_as_before([tokens[0], token(b"12345678", ["o"], np.array([-1]), digests)])

@@ -1,4 +1,4 @@
-"""Groups that a caller names beside the one he calls with: which ranks they are. Called by `writers` and `loading`."""
+"""Which ranks a group has that a caller names. Called by `writers`, `loading` and `planned_save`."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ def ranks_within(chosen: Any, process_group: Any, rank: int, size: int, what: st
             f"that make this call, rank {rank} among them. Each rank gives the group that it is in itself."
         )
     return tuple(sorted(ranks))
+
+
+def name_of(process_group: Any) -> str:
+    """A name of a caller's process group that is the same in later runs: its ranks in the default group."""
+    if not isinstance(process_group, dist.ProcessGroup):
+        return ""
+    return ",".join(map(str, dist.get_process_group_ranks(process_group)))

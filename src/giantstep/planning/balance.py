@@ -17,7 +17,7 @@ from giantstep.shards.region import Int64s
 
 # A region smaller than this part of a rank's share is not divided, nor one smaller than that many bytes.
 _SHARE_PARTS = 32
-_FINE_BYTES = 64 << 10
+_FINE_BYTES = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +81,44 @@ def balance(
     parts = [Shares(alone, takers, np.zeros(len(alone), dtype=np.int64), regions.slices[alone])]
     order = np.argsort(set_of, kind="stable")
     ends = np.cumsum(np.bincount(set_of, minlength=len(sets)))
-    for number in np.argsort(members, kind="stable").tolist():
-        groups = order[ends[number - 1] if number else 0 : ends[number]]
-        if members[number] > 1 and len(groups):
-            parts.append(_share_line(regions, groups, loads, sets[number], split_bytes))
+    lines = [
+        (sets[number], order[ends[number - 1] if number else 0 : ends[number]])
+        for number in np.argsort(members, kind="stable").tolist()
+        if members[number] > 1
+    ]
+    lines = [(held, groups) for held, groups in lines if len(groups)]
+    quotas = _levelled(lines, regions, loads)
+    for (held, groups), quota in zip(lines, quotas, strict=True):
+        # What lines before this one took is known by now; it may differ a little from what they were to take.
+        loads[held] -= quota
+        parts.append(_share_line(regions, groups, loads, held, split_bytes))
     return Shares(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("group", "rank", "first", "count")))
+
+
+# Sweeps over sets that overlap; each moves loads along from set to set.
+_SWEEPS = 32
+
+
+def _levelled(lines: Sequence[tuple[Int64s, Int64s]], regions: Regions, loads: Int64s) -> list[Int64s]:
+    """What each holder is to take of each line, added to `loads`.
+
+    One line after another is levelled, given what its holders take of the others, until nothing moves: the sum of squares
+    of the loads falls with every step, and where no step lowers it, it is the lowest that the holders permit. Lines whose
+    holders are disjoint or nested are level at once, so for them there is one sweep.
+    """
+    totals = [int(regions.bytes[groups].sum()) for _, groups in lines]
+    quotas = [np.zeros(len(held), dtype=np.int64) for held, _ in lines]
+    for _ in range(_SWEEPS):
+        moved = 0
+        for number, (held, _) in enumerate(lines):
+            others = loads[held] - quotas[number]
+            found = _quotas(others, totals[number])
+            moved = max(moved, int(np.abs(found - quotas[number]).max()))
+            loads[held] = others + found
+            quotas[number] = found
+        if moved <= max(_FINE_BYTES, int(loads.max()) // 200):
+            break
+    return quotas
 
 
 def _quotas(loads: Int64s, total: int) -> Int64s:

@@ -13,7 +13,7 @@ from giantstep.shards.partition import partitioned
 from giantstep.shards.region import Int64s, Region, overlapping_pair, subtract
 
 # A tensor in more pieces than this gets its gap counted, not located.
-_LOCATED_PIECES = 2000
+_LOCATED_PIECES = 20_000
 
 
 def check_coverage(table: ShardTable, holders: Holders) -> None:

@@ -35,6 +35,7 @@ class Description:
         object_keys: names of the objects that this rank holds.
         object_role: [objects] MAIN, COPY or IMPLICIT.
         object_digest: [objects, 2] digest of the value.
+        object_bytes: [objects] size as stored; 0 where this rank will not write it.
     """
 
     keys: list[str]
@@ -51,6 +52,7 @@ class Description:
     object_keys: list[str]
     object_role: NDArray[np.uint8]
     object_digest: NDArray[np.uint64]
+    object_bytes: Int64s
 
     @property
     def tensor_ndim(self) -> Int64s:
@@ -78,13 +80,15 @@ _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "tied": (np.int64, 1),
     "object_role": (np.uint8, 1),
     "object_digest": (np.uint64, 2),
+    "object_bytes": (np.int64, 1),
 }
 OBJECT_COLUMNS = tuple(name for name in (*_TEXTS, *_COLUMNS) if name.startswith("object_"))
 TENSOR_COLUMNS = tuple(name for name in (*_TEXTS, *_COLUMNS) if not name.startswith("object_"))
+_VALUES = ("shard_digest", "object_digest", "object_bytes")
 # Positions of the parts of an encoded description that say what there is, not what values it has.
 STRUCTURE_PARTS = (
     *range(2 * len(_TEXTS)),
-    *(2 * len(_TEXTS) + row for row, name in enumerate(_COLUMNS) if not name.endswith("_digest")),
+    *(2 * len(_TEXTS) + row for row, name in enumerate(_COLUMNS) if name not in _VALUES),
 )
 
 

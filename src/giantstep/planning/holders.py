@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,18 +103,17 @@ def _by_region(table: ShardTable) -> tuple[Int64s, NDArray[np.bool_]]:
     return rows, new
 
 
-def holder_sets(table: ShardTable, holders: Holders, cells: Sequence[str] | None) -> tuple[list[Int64s], Int64s]:
+def holder_sets(table: ShardTable, holders: Holders, cells: Int64s | None) -> tuple[list[Int64s], Int64s]:
     """The different sets of ranks that may write a group's region, each ascending; and [groups] which of them does.
 
     Args:
         table, holders: who holds what.
-        cells: by rank, the name of the ranks among which it shares; None for one name for all. Only holders whose cell is
+        cells: by rank, the number of the ranks among which it shares; None if all share with all. Only holders whose cell is
             the main replica's belong to a group's set.
     """
     if not len(holders.rows):
         return [], np.zeros(0, dtype=np.int64)
-    cell_of = np.unique(cells, return_inverse=True)[1] if cells is not None else None
-    set_of, examples = _sets_of_classes(table, holders, cell_of)
+    set_of, examples = _sets_of_classes(table, holders, cells)
     member = table.member[holders.rows]
     found = []
     for group in examples.tolist():
@@ -123,25 +121,23 @@ def holder_sets(table: ShardTable, holders: Holders, cells: Sequence[str] | None
         ranks = table.ranks[int(classes[0])]
         if len(classes) > 1:
             ranks = np.unique(np.concatenate([table.ranks[number] for number in classes.tolist()]))
-        if cell_of is not None:
-            ranks = ranks[cell_of[ranks] == cell_of[holders.main[group]]]
+        if cells is not None:
+            ranks = ranks[cells[ranks] == cells[holders.main[group]]]
         found.append(ranks)
     return found, set_of
 
 
-def _sets_of_classes(table: ShardTable, holders: Holders, cell_of: Int64s | None) -> tuple[Int64s, Int64s]:
+def _sets_of_classes(table: ShardTable, holders: Holders, cells: Int64s | None) -> tuple[Int64s, Int64s]:
     """[groups] number of the set of classes (and of the cell) that holds each, and [sets] one group of each set."""
     member = table.member[holders.rows]
     first = member[holders.starts]
     set_of = np.zeros(len(holders.starts), dtype=np.int64)
     examples: list[Int64s] = []
     count = 0
-    # Groups with one row, which may be millions, are told apart by their class alone; a class lies in one cell or not.
+    # Groups with one row, which may be millions, are told apart by their class: its lowest rank says the cell.
     single = np.flatnonzero(holders.counts == 1)
     if len(single):
         marks = first[single]
-        if cell_of is not None:
-            marks = marks * (int(cell_of.max()) + 1) + cell_of[holders.main[single]]
         example = np.full(int(marks.max()) + 1, -1, dtype=np.int64)
         example[marks] = single
         there = np.flatnonzero(example >= 0)
@@ -154,8 +150,8 @@ def _sets_of_classes(table: ShardTable, holders: Holders, cell_of: Int64s | None
     if len(several):
         # A set of classes is recognised by two sums of well-mixed 64-bit numbers of its members.
         sums = [np.add.reduceat(mixed(member, salt), holders.starts)[several] for salt in (1, 2)]
-        if cell_of is not None:
-            sums.append(cell_of[holders.main[several]].astype(np.uint64))
+        if cells is not None:
+            sums.append(cells[holders.main[several]].astype(np.uint64))
         order = np.lexsort(sums)
         new = np.ones(len(order), dtype=bool)
         new[1:] = np.logical_or.reduce([mark[order][1:] != mark[order][:-1] for mark in sums])

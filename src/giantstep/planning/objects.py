@@ -26,12 +26,14 @@ class ObjectPlan:
         keys: their names, sorted.
         writer: [objects] rank that writes each.
         holders: [objects] number of ranks that hold it.
+        bytes: [objects] size of the writer's value.
         differs: [objects] whether some rank holds another value than the writer.
     """
 
     keys: list[str]
     writer: Int64s
     holders: Int64s
+    bytes: Int64s
     differs: NDArray[np.bool_]
 
     def by_writer(self) -> dict[int, list[str]]:
@@ -105,7 +107,8 @@ def plan_objects(descriptions: Sequence[Description]) -> ObjectPlan:
     differs[row[(digest != digest[first][row]).any(axis=1)]] = True
     holders = np.bincount(row, _sizes(ranks)[member], minlength=len(keys)).astype(np.int64)
     _check_grids(keys, first_rank[first])
-    return ObjectPlan(keys, first_rank[first], holders, differs)
+    sizes = np.concatenate([d.object_bytes for d in different])
+    return ObjectPlan(keys, first_rank[first], holders, sizes[first], differs)
 
 
 def _sizes(ranks: Sequence[Int64s]) -> Int64s:

@@ -95,7 +95,7 @@ class SavePlan:
         """As parts, to be kept."""
         objects = self.objects
         columns = [getattr(self, name) for name in _COLUMNS]
-        columns += [objects.writer, objects.holders, objects.differs.astype(np.uint8), np.array([self.ranks])]
+        columns += [objects.writer, objects.holders, objects.bytes, objects.differs, np.array([self.ranks])]
         return (*pack_texts(self.keys), *pack_texts(objects.keys), *map(pack_column, columns))
 
     @classmethod
@@ -103,11 +103,11 @@ class SavePlan:
         """Inverse of `encode`."""
         if len(parts) != _PLAN_PARTS:
             raise PeerFailureError(f"a plan in {len(parts)} parts cannot be read, expected {_PLAN_PARTS}")
-        values: dict[str, Any] = {name: unpack_column(part) for name, part in zip(_COLUMNS, parts[4:-4], strict=True)}
-        writer, holders, differs, ranks = (unpack_column(part) for part in parts[-4:])
+        values: dict[str, Any] = {name: unpack_column(part) for name, part in zip(_COLUMNS, parts[4:-5], strict=True)}
+        writer, holders, sizes, differs, ranks = (unpack_column(part) for part in parts[-5:])
         width = len(values["shape"]) // max(1, len(values["ndim"]))
         values |= {name: values[name].reshape(-1, max(1, width)) for name in ("shape", "offset", "size")}
-        objects = ObjectPlan(unpack_texts(*parts[2:4]), writer, holders, differs.astype(bool))
+        objects = ObjectPlan(unpack_texts(*parts[2:4]), writer, holders, sizes, differs.astype(bool))
         values |= {"dtype": values["dtype"].astype(np.uint8), "whole": values["whole"].astype(bool)}
         return cls(keys=unpack_texts(*parts[:2]), ranks=int(ranks[0]), objects=objects, **values)
 
@@ -141,11 +141,11 @@ class SavePlan:
 
 
 _COLUMNS = ("dtype", "ndim", "shape", "tied", "tensor", "offset", "size", "bytes", "writer", "source_row", "whole")
-_PLAN_PARTS = 4 + len(_COLUMNS) + 4
+_PLAN_PARTS = 4 + len(_COLUMNS) + 5
 
 
 def plan_save(
-    descriptions: Sequence[Description], *, split_bytes: int, max_chunk_bytes: int, cells: Sequence[str] | None = None
+    descriptions: Sequence[Description], *, split_bytes: int, max_chunk_bytes: int, cells: Int64s | None = None
 ) -> SavePlan:
     """Plan a save.
 
@@ -153,7 +153,7 @@ def plan_save(
         descriptions: by rank.
         split_bytes: replicated regions of at least this size may be divided between holders (see `balance`).
         max_chunk_bytes: larger chunks are divided.
-        cells: by rank, the name of the ranks among which it shares writing; None: all share with all. A region is
+        cells: by rank, the number of the ranks among which it shares writing; None: all share with all. A region is
             written by holders of the cell of its main replica, which is the lowest rank where any may be main.
 
     Raises:
@@ -181,7 +181,7 @@ def _untied(table: ShardTable, holders: Holders) -> Holders:
 
 
 def _shared_out(
-    table: ShardTable, holders: Holders, objects: ObjectPlan, ranks: int, split_bytes: int, cells: Sequence[str] | None
+    table: ShardTable, holders: Holders, objects: ObjectPlan, ranks: int, split_bytes: int, cells: Int64s | None
 ) -> SavePlan:
     first = holders.first_rows
     tensor, offset, size = table.tensor[first], table.offset[first], table.size[first]
@@ -209,7 +209,8 @@ def _shared_out(
     if not len(shared) and (holders.counts == 1).all():
         return plan
     alone = np.flatnonzero(members[set_of] == 1)
-    loads = np.bincount(plan.writer[alone], length[alone], minlength=ranks).astype(np.int64)
+    loads = np.bincount(plan.writer[alone], length[alone], minlength=ranks)
+    loads = (loads + np.bincount(objects.writer, objects.bytes, minlength=ranks)).astype(np.int64)
     depth, slices = _granularity(size[shared], item[shared], sets, set_of[shared])
     regions = Regions(slices, length[shared] // slices)
     parts = _boxes(size[shared], depth, balance(regions, sets, set_of[shared], ranks, split_bytes, loads))
@@ -252,7 +253,9 @@ def _granularity(size: Int64s, item: Int64s, sets: Sequence[Int64s], set_of: Int
     elements = slices[:, -1]
     members, _ = _members(sets)
     total = np.bincount(set_of, elements * item, minlength=len(sets))
-    limit = np.maximum(total / np.maximum(members, 1) / _UNIT_PARTS, _UNIT_BYTES)[set_of]
+    # Of a rank that is in many sets, its share of each set need not be as exact as the sum.
+    mean = total.sum() / max(1, int(members[np.unique(set_of)].sum()))
+    limit = np.maximum(np.maximum(total / members, mean) / _UNIT_PARTS, _UNIT_BYTES)[set_of]
     while True:
         coarse = (elements // slices[groups, depth] * item > limit) & (depth < size.shape[1] - 1)
         if not coarse.any():

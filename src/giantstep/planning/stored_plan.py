@@ -49,8 +49,9 @@ class StoredPlan:
             CorruptionError: these are not the bytes of a plan, or are damaged, or of another version.
         """
         try:
+            # Of dtypes that NumPy has not it raises other errors.
             entries = safetensors_numpy.load(data)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"a kept plan cannot be read: {error}") from error
         digest = entries.pop(_DIGEST, np.zeros(0, dtype=np.uint8)).tobytes()
         parts = tuple(entries[name].tobytes() for name in sorted(entries))
