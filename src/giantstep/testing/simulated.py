@@ -7,7 +7,7 @@ drawn by `drawing`; `roundtrip` saves and loads for real. Called by users' tests
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from giantstep.mapping.differences import describe_differences, fingerprints
 from giantstep.mapping.flat_ranges import describe_flat, flat_shards
 from giantstep.mapping.leaves import TensorLeaf
 from giantstep.options import SaveOptions
-from giantstep.planning.description import Description
+from giantstep.planning.description import COPY, Description
 from giantstep.planning.save_plan import SavePlan, plan_save
 from giantstep.reports import size_text
 from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.testing.states import States, compare_declared, counted, describe_states, descriptions_of, failing
+from giantstep.writers import Balanced, Caller
 
 _SHOWN = 5
 
@@ -103,7 +104,10 @@ def check_coverage(states: States, *, options: SaveOptions | None = None) -> Cov
     described = describe_states(states)
     object_bytes = [_object_bytes(found, rank) for rank, found in enumerate(described)]
     with failing("plan"):
-        plan = _planned(described, descriptions_of(described, options.buffer_bytes), options)
+        descriptions = descriptions_of(described, options.buffer_bytes)
+        sizes = [_written_bytes(found, object_bytes[rank]) for rank, found in enumerate(described)]
+        descriptions = [replace(found, object_bytes=size) for found, size in zip(descriptions, sizes, strict=True)]
+        plan = _planned(described, descriptions, options)
         uncompared = compare_declared(described, options.buffer_bytes)
     with failing("describe"):
         differences = _differences(described, plan, options)
@@ -133,11 +137,28 @@ def _object_bytes(described: Described, rank: int) -> dict[str, int]:
         }
 
 
+def _written_bytes(described: Described, object_bytes: dict[str, int]) -> np.ndarray:
+    """What the planner is told of the sizes of a rank's objects: as `save`, of those alone that it may write."""
+    return np.array([object_bytes[name] if item.role != COPY else 0 for name, item in described.stored.items()], dtype=np.int64)
+
+
+def _cells(ranks: int, options: SaveOptions) -> np.ndarray:
+    """By rank, the number of its cell."""
+    policy = options.writers if options.writers is not None else Balanced()
+    names: dict[str, int] = {}
+    return np.array([names.setdefault(policy.cell(Caller(rank, ranks)), len(names)) for rank in range(ranks)], dtype=np.int64)
+
+
 def _planned(described: Sequence[Described], descriptions: Sequence[Description], options: SaveOptions) -> SavePlan:
     # As `save`: a file holds at least one chunk beside its header.
     max_chunk_bytes = max(1, options.max_file_bytes - (64 << 10))
     try:
-        return plan_save(descriptions, split_bytes=options.split_bytes, max_chunk_bytes=max_chunk_bytes)
+        return plan_save(
+            descriptions,
+            split_bytes=options.split_bytes,
+            max_chunk_bytes=max_chunk_bytes,
+            cells=_cells(len(descriptions), options),
+        )
     except CoverageError as error:
         key = error.tensor_key
         if key is None:
