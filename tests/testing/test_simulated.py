@@ -100,7 +100,8 @@ def test_shards_and_replicas_are_counted() -> None:
     assert (found.tensors, found.shards, found.replicas) == (2, 16, 4 + 7)
     # 4 x 4 x 8 floats, the bias, and the common state, which rank 0 writes instead of floats.
     assert found.bytes - (4 * 4 * 8 + 8) * 4 in range(1, 100)
-    assert max(found.bytes_by_rank[1:]) - min(found.bytes_by_rank[1:]) <= 8
+    # Its share of the rows is the smaller for that; so small tensors are divided at rows of 32 bytes, no further.
+    assert max(found.bytes_by_rank) - min(found.bytes_by_rank) <= 32
     assert found.imbalance == max(found.bytes_by_rank) / (found.bytes / 8)
     assert str(found).splitlines()[0] == "2 tensors on 8 ranks, each covered once: 16 shards, 11 replicas among them"
 
