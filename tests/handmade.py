@@ -73,6 +73,16 @@ def save_tied(store: Store, values: dict[str, bytes]) -> None:
     _published(store, index_of({key: [(0, place_of[data], len(data))] for key, data in sorted(values.items())}, {}, 1), file)
 
 
+def save_misaligned(store: Store, key: str, data: bytes, dtype: str, length: int) -> None:
+    """A checkpoint of one 1-d tensor, whose elements begin two bytes later than any writer would have them begin."""
+    entry = chunk_entry(key, BY_TORCH_NAME["uint8"], Region.whole((len(data) + 2,)))
+    file, (place,) = _written(store, [(entry, b"??" + data)])
+    index = index_of({key: [(0, place + 2, len(data))]}, {}, 1)
+    dims = np.array([length], dtype=np.int64)
+    code = np.array([BY_TORCH_NAME[dtype].code], dtype=np.uint8)
+    _published(store, dataclasses.replace(index, tensor_dtype=code, tensor_dims=dims, chunk_size=dims), file)
+
+
 def _written(store: Store, entries: list[tuple[Entry, bytes]]) -> tuple[WrittenFile, list[int]]:
     """The one data file that holds the entries, and the first byte of each."""
     store.prepare("data")

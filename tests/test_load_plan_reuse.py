@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import giantstep as gs
-from counting_store import counting_store
+from counting_store import CountingStore, counting_store
 from giantstep.group.base import Answer, Parts
 from giantstep.group.threads import ThreadGroup
 from giantstep.testing.ranks import run_ranks
@@ -158,6 +158,41 @@ def test_a_rank_that_lost_its_cache_makes_all_plan_anew(tmp_path: Path) -> None:
     kept[3].clear()
     assert [report.plan_reused for report, _ in run_ranks(RANKS, run)] == [False] * RANKS
     assert [report.plan_reused for report, _ in run_ranks(RANKS, run)] == [True] * RANKS
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_one_rank_reads_the_index_when_one_lost_its_cache(rank: int) -> None:
+    with counting_store() as store:
+        save(store, 1.0)
+        kept = caches()
+        run_ranks(RANKS, lambda group: load(group, store, None, 1.0))
+        alone = reads_of_index(store)
+        run_ranks(RANKS, lambda group: load(group, store, kept[group.rank], 1.0))
+        kept[rank].clear()
+        store.forget()
+        run_ranks(RANKS, lambda group: load(group, store, kept[group.rank], 1.0))
+        assert 0 < reads_of_index(store) <= alone
+
+
+def reads_of_index(store: CountingStore) -> int:
+    return sum(count for name, count in store.other_reads.items() if name.endswith("index.safetensors"))
+
+
+def test_other_groups_to_exchange_in_are_planned_anew(tmp_path: Path) -> None:
+    save(tmp_path / "c", 1.0)
+    kept = caches()
+
+    def run(*groups: list[int]) -> set[bool]:
+        mine = {rank: members for members in groups for rank in members}
+        return set(
+            run_ranks(
+                RANKS,
+                lambda group: load(group, tmp_path / "c", kept[group.rank], 1.0, exchange=mine[group.rank])[0].plan_reused,
+            )
+        )
+
+    turns = [run([0, 1], [2, 3]), run([0, 2], [1, 3]), run([0, 1], [2, 3]), run([0, 1, 2, 3])]
+    assert turns == [{False}, {False}, {True}, {False}]
 
 
 def test_another_number_of_ranks_or_other_options_are_planned_anew(tmp_path: Path) -> None:

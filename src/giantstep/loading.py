@@ -24,6 +24,7 @@ from giantstep.mapping.describe import Described, describe
 from giantstep.options import LoadOptions, StrictHandling
 from giantstep.phases import Stopwatch, same_call, settings, with_call
 from giantstep.planned_load import LoadPlanner, Subject
+from giantstep.planning.exchange_part import ExchangePart
 from giantstep.planning.matching import KeyDifferences, Requests, Strictness, judge
 from giantstep.reading.arrange import Cell
 from giantstep.reading.checkpoint import Checkpoint, Preface
@@ -203,10 +204,10 @@ class _Load:
 
     def _verify(self) -> bytes:
         source, threads, plan = self._source(verify=True), self._options.reader_threads, self._planner.plan
-        if plan.part is not None:
-            verify_part(source, plan.part, threads)
+        if isinstance(plan.work, ExchangePart):
+            verify_part(source, plan.work, threads)
         else:
-            fetch(source, plan.reads, None, threads)
+            fetch(source, plan.work, None, threads)
         fetch(source, self._planner.plan_of(self._filling.compared), None, threads)
         for wrapped in self._matched.dequantised:
             verify_parts(wrapped, self._checkpoint)
@@ -216,13 +217,13 @@ class _Load:
         source = self._source(verify=self._options.verify == "reading")
         threads, plan = self._options.reader_threads, self._planner.plan
         filled, compared = self._filling.filled, self._filling.compared
-        if plan.part is not None:
+        if isinstance(plan.work, ExchangePart):
             with telling(self._group, "read"):
                 sinks = fill_sinks(filled, self._stored)
                 how = Manner(threads, "read", self._options.timeout_secs)
-                self._moved = exchange(source, plan.part, sinks, self._group, how)
+                self._moved = exchange(source, plan.work, sinks, self._group, how)
         else:
-            self._moved = Exchanged(fetch(source, plan.reads, fill_sinks(filled, self._stored), threads).bytes_read)
+            self._moved = Exchanged(fetch(source, plan.work, fill_sinks(filled, self._stored), threads).bytes_read)
         if compared:
             fetch(source, self._planner.plan_of(compared), compare_sinks(compared, self._stored), threads)
         for wrapped in self._matched.dequantised:

@@ -225,7 +225,7 @@ class LoadOptions:
     ranks of the loading group; each rank gives the one that it is in, and groups must not overlap."""
 
     exchange_bytes: int = 64 * MIB
-    """Most bytes that a rank holds of what other ranks sent it, as long as blocks are not larger than its share of them."""
+    """Most bytes that a rank holds of what other ranks sent it, unless one block from each of them is more."""
 
     reader_threads: int = 2
     """Threads per rank that read, check and copy."""

@@ -17,7 +17,7 @@ import numpy as np
 from giantstep.filling import Wanted
 from giantstep.format.digests import ContentDigest
 from giantstep.format.record import CommitRecord
-from giantstep.group.base import Group, Parts, consult_parts
+from giantstep.group.base import Group, Parts, consult, consult_parts
 from giantstep.options import LoadOptions
 from giantstep.phases import settings
 from giantstep.planning.exchange_part import ExchangePart, pack_regions
@@ -25,6 +25,7 @@ from giantstep.planning.load_plan import LoadPlan, plan_load
 from giantstep.planning.load_tables import ChunkTable, WantedTable, tabulate_chunks, tabulate_wanted
 from giantstep.planning.reuse import PLAN_ID_BYTES
 from giantstep.reading.arrange import Arrangement, Cell, Limits
+from giantstep.reading.exchange import telling
 from giantstep.requesting import StoredState
 
 # First part of a report, and of an answer.
@@ -47,15 +48,13 @@ class KeptLoad:
 
     Attributes:
         plan_id: the same on all ranks.
-        reads: what it reads if every rank reads for itself.
-        part: what it does in an exchange; None if there is none.
+        work: what it reads for itself, or does in an exchange.
         direct: whether to read past the page cache.
         kind: as `LoadReport.exchange`.
     """
 
     plan_id: bytes
-    reads: LoadPlan
-    part: ExchangePart | None
+    work: LoadPlan | ExchangePart
     direct: bool
     kind: str
 
@@ -155,15 +154,29 @@ class LoadPlanner:
     # What follows from the plan.
 
     def _adopt(self, plan_id: bytes, answer: Parts) -> None:
-        arrangement, part = self._arrangement, None
+        arrangement = self._arrangement
         arrangement.adopt(answer)
-        if arrangement.exchanges:
-            secs = self._options.timeout_secs
-            clients = consult_parts(self._group, "plan", secs, lambda: pack_regions(self._wanted), arrangement.decide_clients)
-            part = arrangement.part(self._group.rank, self._reads, clients)
-        self.plan = KeptLoad(plan_id, self._reads, part, arrangement.direct, arrangement.kind)
+        work = self._exchange_part() if arrangement.exchanges else self._reads
+        self.plan = KeptLoad(plan_id, work, arrangement.direct, arrangement.kind)
         if self._options.plan_cache is not None:
             self._options.plan_cache.put(self._key, self.plan)
+
+    def _exchange_part(self) -> ExchangePart:
+        """What this rank does in the exchange, in units that are small enough for all ranks."""
+        rank, secs, arrangement = self._group.rank, self._options.timeout_secs, self._arrangement
+        clients = consult_parts(self._group, "plan", secs, lambda: pack_regions(self._wanted), arrangement.decide_clients)
+        fitted: dict[bytes, ExchangePart] = {}
+
+        def fit() -> bytes:
+            halvings, part = arrangement.fitted(rank, self._reads, clients)
+            fitted[bytes([halvings])] = part
+            return bytes([halvings])
+
+        agreed = consult(self._group, "plan", secs, fit, lambda reports: [max(reports)] * len(reports))
+        if agreed not in fitted:
+            with telling(self._group, "plan"):
+                fitted[agreed] = arrangement.part(rank, self._reads, clients, agreed[0])
+        return fitted[agreed]
 
 
 def _digest(*items: Any) -> bytes:

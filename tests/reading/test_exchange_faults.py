@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -100,9 +101,59 @@ def test_a_block_that_cannot_be_read_is_the_same_error_on_all_ranks(
         count(name, offset, length)
 
     monkeypatch.setattr(store, "count", fail)
-    errors = load(store, reader_threads=1)
-    # Two readers read that far, and either may be first; those that did not fail themselves agree on one.
-    assert all(isinstance(error, StoreError) and "the medium is gone" in str(error) for error in errors)
+    error = same_everywhere(load(store, reader_threads=1))
+    assert isinstance(error, StoreError)
+    assert "the medium is gone" in str(error)
+
+
+def test_of_several_damaged_blocks_all_ranks_name_the_same(store: CountingStore) -> None:
+    for name, data in _MEDIA[store.location.removeprefix("memory://")].items():
+        if name.startswith("data/"):
+            for at in range(BLOCK, len(data), 5 * BLOCK):
+                data[at] ^= 1
+    assert isinstance(same_everywhere(load(store)), CorruptionError)
+
+
+class Broken(KeyboardInterrupt):
+    """Ends a transfer half-way."""
+
+
+@pytest.mark.parametrize("kind", [Broken, RuntimeError])
+def test_a_transfer_that_ends_half_way_on_one_rank_ends_one_load_and_not_the_next(
+    store: CountingStore, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, broken = ThreadGroup._take, threading.Event()
+
+    def take(self: ThreadGroup, *arguments: Any) -> None:
+        if self.rank == 2 and not broken.is_set():
+            broken.set()
+            raise kind("can't start new thread")
+        real(self, *arguments)
+
+    monkeypatch.setattr(ThreadGroup, "_take", take)
+
+    def rank(group: ThreadGroup) -> list[str]:
+        found = []
+        for _ in range(3):
+            state = {"big": torch.zeros(COUNT, dtype=torch.int64), "small": torch.zeros(100, dtype=torch.int64)}
+            options = gs.LoadOptions(exchange=range(RANKS), buffer_bytes=1 << 16, timeout_secs=30)
+            try:
+                gs.load(state, store, process_group=group, options=options)
+            except (GiantstepError, Broken) as error:
+                found.append("interrupted" if isinstance(error, Broken) else f"{type(error).__name__} {error}")
+            else:
+                found.append("right" if torch.equal(state["big"], torch.arange(COUNT)) else "wrong")
+        return found
+
+    found, errors = run_ranks_collecting(RANKS, rank)
+    assert errors == [None] * RANKS
+    assert [after for _, *after in found] == [["right"] * 2] * RANKS
+    first = [first for first, *_ in found]
+    if kind is Broken:
+        assert first.pop(2) == "interrupted"
+    assert len(set(first)) == 1
+    assert "rank 2, phase read" in first[0]
+    assert ("Broken ended the call" if kind is Broken else "can't start new thread") in first[0]
 
 
 def test_the_group_can_be_used_again_after_a_failed_exchange(store: CountingStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ import giantstep as gs
 import giantstep.loading
 from counting_store import counting_store
 from giantstep.group.threads import ThreadGroup
-from giantstep.reading.exchange import Exchanged
+from giantstep.reading.exchange import Exchanged, exchange
 from giantstep.storage.memory import MemoryStore
 from giantstep.testing.ranks import run_ranks
 from giantstep.testing.roundtrip import round_trip
+from handmade import save_misaligned
 from layouts import Case, bits
 from test_roundtrip import checkpoints, examples, load_and_compare, save_all
 
@@ -145,6 +147,50 @@ def test_ranks_that_want_nothing_or_nothing_in_common_take_part() -> None:
         assert store.bytes_read <= store.unique_bytes() + BLOCK
 
 
+WANTED = [[(0, 600_000)], [(0, 500_000), (0, 20_000)], [(0, 500), (100, 600_000)], [(7, 500_000), (7, 30_000)]]
+
+
+def test_ranks_may_want_regions_that_begin_alike_and_differ_in_length() -> None:
+    with counting_store() as store:
+        full = torch.arange(600_000.0)
+        gs.save({"w": full}, store, options=gs.SaveOptions(block_bytes=BLOCK, buffer_bytes=BLOCK))
+        store.forget()
+
+        def load(group: ThreadGroup) -> None:
+            wanted = WANTED[group.rank]
+            state = {str(n): part_of("w", full, low, high) for n, (low, high) in enumerate(wanted)}
+            gs.load(state, store, process_group=group, options=exchanging(4))
+            for n, (low, high) in enumerate(wanted):
+                if not torch.equal(state[str(n)].data, full[low:high]):
+                    raise AssertionError(f"{low} to {high} on rank {group.rank}")
+
+        run_ranks(4, load)
+        assert store.bytes_read == store.unique_bytes()
+
+
+def part_of(key: str, full: torch.Tensor, low: int, high: int) -> gs.ShardedTensor:
+    """Zeros for `full[low:high]`."""
+    data = torch.zeros(high - low, dtype=full.dtype)
+    return gs.ShardedTensor(key, data, full.dtype, (high - low,), tuple(full.shape), (low,), None, 0)
+
+
+def test_elements_that_lie_across_the_border_of_two_blocks_are_loaded_without_an_exchange() -> None:
+    """No writer makes such a file; a reader of one block could not send such an element."""
+    with counting_store() as store:
+        value = torch.arange(3 * BLOCK, dtype=torch.int32)
+        save_misaligned(store, "w", value.numpy().tobytes(), "int32", 3 * BLOCK)
+        store.forget()
+
+        def load(group: ThreadGroup) -> str:
+            state = {"w": torch.zeros(3 * BLOCK, dtype=torch.int32)}
+            report = gs.load(state, store, process_group=group, options=exchanging(2)).report
+            if not torch.equal(state["w"], value):
+                raise AssertionError(f"rank {group.rank}")
+            return report.exchange
+
+        assert run_ranks(2, load) == ["none", "none"]
+
+
 @pytest.mark.parametrize(
     ("ranks", "exchange_bytes", "block"), [(2, 1 << 20, 4096), (8, 1 << 20, 4096), (8, 8 << 20, 4096), (16, 1 << 20, 1 << 16)]
 )
@@ -177,3 +223,60 @@ def test_buffers_are_bounded_however_much_is_loaded(
     assert len(moved) == ranks
     assert max(found.bytes_received for found in moved) > 2 * exchange_bytes
     assert max(found.peak_bytes for found in moved) <= exchange_bytes + (2 * threads + 1) * buffer_bytes
+
+
+THREADS, UNIT, MESSAGES = 2, 1 << 16, 1 << 20
+
+
+def peak_of(ranks: int, full: dict[str, torch.Tensor], wanted: Callable[[int], dict[str, Any]], block: int) -> int:
+    """Save `full`, load `wanted(rank)` on each rank with a unit of 64 KiB, and return the most bytes of buffers."""
+    peaks: list[int] = []
+
+    def counted(*arguments: Any) -> Exchanged:
+        found = exchange(*arguments)
+        peaks.append(found.peak_bytes)
+        return found
+
+    def load(group: ThreadGroup) -> None:
+        state = wanted(group.rank)
+        options = exchanging(ranks, exchange_bytes=MESSAGES, reader_threads=THREADS)
+        gs.load(state, store, process_group=group, options=options)
+        for leaf in state.values():
+            region = tuple(slice(low, low + size) for low, size in zip(leaf.global_offset, leaf.local_shape, strict=True))
+            if not torch.equal(leaf.data, full[leaf.key][region]):
+                raise AssertionError(f"{leaf.key} on rank {group.rank}")
+
+    with counting_store() as store, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(giantstep.loading, "exchange", counted)
+        gs.save(full, store, options=gs.SaveOptions(block_bytes=block, buffer_bytes=block))
+        store.forget()
+        run_ranks(ranks, load)
+        assert store.bytes_read == store.unique_bytes()
+    assert len(peaks) == ranks
+    return max(peaks)
+
+
+@pytest.mark.parametrize("ranks", [16, 32])
+def test_what_is_packed_is_bounded_however_many_ranks_want_the_same_and_something_of_their_own(ranks: int) -> None:
+    """Rows that all want lie between columns that each wants for itself: no two ranks want equal messages."""
+    full = {f"{n:03}{kind}": torch.randint(0, 255, (64, 512), dtype=torch.uint8) for n in range(128) for kind in "rc"}
+    width = 512 // ranks
+
+    def wanted(rank: int) -> dict[str, Any]:
+        def part(key: str) -> gs.ShardedTensor:
+            columns = (0, 512) if key[-1] == "r" else (width * rank, width)
+            data = torch.zeros(64, columns[1], dtype=torch.uint8)
+            return gs.ShardedTensor(key, data, torch.uint8, (64, columns[1]), (64, 512), (0, columns[0]), None, 0)
+
+        return {key: part(key) for key in full}
+
+    assert peak_of(ranks, full, wanted, BLOCK) <= MESSAGES + (2 * THREADS + 1) * UNIT
+
+
+def test_what_is_received_is_bounded_however_much_the_regions_of_a_rank_overlap() -> None:
+    full = {"w": torch.arange(1 << 18)}
+
+    def wanted(_rank: int) -> dict[str, Any]:
+        return {f"x{n}": part_of("w", full["w"], 64 * n, 1 << 18) for n in range(32)}
+
+    assert peak_of(4, full, wanted, BLOCK) <= MESSAGES + (2 * THREADS + 1) * UNIT

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.errors import BadArgumentError, GiantstepError, PeerFailureError, error_from_wire, error_to_wire, located
+from giantstep.group.faults import ended, was_told
 
 Parts = tuple[bytes, ...]
 """A message: one rank's report or answer."""
@@ -71,7 +72,7 @@ class Group(Protocol):
 
         Raises the same `PeerFailureError` or `PhaseTimeoutError` on all ranks that are still there if one is lost, or
         if one on which this rank waits, directly or through others, does nothing for `timeout_secs`; and the error of a
-        rank that withdraws.
+        rank that withdraws. What else ends a call on one rank, an interrupt too, the others are told by this rank's group.
         """
         ...
 
@@ -144,8 +145,7 @@ def consult_parts(
         failure = located(error, group.rank, phase)
         report = (_ERROR, _pack(failure))
     except BaseException as error:
-        # An interrupt goes its way, but the others must not wait for this rank.
-        group.withdraw(PeerFailureError(f"{type(error).__name__} ended the call", rank=group.rank, phase=phase))
+        _interrupted(group, error, phase)
         raise
 
     def answer(reports: Sequence[Parts]) -> Sequence[Parts]:
@@ -175,6 +175,12 @@ def consult_parts(
         agreed.__notes__ = []
         raise agreed from mine
     raise agreed
+
+
+def _interrupted(group: Group, error: BaseException, phase: str) -> None:
+    """An interrupt goes its way, but the others must not wait for this rank. To tell them twice would end their next call."""
+    if not was_told(error):
+        group.withdraw(ended(error, group.rank, phase))
 
 
 def _first_failure(reports: Sequence[Parts]) -> GiantstepError | None:

@@ -63,6 +63,16 @@ def ended(error: BaseException, rank: int, phase: str) -> PeerFailureError:
     return PeerFailureError(f"{type(error).__name__} ended the call", rank=rank, phase=phase)
 
 
+def mark_told(error: BaseException) -> None:
+    """Note on an interrupt that the others know of it: to withdraw because of it would end their next call too."""
+    error.__dict__["giantstep_told"] = True
+
+
+def was_told(error: BaseException) -> bool:
+    """Whether `mark_told` was called."""
+    return "giantstep_told" in error.__dict__
+
+
 def to_text(error: GiantstepError) -> str:
     """The error for other ranks."""
     return json.dumps(error_to_wire(error))

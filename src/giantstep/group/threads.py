@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.errors import GiantstepError, PeerFailureError
+from giantstep.errors import GiantstepError, PeerFailureError, located
 from giantstep.group.base import Answer, Parcel, Parts, check_parcels
-from giantstep.group.faults import culprits, ended, from_text, idle, late, listed, standing, to_text
+from giantstep.group.faults import culprits, ended, from_text, idle, late, listed, mark_told, standing, to_text
 
 
 @dataclass(slots=True)
@@ -112,6 +112,11 @@ class ThreadGroup:
         ours = self._ours()
         try:
             self._move(ours, sends, receives, phase, timeout_secs)
+        except GiantstepError:
+            self._next_generation()
+            raise
+        except Exception as error:
+            raise self.withdraw(located(error, self._rank, phase)) from error
         except BaseException as error:
             self._leave(ours, error, phase)
             raise
@@ -137,6 +142,7 @@ class ThreadGroup:
         """Go on to the next generation, after a fault or an interrupt, which must be a fault to the others."""
         if not isinstance(error, GiantstepError):
             self._end(ours, ended(error, self._rank, phase))
+            mark_told(error)
         self._next_generation()
 
     def _next_generation(self) -> None:

@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from giantstep.errors import BadArgumentError, GiantstepError, PeerError, PeerFailureError
+from giantstep.errors import BadArgumentError, GiantstepError, PeerError, PeerFailureError, located
 from giantstep.group.base import Answer, Group, Parcel, Parts, check_parcels
 from giantstep.group.bundle import Bundle
 from giantstep.group.connections import Connections, cause
-from giantstep.group.faults import ended, idle, late, standing
+from giantstep.group.faults import ended, idle, late, mark_told, standing
 from giantstep.group.notices import Board
 from giantstep.group.rendezvous import meet, withdraw
 from giantstep.group.single import SingleGroup
@@ -148,10 +148,13 @@ class TorchGroup:
         except GiantstepError as error:
             self._close(error)
             raise
+        except Exception as error:
+            raise self.withdraw(located(error, self._rank, phase)) from error
         except BaseException as error:
             # An interrupt in the middle of a message: the others cannot go on either.
             self._tell(ended(error, self._rank, phase))
             self._close(error)
+            mark_told(error)
             raise
 
     def _connect(self, phase: str, timeout_secs: float) -> tuple[Connections, Board]:

@@ -95,8 +95,10 @@ def balance(
     return Shares(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("group", "rank", "first", "count")))
 
 
-# Sweeps over sets that overlap; each moves loads along from set to set.
-_SWEEPS = 32
+# Sweeps over sets that overlap; each moves loads along from set to set. With very many sets there are fewer, for the time
+# that they take; then loads may stay a few percent apart.
+_SWEEPS, _FEWEST_SWEEPS = 32, 2
+_LEVELLINGS = 200_000
 
 
 def _levelled(lines: Sequence[tuple[Int64s, Int64s]], regions: Regions, loads: Int64s) -> list[Int64s]:
@@ -108,7 +110,7 @@ def _levelled(lines: Sequence[tuple[Int64s, Int64s]], regions: Regions, loads: I
     """
     totals = [int(regions.bytes[groups].sum()) for _, groups in lines]
     quotas = [np.zeros(len(held), dtype=np.int64) for held, _ in lines]
-    for _ in range(_SWEEPS):
+    for _ in range(min(_SWEEPS, max(_FEWEST_SWEEPS, _LEVELLINGS // max(1, len(lines))))):
         moved = 0
         for number, (held, _) in enumerate(lines):
             others = loads[held] - quotas[number]

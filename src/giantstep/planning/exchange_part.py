@@ -1,7 +1,9 @@
 """One rank's part of an exchange: what it reads, what it sends to whom, what it receives from whom, and in which round.
 
 Sender and receiver make their messages independently, from the same regions and the same spans, so messages carry
-bytes and nothing else. Called by `loading`; the plan comes from `exchange_plan`, and `reading.exchange` carries it out.
+bytes and nothing else. How large they are depends on what clients want that others want too, so only now is known whether
+units are small enough: ranks halve theirs until all fit. Called by `arrange`; the plan comes from `exchange_plan`, and
+`reading.exchange` carries it out.
 """
 
 from __future__ import annotations
@@ -60,10 +62,11 @@ class Spans:
         return Spans(*columns, self.unit_bytes, self.turns)
 
 
-def spans_of(answer: Parts, block_bytes: int) -> Spans:
-    """The spans that `exchange_plan.Assignment.answers` tells a rank."""
+def spans_of(answer: Parts, block_bytes: int, halvings: int = 0) -> Spans:
+    """The spans that `exchange_plan.Assignment.answers` tells a rank, in units that are halved so many times."""
     head, first, count, reader, line = map(unpack_column, answer)
-    size, turns = head.tolist()
+    planned, turns = head.tolist()
+    size = max(1, planned >> halvings)
     parts = (line + count - 1) // size - line // size + 1
     share = np.repeat(np.arange(len(first)), parts)
     unit = np.arange(len(share)) - np.searchsorted(share, share, side="left") + (line // size)[share]
@@ -205,14 +208,19 @@ class ExchangePart:
         reads: by round.
         wanted: its own pieces; the peers are their readers, itself among them.
         sent: pieces for others; the peers are rows of `clients`.
+        together: by round, the messages sent; those of equal bytes, which are packed once, in one list.
         clients: ranks by client.
+        packed_bytes, received_bytes: most bytes that it packs, or receives from others, in one round.
     """
 
     unit_bytes: int
     reads: dict[int, list[UnitRead]]
     wanted: Messages
     sent: Messages
+    together: dict[int, list[list[Message]]]
     clients: list[list[int]]
+    packed_bytes: int
+    received_bytes: int
 
 
 def exchange_part(
@@ -236,7 +244,29 @@ def exchange_part(
     read = chunks.rows(_touched(chunks, base, duty.cuts(size)))
     served = cut_pieces(read, intersections(read, clients.wanted), base, duty.cuts(size), size)
     sent = messages_of(read, served, clients.client[served.wanted], duty, size)
-    return ExchangePart(spans.unit_bytes, _reads(duty, blocks), wanted, sent, clients.ranks)
+    together = {number: _alike(sent, messages) for number, messages in sent.by_round.items()}
+    packed = (sum(alike[0].bytes for alike in found) for found in together.values())
+    received = (sum(found.bytes for found in messages if found.peer != rank) for messages in wanted.by_round.values())
+    return ExchangePart(
+        spans.unit_bytes,
+        _reads(duty, blocks),
+        wanted,
+        sent,
+        together,
+        clients.ranks,
+        max(packed, default=0),
+        max(received, default=0),
+    )
+
+
+def _alike(sent: Messages, messages: Sequence[Message]) -> list[list[Message]]:
+    """Messages of one round, those of equal bytes together: what several clients want alike, as all of some tensors."""
+    found: dict[tuple[bytes, ...], list[Message]] = {}
+    for message in messages:
+        rows = slice(message.first, message.last)
+        key = (sent.place[rows].tobytes(), sent.slot[rows].tobytes(), sent.pieces.size[rows].tobytes())
+        found.setdefault(key, []).append(message)
+    return list(found.values())
 
 
 def _touched(chunks: ChunkTable, base: Int64s, spans: Runs) -> Int64s:

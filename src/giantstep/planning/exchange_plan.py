@@ -122,7 +122,7 @@ class Assignment:
         reader: [shares] who reads each.
         line: [shares] where it begins on the reader's line.
         set_of: [shares] who wants it: a row of the demand's sets.
-        unit_blocks: blocks of a unit.
+        unit_blocks: blocks of a unit, a power of two; ranks may agree on smaller units, see `exchange_part`.
         turns: readers take turns in so many groups: in a round, those of one group send a unit.
     """
 
@@ -232,7 +232,8 @@ def assign(demand: Demand, blocks: BlockTable, *, exchange_bytes: int, read_byte
     line[by_reader] = ends - count[by_reader] - (ends - count[by_reader])[begins]
     sources = _most_readers(runs.sets, set_of, reader)
     half = max(1, exchange_bytes // 2)
-    unit_blocks = max(1, min(half // max(1, sources), read_bytes) // blocks.block_bytes)
+    # A power of two: units of half the size nest in it.
+    unit_blocks = 1 << (max(1, min(half // max(1, sources), read_bytes) // blocks.block_bytes).bit_length() - 1)
     turns = max(1, -(-sources * unit_blocks * blocks.block_bytes // half)) if unit_blocks == 1 else 1
     return Assignment(demand, first, count, reader, line, set_of, unit_blocks, min(turns, max(1, sources)))
 

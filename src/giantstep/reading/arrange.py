@@ -6,6 +6,7 @@ their regions (`decide_clients`), so that readers learn whom they serve. Called 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ from giantstep.format.record import CommitRecord
 from giantstep.group.base import Parts
 from giantstep.planning.block_sets import BlockTable
 from giantstep.planning.columns import pack_column, unpack_column
-from giantstep.planning.exchange_part import Clients, ExchangePart, Spans, exchange_part, spans_of
+from giantstep.planning.exchange_part import Clients, ExchangePart, exchange_part, spans_of
 from giantstep.planning.exchange_plan import Assignment, assign, check_cells, demand_of, pack_blocks, worthwhile
 from giantstep.planning.load_plan import LoadPlan
 from giantstep.planning.load_tables import ChunkTable
@@ -64,7 +65,7 @@ class Arrangement:
         self._cell = cell
         self._limits = limits
         self._assignments: list[Assignment] = []
-        self._spans: Spans | None = None
+        self._spans: Parts | None = None
 
     def report(self, plan: LoadPlan) -> Parts:
         """What this rank would read for itself."""
@@ -130,7 +131,7 @@ class Arrangement:
         self.exchanges = answer[0] == _EXCHANGE
         self.direct = answer[0] != _CACHED
         if self.exchanges:
-            self._spans = spans_of(answer[1:], self._blocks.block_bytes)
+            self._spans = answer[1:]
 
     def decide_clients(self, reports: Sequence[Parts]) -> list[Parts]:
         """On rank 0: whom each reader serves."""
@@ -140,9 +141,21 @@ class Arrangement:
                 answers[reader] = parts
         return answers
 
-    def part(self, rank: int, plan: LoadPlan, answer: Parts) -> ExchangePart:
-        """What this rank does in the exchange."""
+    def fitted(self, rank: int, plan: LoadPlan, answer: Parts) -> tuple[int, ExchangePart]:
+        """How often this rank must halve the units so that its messages keep the bounds, and what it then does.
+
+        Units of one block may have larger ones. If all fit, it is not at all.
+        """
+        for halvings in itertools.count():
+            part = self.part(rank, plan, answer, halvings)
+            fits = part.packed_bytes <= self._limits.read_bytes and 2 * part.received_bytes <= self._limits.exchange_bytes
+            if fits or part.unit_bytes == self._blocks.block_bytes:
+                return halvings, part
+        raise RuntimeError("unreachable: units end at one block")
+
+    def part(self, rank: int, plan: LoadPlan, answer: Parts, halvings: int) -> ExchangePart:
+        """What this rank does in the exchange, in units that all ranks have halved so many times."""
         if self._spans is None:
             raise PeerFailureError("rank 0 told nobody who reads what")
-        clients = Clients.of(answer, self._chunks.width)
-        return exchange_part(rank, self._chunks, plan.found, self._spans, clients, self._blocks)
+        spans = spans_of(self._spans, self._blocks.block_bytes, halvings)
+        return exchange_part(rank, self._chunks, plan.found, spans, Clients.of(answer, self._chunks.width), self._blocks)

@@ -177,7 +177,6 @@ class _Rounds:
             number: [message for message in messages if message.peer != group.rank]
             for number, messages in part.wanted.by_round.items()
         }
-        self._room = max((sum(message.bytes for message in messages) for messages in self._inbound.values()), default=0)
 
     def run(self) -> Exchanged:
         """All rounds."""
@@ -209,7 +208,7 @@ class _Rounds:
             while len(unpacking) > 1:
                 unpacking.popleft().result()
             inbound = self._inbound.get(number, [])
-            arena = self._incoming.take(self._room if inbound else 0)
+            arena = self._incoming.take(self._part.received_bytes if inbound else 0)
             received = list(zip(inbound, _divided(arena, [message.bytes for message in inbound]), strict=True))
             self._transfer(packed, received)
             if packed is not None:
@@ -268,17 +267,11 @@ class _Rounds:
 
     def _pack(self, number: int, buffer: Wire) -> tuple[list[tuple[int, Wire]], Wire]:
         """Messages of a round, each copied together, and the memory that holds them."""
-        sent = self._part.sent
-        # What several clients want alike, as all of some tensors, is packed once.
-        alike: dict[tuple[bytes, ...], list[Message]] = {}
-        for message in sent.by_round.get(number, []):
-            rows = slice(message.first, message.last)
-            key = (sent.place[rows].tobytes(), sent.slot[rows].tobytes(), sent.pieces.size[rows].tobytes())
-            alike.setdefault(key, []).append(message)
-        sizes = [messages[0].bytes for messages in alike.values()]
+        sent, alike = self._part.sent, self._part.together.get(number, [])
+        sizes = [messages[0].bytes for messages in alike]
         arena = self._outbound.take(sum(sizes))
         found = []
-        for messages, data in zip(alike.values(), _divided(arena, sizes), strict=True):
+        for messages, data in zip(alike, _divided(arena, sizes), strict=True):
             first = messages[0]
             slots = sent.slot[first.first : first.last].tolist()
             for (box, place), slot in zip(_placed(sent, first, sent.place), slots, strict=True):
