@@ -18,6 +18,7 @@ import torch.distributed as dist
 import giantstep as gs
 from giantstep.errors import StoreError
 from giantstep.group.base import Parcel, consult
+from giantstep.group.connections import Connections
 from giantstep.group.torch_group import group_of
 from processes import DIED, results, run_processes
 
@@ -141,6 +142,56 @@ def test_all_raise_the_error_of_a_rank_that_withdraws_and_the_next_call_works() 
     ((message, answer),) = set(results(run_processes(5, _in_rounds, 5, 60, _withdraw)))
     assert message == "StoreError [rank 2, phase read] the disk broke"
     assert answer == bytes(range(5))
+
+
+def _half_way(rank: int, kind: str) -> list[str]:
+    """Transfers of which one ends half-way on rank 2, each within a call of all; what each raised or came to."""
+    group = group_of()
+    real, found = Connections.move, []
+
+    def move(self: Connections, *arguments: Any) -> Any:
+        Connections.move = real
+        if kind == "interrupt":
+            # While this rank waits for what rank 1 sends late.
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            return real(self, *arguments)
+        raise RuntimeError("can't start new thread")
+
+    if rank == 2:
+        Connections.move = move
+    for attempt in range(3):
+
+        def work(attempt: int = attempt) -> bytes:
+            if rank == 1 and attempt == 0:
+                time.sleep(1)
+            data = np.full(100_000, rank, np.uint8)
+            room = np.empty_like(data)
+            group.transfer([Parcel((rank + 1) % 4, data)], [Parcel((rank - 1) % 4, room)], "move", 30)
+            return bytes([room[-1]])
+
+        try:
+            answer = consult(group, "read", 30, work, lambda reports: [b"".join(reports)] * 4)
+        except KeyboardInterrupt:
+            found.append("interrupted")
+        except gs.GiantstepError as error:
+            found.append(f"{type(error).__name__} {error}")
+        else:
+            found.append(answer.hex())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["interrupt", "error"])
+def test_a_transfer_that_ends_half_way_on_one_rank_ends_one_call_on_all_and_not_the_next(kind: str) -> None:
+    found = results(run_processes(4, _half_way, kind))
+    assert [after for _, *after in found] == [["03000102"] * 2] * 4
+    first = [first for first, *_ in found]
+    if kind == "interrupt":
+        assert first.pop(2) == "interrupted"
+        assert set(first) == {"PeerFailureError [rank 2, phase move] KeyboardInterrupt ended the call"}
+    else:
+        assert len(set(first)) == 1
+        assert "[rank 2, phase move]" in first[0]
+        assert "can't start new thread" in first[0]
 
 
 def _wrong_size(rank: int) -> str:

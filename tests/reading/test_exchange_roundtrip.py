@@ -15,6 +15,7 @@ import giantstep as gs
 import giantstep.loading
 from counting_store import counting_store
 from giantstep.group.threads import ThreadGroup
+from giantstep.planning.exchange_part import ExchangePart
 from giantstep.reading.exchange import Exchanged, exchange
 from giantstep.storage.memory import MemoryStore
 from giantstep.testing.ranks import run_ranks
@@ -201,8 +202,9 @@ def test_buffers_are_bounded_however_much_is_loaded(
     moved: list[Exchanged] = []
     real = giantstep.loading.exchange
 
-    def counted(*arguments: Any) -> Exchanged:
-        moved.append(real(*arguments))
+    def counted(source: Any, part: ExchangePart, *arguments: Any) -> Exchanged:
+        assert 2 * part.received_bytes <= exchange_bytes
+        moved.append(real(source, part, *arguments))
         return moved[-1]
 
     monkeypatch.setattr(giantstep.loading, "exchange", counted)
@@ -225,21 +227,24 @@ def test_buffers_are_bounded_however_much_is_loaded(
     assert max(found.peak_bytes for found in moved) <= exchange_bytes + (2 * threads + 1) * buffer_bytes
 
 
-THREADS, UNIT, MESSAGES = 2, 1 << 16, 1 << 20
+THREADS = 2
 
 
-def peak_of(ranks: int, full: dict[str, torch.Tensor], wanted: Callable[[int], dict[str, Any]], block: int) -> int:
-    """Save `full`, load `wanted(rank)` on each rank with a unit of 64 KiB, and return the most bytes of buffers."""
+def check_buffers(ranks: int, full: dict[str, torch.Tensor], wanted: Callable[[int], dict[str, Any]], **limits: int) -> None:
+    """Save `full` and load `wanted(rank)` on each rank; messages and buffers keep their limits."""
     peaks: list[int] = []
+    most_received, most_packed = limits["exchange_bytes"], limits["buffer_bytes"]
 
-    def counted(*arguments: Any) -> Exchanged:
-        found = exchange(*arguments)
+    def counted(source: Any, part: ExchangePart, *arguments: Any) -> Exchanged:
+        assert 2 * part.received_bytes <= most_received
+        assert part.packed_bytes <= most_packed
+        found = exchange(source, part, *arguments)
         peaks.append(found.peak_bytes)
         return found
 
     def load(group: ThreadGroup) -> None:
         state = wanted(group.rank)
-        options = exchanging(ranks, exchange_bytes=MESSAGES, reader_threads=THREADS)
+        options = gs.LoadOptions(exchange=range(ranks), reader_threads=THREADS, **limits)
         gs.load(state, store, process_group=group, options=options)
         for leaf in state.values():
             region = tuple(slice(low, low + size) for low, size in zip(leaf.global_offset, leaf.local_shape, strict=True))
@@ -248,18 +253,18 @@ def peak_of(ranks: int, full: dict[str, torch.Tensor], wanted: Callable[[int], d
 
     with counting_store() as store, pytest.MonkeyPatch.context() as patch:
         patch.setattr(giantstep.loading, "exchange", counted)
-        gs.save(full, store, options=gs.SaveOptions(block_bytes=block, buffer_bytes=block))
+        gs.save(full, store, options=gs.SaveOptions(block_bytes=BLOCK, buffer_bytes=BLOCK))
         store.forget()
         run_ranks(ranks, load)
         assert store.bytes_read == store.unique_bytes()
     assert len(peaks) == ranks
-    return max(peaks)
+    assert max(peaks) <= most_received + (2 * THREADS + 1) * most_packed
 
 
 @pytest.mark.parametrize("ranks", [16, 32])
 def test_what_is_packed_is_bounded_however_many_ranks_want_the_same_and_something_of_their_own(ranks: int) -> None:
     """Rows that all want lie between columns that each wants for itself: no two ranks want equal messages."""
-    full = {f"{n:03}{kind}": torch.randint(0, 255, (64, 512), dtype=torch.uint8) for n in range(128) for kind in "rc"}
+    full = {f"{n:03}{kind}": torch.randint(0, 255, (64, 512), dtype=torch.uint8) for n in range(64) for kind in "rc"}
     width = 512 // ranks
 
     def wanted(rank: int) -> dict[str, Any]:
@@ -270,7 +275,7 @@ def test_what_is_packed_is_bounded_however_many_ranks_want_the_same_and_somethin
 
         return {key: part(key) for key in full}
 
-    assert peak_of(ranks, full, wanted, BLOCK) <= MESSAGES + (2 * THREADS + 1) * UNIT
+    check_buffers(ranks, full, wanted, exchange_bytes=8 << 20, buffer_bytes=1 << 16)
 
 
 def test_what_is_received_is_bounded_however_much_the_regions_of_a_rank_overlap() -> None:
@@ -279,4 +284,4 @@ def test_what_is_received_is_bounded_however_much_the_regions_of_a_rank_overlap(
     def wanted(_rank: int) -> dict[str, Any]:
         return {f"x{n}": part_of("w", full["w"], 64 * n, 1 << 18) for n in range(32)}
 
-    assert peak_of(4, full, wanted, BLOCK) <= MESSAGES + (2 * THREADS + 1) * UNIT
+    check_buffers(4, full, wanted, exchange_bytes=1 << 20, buffer_bytes=8 << 20)
