@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"opening", "saving", "loading", "removal"},
     {"planned_save", "planned_load"},
     {"filling", "unwrapping", "kept_index"},
-    {"describing", "requesting", "restoring"},
+    {"describing", "requesting", "restoring", "sources"},
     {"codecs", "reports", "phases", "writers", "stored_plans"},
     {"mapping", "staging", "writing", "reading", "commit"},
     {"words"},

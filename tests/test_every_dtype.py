@@ -40,7 +40,7 @@ def test_saved_whole_and_loaded_whole(tmp_path: Path, dtype: torch.dtype) -> Non
     assert bits(target["x"]) == bits(tensor)
     assert bits(target["scalar"]) == bits(tensor[0, 0])
     assert gs.open_checkpoint(tmp_path)["x"][...].tobytes() == bits(tensor)
-    assert bits(gs.load_plain_tensors(tmp_path)["x"]) == bits(tensor)
+    assert bits(gs.metadata.load_plain_tensors(tmp_path)["x"]) == bits(tensor)
 
 
 @NAMED

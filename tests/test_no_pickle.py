@@ -128,7 +128,7 @@ run_ranks(4, lambda group: gs.load(state_of(*loaded[group.rank], group), path, p
 checkpoint = gs.open_checkpoint(path)
 assert checkpoint.verify().ok
 checkpoint.objects(), checkpoint.common, checkpoint["model.0.weight"][:1]
-gs.load_plain_tensors(path), gs.load_sharded_metadata(path), gs.load_common_state_dict(path)
+gs.metadata.load_plain_tensors(path), gs.metadata.load_sharded_metadata(path), gs.metadata.load_common_state_dict(path)
 gs.remove_sharded_tensors(path, "model.0")
 print("trained on", expected[-1] == step(*training_state(3)) or "as before")
 """

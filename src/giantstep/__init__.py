@@ -20,19 +20,13 @@ from giantstep.options import LoadOptions, SaveOptions, StrictHandling
 from giantstep.plan_cache import PlanCache
 
 if TYPE_CHECKING:
+    from giantstep import metadata
     from giantstep.codecs import register_type
     from giantstep.loading import load
     from giantstep.mapping.factory import ShardedTensorFactory
     from giantstep.mapping.sharded_object import LocalNonpersistentObject, ShardedObject
     from giantstep.mapping.sharded_tensor import ShardedTensor
     from giantstep.mapping.wrappers import register_wrapper
-    from giantstep.metadata import (
-        load_common_state_dict,
-        load_content_metadata,
-        load_plain_tensors,
-        load_sharded_metadata,
-        load_tensors_metadata,
-    )
     from giantstep.opening import open_checkpoint
     from giantstep.reading.checkpoint import Checkpoint
     from giantstep.removal import remove_sharded_tensors
@@ -49,11 +43,7 @@ _LAZY = {
     "ShardedTensor": "giantstep.mapping.sharded_tensor",
     "ShardedTensorFactory": "giantstep.mapping.factory",
     "load": "giantstep.loading",
-    "load_common_state_dict": "giantstep.metadata",
-    "load_content_metadata": "giantstep.metadata",
-    "load_plain_tensors": "giantstep.metadata",
-    "load_sharded_metadata": "giantstep.metadata",
-    "load_tensors_metadata": "giantstep.metadata",
+    "metadata": "giantstep.metadata",
     "open_checkpoint": "giantstep.opening",
     "register_type": "giantstep.codecs",
     "register_wrapper": "giantstep.mapping.wrappers",
@@ -77,11 +67,7 @@ __all__ = [
     "StrictHandling",
     "errors",
     "load",
-    "load_common_state_dict",
-    "load_content_metadata",
-    "load_plain_tensors",
-    "load_sharded_metadata",
-    "load_tensors_metadata",
+    "metadata",
     "open_checkpoint",
     "register_type",
     "register_wrapper",
@@ -94,7 +80,7 @@ def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(module), name)
+    value = import_module(module) if module.rpartition(".")[2] == name else getattr(import_module(module), name)
     globals()[name] = value
     return value
 

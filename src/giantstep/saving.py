@@ -8,36 +8,27 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from giantstep.codecs import OBJECT_CODEC
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
 from giantstep.errors import BadArgumentError, GiantstepError, PeerError
-from giantstep.format.data_file import chunk_entry, object_entry
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
 from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.group.torch_group import group_of
-from giantstep.mapping.describe import Described, StoredObject, describe
+from giantstep.mapping.describe import Described, describe
 from giantstep.options import SaveOptions
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import SavePlanner, Subject
-from giantstep.planning.description import COPY
 from giantstep.planning.index_plan import WriteReport, build_index
-from giantstep.planning.save_plan import regions_of_part
 from giantstep.reports import SaveReport
-from giantstep.shards.object_keys import COMMON_KEY
-from giantstep.staging.host import host_pieces
+from giantstep.sources import encoded, sources_of, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
-from giantstep.writing.write import Source, Written, write
+from giantstep.writing.write import write
 
 _LOG = logging.getLogger("giantstep")
 
@@ -120,8 +111,7 @@ class _Save:
         self._store: Store = store_at(self._path)
         check_content_metadata(self._metadata)
         self._described: Described = describe(self._state_dict, for_load=False)
-        self._views = [view for leaf in self._described.leaves for _, view in leaf.pieces if view is not None]
-        self._objects = _encoded(self._described.stored)
+        self._objects = encoded(self._described.stored)
         call = {"call": "save", "path": self._store.location, "options": settings(self._options)}
         return Subject(self._described, call, {name: len(data) for name, data in self._objects.items()})
 
@@ -147,27 +137,12 @@ class _Save:
         self._totals = (tensors, objects, total)
 
     def _write(self) -> Parts:
-        sources = self._sources()
+        part, description = self._planner.part, self._planner.description
+        sources = sources_of(part, description, self._described, self._objects, self._options.buffer_bytes)
         self._store.prepare(DATA_DIR)
         written = write(self._store, self._save_id, self._group.rank, sources, self._options)
         self._written_bytes = sum(source.entry.bytes for source in sources)
-        return _write_report(written, sources, len(self._planner.part.row)).encode()
-
-    def _sources(self) -> list[Source]:
-        """This rank's chunks, in the order of its part, then its objects."""
-        pieces = [(leaf, region) for leaf in self._described.leaves for region, _ in leaf.pieces]
-        sources = []
-        part = self._planner.part
-        for row, region in zip(part.row.tolist(), regions_of_part(part, self._planner.description), strict=True):
-            leaf, held = pieces[row]
-            view = self._views[row][region.relative_to(held.offset).slices()]
-            entry = chunk_entry(leaf.key, leaf.dtype, region)
-            sources.append(Source(entry, leaf.dtype.item_bytes, partial(host_pieces, view, self._options.buffer_bytes)))
-        for name in part.objects:
-            data = self._objects[name]
-            if data:
-                sources.append(Source(object_entry(name, len(data)), 1, partial(_array_of, data)))
-        return sources
+        return write_report(written, sources, len(part.row)).encode()
 
     def _decide_commit(self, reports: Sequence[Parts]) -> list[Parts]:
         index, files = build_index(self._planner.planned(), [WriteReport.decode(report) for report in reports])
@@ -217,33 +192,3 @@ class _Save:
             removed=tuple(removed),
             plan_reused=self._planner.reused,
         )
-
-
-def _encoded(stored: Mapping[str, StoredObject]) -> dict[str, bytes]:
-    """Objects that this rank may write, as bytes by name; no bytes for a common state without anything in it."""
-    return {
-        name: b"" if name == COMMON_KEY and item.value == {} else OBJECT_CODEC.encode(item.value, item.path)
-        for name, item in stored.items()
-        if item.role != COPY
-    }
-
-
-def _array_of(data: bytes) -> Iterable[NDArray[np.uint8]]:
-    return [np.frombuffer(data, dtype=np.uint8)]
-
-
-def _write_report(written: Written, sources: Sequence[Source], chunks: int) -> WriteReport:
-    file, start = np.array(written.file, dtype=np.int64), np.array(written.start, dtype=np.int64)
-    checksums = [found.checksums for found in written.files]
-    return WriteReport(
-        file_names=[found.name for found in written.files],
-        file_bytes=np.array([found.bytes for found in written.files], dtype=np.int64),
-        file_blocks=np.array([len(found) for found in checksums], dtype=np.int64),
-        block_checksum=np.concatenate([np.empty(0, np.uint64), *checksums]),
-        chunk_file=file[:chunks],
-        chunk_start=start[:chunks],
-        object_keys=[source.entry.name[1:-1] for source in sources[chunks:]],
-        object_file=file[chunks:],
-        object_start=start[chunks:],
-        object_bytes=np.array([source.entry.bytes for source in sources[chunks:]], dtype=np.int64),
-    )

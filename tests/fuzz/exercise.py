@@ -202,7 +202,7 @@ def _read(steps: Steps, checkpoint: Checkpoint, info: TensorInfo) -> Any:
 def _load(steps: Steps, store: DictStore, read: dict[str, Any]) -> None:
     """Load everything, and compare tensors that were read before: two ways to the same bytes."""
     options, ignore = gs.LoadOptions(reader_threads=1, dequantise=True), gs.StrictHandling.IGNORE_ALL
-    wanted = steps.run("load_sharded_metadata", lambda: gs.load_sharded_metadata(store)) or {}
+    wanted = steps.run("load_sharded_metadata", lambda: gs.metadata.load_sharded_metadata(store)) or {}
     items = [item for item in wanted.values() if item.key][:MOST_KEYS]
     state: dict[Any, Any] = {"layers": [{}, 1], "step": 0, "all": dict(enumerate(items)), "quantised": wanted_wrapper()}
     loaded = steps.run("load", lambda: gs.load(state, store, strict=ignore, options=options))

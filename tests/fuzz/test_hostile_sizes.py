@@ -125,7 +125,7 @@ def test_an_empty_tensor_beside_a_dimension_of_any_size() -> None:
     with pytest.raises(BadArgumentError, match="cannot be read as a NumPy array"):
         checkpoint["cube"][...]
     assert checkpoint["cube"][:3].shape == (3, 0)
-    loaded = gs.load({"cube": gs.load_tensors_metadata(store)["cube"]}, store, strict=gs.StrictHandling.IGNORE_ALL)
+    loaded = gs.load({"cube": gs.metadata.load_tensors_metadata(store)["cube"]}, store, strict=gs.StrictHandling.IGNORE_ALL)
     assert loaded["cube"].shape == (1 << 62, 0)
     cube.shape = [1 << 62, 2, 0]
     checkpoint = opened(seal(draft))
@@ -222,7 +222,7 @@ def test_a_tensor_that_shares_its_first_chunk_and_no_more_with_another() -> None
     store = DictStore(seal(draft))
     assert not gs.open_checkpoint(store)["tied"][3:].any()
     with pytest.raises(CorruptionError, match="first chunk"):
-        gs.load(gs.load_tensors_metadata(store), store, strict=gs.StrictHandling.IGNORE_ALL)
+        gs.load(gs.metadata.load_tensors_metadata(store), store, strict=gs.StrictHandling.IGNORE_ALL)
 
 
 def test_many_objects_that_are_all_of_one_file() -> None:

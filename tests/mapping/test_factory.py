@@ -50,7 +50,7 @@ def test_gate_and_up_rows_stay_apart_under_any_number_of_ranks(
 
     run_ranks(saving, lambda group: gs.save(state(group.rank, saving, weight, moment), tmp_path, process_group=group))
     assert gs.open_checkpoint(tmp_path).keys() == ["exp_avg.w", "w"]
-    assert torch.equal(gs.load_plain_tensors(tmp_path)["w"], weight)
+    assert torch.equal(gs.metadata.load_plain_tensors(tmp_path)["w"], weight)
 
     def load(group: Any) -> None:
         zeros = torch.zeros_like(weight)

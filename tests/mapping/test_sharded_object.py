@@ -250,7 +250,7 @@ def test_a_local_object_is_never_stored_and_comes_back_as_it_is(tmp_path: Path) 
     handle = object()
     state = {"a": [gs.LocalNonpersistentObject(handle), 1], "b": gs.LocalNonpersistentObject({"x": {}}), "c": torch.ones(1)}
     gs.save(state, tmp_path)
-    assert gs.load_common_state_dict(tmp_path).keys() == {"a"}
+    assert gs.metadata.load_common_state_dict(tmp_path).keys() == {"a"}
     loaded = gs.load(state, tmp_path)
     assert loaded["a"][0] is handle
     assert loaded["a"][1] == 1

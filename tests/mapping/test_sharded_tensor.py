@@ -61,7 +61,7 @@ def test_halves_of_a_fused_weight_are_tensors_of_their_own(tmp_path: Any, ranks:
         gs.save(halves(group, whole.chunk(group.size)[group.rank]), tmp_path, process_group=group)
 
     run_ranks(ranks, save)
-    stored = gs.load_plain_tensors(tmp_path)
+    stored = gs.metadata.load_plain_tensors(tmp_path)
     parts = [part.chunk(2) for part in whole.chunk(ranks)]
     assert torch.equal(stored["gate"], torch.cat([gate for gate, _ in parts]))
     assert torch.equal(stored["up"], torch.cat([up for _, up in parts]))

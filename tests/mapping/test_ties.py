@@ -62,7 +62,7 @@ def test_memory_that_load_allocates_is_tied_again(tmp_path: Path) -> None:
     module = Tied(device="meta")
     gs.load({"m": module}, tmp_path)
     assert module.head.weight is module.embed.weight
-    untied = gs.load(gs.load_tensors_metadata(tmp_path), tmp_path)
+    untied = gs.load(gs.metadata.load_tensors_metadata(tmp_path), tmp_path)
     assert untied["m.embed.weight"].data_ptr() == untied["m.head.weight"].data_ptr()
 
 
@@ -117,7 +117,7 @@ def test_views_that_are_not_the_same_tensor_are_stored_each(tmp_path: Path) -> N
     assert stored_bytes(tmp_path) == 24 * 3 + 12 * 2
     conjugated = torch.tensor([1 + 2j])
     gs.save({"a": conjugated, "b": conjugated.conj()}, tmp_path)
-    assert gs.load_plain_tensors(tmp_path)["b"].item() == 1 - 2j
+    assert gs.metadata.load_plain_tensors(tmp_path)["b"].item() == 1 - 2j
 
 
 def test_a_tied_target_of_two_stored_tensors_is_loaded_if_they_are_equal(tmp_path: Path) -> None:
