@@ -144,31 +144,45 @@ def test_all_raise_the_error_of_a_rank_that_withdraws_and_the_next_call_works() 
     assert answer == bytes(range(5))
 
 
-def _half_way(rank: int, kind: str) -> list[str]:
-    """Transfers of which one ends half-way on rank 2, each within a call of all; what each raised or came to."""
-    group = group_of()
-    real, found = Connections.move, []
-    consult(group, "start", 30, lambda: b"")
+def _break_move(kind: str) -> None:
+    """The next transfer of this process ends half-way."""
+    real = Connections.move
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        dist.distributed_c10d._get_default_store().set("interrupted", "yes")
 
     def move(self: Connections, *arguments: Any) -> Any:
         Connections.move = real
-        if kind == "interrupt":
-            # While this rank waits for what rank 1 sends late.
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-            return real(self, *arguments)
-        raise RuntimeError("can't start new thread")
+        if kind == "error":
+            raise RuntimeError("can't start new thread")
+        # While this rank waits for what rank 1 sends after it.
+        threading.Timer(0.3, interrupt).start()
+        return real(self, *arguments)
 
+    Connections.move = move
+
+
+def _pass_on(group: Any, rank: int) -> bytes:
+    data = np.full(100_000, rank, np.uint8)
+    room = np.empty_like(data)
+    group.transfer([Parcel((rank + 1) % 4, data)], [Parcel((rank - 1) % 4, room)], "move", 30)
+    return bytes([room[-1]])
+
+
+def _half_way(rank: int, kind: str) -> list[str]:
+    """Transfers of which one ends half-way on rank 2, each within a call of all; what each raised or came to."""
+    group, found = group_of(), []
+    consult(group, "start", 30, lambda: b"")
     if rank == 2:
-        Connections.move = move
+        _break_move(kind)
     for attempt in range(3):
 
         def work(attempt: int = attempt) -> bytes:
-            if rank == 1 and attempt == 0:
-                time.sleep(1)
-            data = np.full(100_000, rank, np.uint8)
-            room = np.empty_like(data)
-            group.transfer([Parcel((rank + 1) % 4, data)], [Parcel((rank - 1) % 4, room)], "move", 30)
-            return bytes([room[-1]])
+            if (rank, attempt, kind) == (1, 0, "interrupt"):
+                dist.distributed_c10d._get_default_store().wait(["interrupted"])
+            return _pass_on(group, rank)
 
         try:
             answer = consult(group, "read", 30, work, lambda reports: [b"".join(reports)] * 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -79,16 +79,30 @@ def _boxes_disjoint(a: torch.Tensor, b: torch.Tensor, distance: int) -> bool:
         if count > 1 or other > 1:
             axes.append((stride if count > 1 else second, count, other))
     axes.sort(reverse=True)
-    offsets = []
-    for stride, _, _ in axes:
-        if stride == 0:
-            return False
-        steps, distance = divmod(distance, stride)
-        offsets.append(steps)
-    # What is left lies between two elements of the finest axis.
-    apart = distance != 0
-    reach = 1 + distance
-    for (stride, count, other), offset in zip(reversed(axes), reversed(offsets), strict=True):
+    if axes and axes[-1][0] == 0:
+        return False
+    return any(_apart(axes, offsets) for offsets in _offsets([stride for stride, _, _ in axes], distance))
+
+
+def _offsets(strides: Sequence[int], distance: int) -> Iterator[list[int]]:
+    """Ways to take a distance as steps along the axes, from coarse to fine, and a rest.
+
+    Along an axis a box may begin before or behind where the other does, so steps are rounded down and up.
+    """
+    if not strides:
+        yield [distance]
+        return
+    steps, rest = divmod(distance, strides[0])
+    for number in (steps, steps + 1) if rest else (steps,):
+        for finer in _offsets(strides[1:], distance - number * strides[0]):
+            yield [number, *finer]
+
+
+def _apart(axes: Sequence[tuple[int, int, int]], offsets: Sequence[int]) -> bool:
+    """Whether boxes with such axes (stride, both counts) and offsets have their places in one array, and do not meet."""
+    # The rest is an offset along an axis of one element, the finest.
+    reach, apart = 1, False
+    for (stride, count, other), offset in zip([(1, 1, 1), *reversed(axes)], reversed(offsets), strict=True):
         if stride < reach:
             return False
         low, high = min(0, offset), max(count, offset + other)
