@@ -147,6 +147,8 @@ def test_all_raise_the_error_of_a_rank_that_withdraws_and_the_next_call_works() 
 def _break_move(kind: str) -> None:
     """The next transfer of this process ends half-way."""
     real = Connections.move
+    # Whoever started the tests may have signals of this kind ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         os.kill(os.getpid(), signal.SIGINT)
