@@ -21,6 +21,7 @@ from giantstep.plan_cache import PlanCache
 
 if TYPE_CHECKING:
     from giantstep import metadata
+    from giantstep.async_saving import async_save
     from giantstep.codecs import register_type
     from giantstep.loading import load
     from giantstep.mapping.factory import ShardedTensorFactory
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
     from giantstep.mapping.sharded_tensor import ShardedTensor
     from giantstep.mapping.wrappers import register_wrapper
     from giantstep.opening import open_checkpoint
+    from giantstep.pending import PendingSave, staging_guard
     from giantstep.reading.checkpoint import Checkpoint
     from giantstep.removal import remove_sharded_tensors
     from giantstep.reports import LoadedState, LoadReport, SaveReport
+    from giantstep.saver import finish_saves
     from giantstep.saving import save
 
 _LAZY = {
@@ -39,9 +42,12 @@ _LAZY = {
     "LoadedState": "giantstep.reports",
     "LocalNonpersistentObject": "giantstep.mapping.sharded_object",
     "SaveReport": "giantstep.reports",
+    "PendingSave": "giantstep.pending",
     "ShardedObject": "giantstep.mapping.sharded_object",
     "ShardedTensor": "giantstep.mapping.sharded_tensor",
     "ShardedTensorFactory": "giantstep.mapping.factory",
+    "async_save": "giantstep.async_saving",
+    "finish_saves": "giantstep.saver",
     "load": "giantstep.loading",
     "metadata": "giantstep.metadata",
     "open_checkpoint": "giantstep.opening",
@@ -49,6 +55,7 @@ _LAZY = {
     "register_wrapper": "giantstep.mapping.wrappers",
     "remove_sharded_tensors": "giantstep.removal",
     "save": "giantstep.saving",
+    "staging_guard": "giantstep.pending",
 }
 
 __all__ = [
@@ -58,6 +65,7 @@ __all__ = [
     "LoadReport",
     "LoadedState",
     "LocalNonpersistentObject",
+    "PendingSave",
     "PlanCache",
     "SaveOptions",
     "SaveReport",
@@ -65,7 +73,9 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensorFactory",
     "StrictHandling",
+    "async_save",
     "errors",
+    "finish_saves",
     "load",
     "metadata",
     "open_checkpoint",
@@ -73,6 +83,7 @@ __all__ = [
     "register_wrapper",
     "remove_sharded_tensors",
     "save",
+    "staging_guard",
 ]
 
 

@@ -16,6 +16,8 @@
     │   ├── IncompleteError         a save that never committed, or one that lost files
     │   └── VersionError            written by a newer major version of the format
     ├── CorruptionError             restore another copy or an older step: bytes are not what was written
+    ├── ChangedTooSoonError         wait until an asynchronous save is staged before tensors are changed
+    ├── CancelledError              nothing: a save was cancelled on request
     ├── StoreError                  look at the disk or the network: a storage operation failed
     ├── UnexpectedError             read the traceback: an exception that is none of ours, from an object of the
     │                               caller's or from a mistake in this library
@@ -162,6 +164,18 @@ class CorruptionError(GiantstepError):
     """Stored bytes are not the bytes that were written."""
 
     code = "corruption"
+
+
+class ChangedTooSoonError(GiantstepError):
+    """A tensor was changed while an asynchronous save was still copying it."""
+
+    code = "changed_too_soon"
+
+
+class CancelledError(GiantstepError):
+    """A save was cancelled before it was committed."""
+
+    code = "cancelled"
 
 
 class StoreError(GiantstepError):

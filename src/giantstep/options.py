@@ -20,6 +20,8 @@ GIB = 1 << 30
 
 DirectIo = Literal["auto", "never"]
 OnObjectDifference = Literal["warn", "raise"]
+OnError = Literal["raise", "warn"]
+StagingMode = Literal["auto", "background"]
 Cast = Literal["never", "floating", "any"]
 Verify = Literal["reading", "before", "never"]
 UnknownTypes = Literal["raise", "keep"]
@@ -116,7 +118,7 @@ def default_timeout_secs() -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveOptions:
-    """Settings of `save`."""
+    """Settings of `save` and `async_save`."""
 
     timeout_secs: float = field(default_factory=default_timeout_secs)
     """How long a rank may keep the others waiting in one phase before all of them raise
@@ -154,6 +156,22 @@ class SaveOptions:
     """Where plans are kept for later saves of the same structure. None: every save is planned anew. With one, replicas
     of plain tensors are compared when a plan is made and not again while it is used."""
 
+    staging: StagingMode = "auto"
+    """`async_save`: who copies tensors in host memory. `auto`: the caller's thread, so that they may be changed as soon as
+    the call returns. `background`: another thread, so that the call returns at once; wait until the save is staged before
+    they are changed. Tensors on CUDA devices are copied beside the caller's kernels in either case."""
+
+    staging_bytes: int | None = None
+    """`async_save`: most bytes of copies that a rank holds at a time. A save waits for earlier ones where it would need
+    more; if it needs more by itself it is refused. None: whatever `max_pending` saves need."""
+
+    max_pending: int = 1
+    """`async_save`: how many saves may be unfinished. With so many, the next call waits until one is finished."""
+
+    on_error: OnError = "raise"
+    """`async_save`: what becomes of a save that failed in the background. `raise`: the next `async_save` raises its error
+    on all ranks, unless `result` or `exception` told of it before. `warn`: a warning is logged, and training goes on."""
+
     def __post_init__(self) -> None:
         _require_secs("timeout_secs", self.timeout_secs)
         _require_int("block_bytes", self.block_bytes, 4 * KIB, 64 * MIB)
@@ -178,6 +196,14 @@ class SaveOptions:
         policy = self.writers is None or callable(getattr(self.writers, "cell", None))
         _require(policy and not isinstance(self.writers, type), "writers", self.writers, "a policy of giantstep.writers")
         _require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
+        self._check_background()
+
+    def _check_background(self) -> None:
+        _require(self.staging in get_args(StagingMode), "staging", self.staging, f"one of {get_args(StagingMode)}")
+        if self.staging_bytes is not None:
+            _require_int("staging_bytes", self.staging_bytes, 1, 1 << 62)
+        _require_int("max_pending", self.max_pending, 1, 1024)
+        _require(self.on_error in get_args(OnError), "on_error", self.on_error, f"one of {get_args(OnError)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

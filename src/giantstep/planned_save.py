@@ -43,6 +43,23 @@ _HEADER_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank stands among those that save: the cell that the policy of writers names, and the name of the group."""
+
+    cell: str
+    group_name: str
+
+    @classmethod
+    def of(cls, rank: int, size: int, process_group: Any, options: SaveOptions) -> Place:
+        """Ask the policy. Needs the process group, which may be destroyed while a save goes on in the background."""
+        policy = options.writers if options.writers is not None else Balanced()
+        cell = policy.cell(Caller(rank, size, process_group))
+        if not isinstance(cell, str):
+            raise BadArgumentError(f"{type(policy).__name__}.cell must return a str, not {cell!r}")
+        return cls(cell, name_of(process_group))
+
+
+@dataclass(frozen=True, slots=True)
 class Subject:
     """What is to be planned on this rank.
 
@@ -50,11 +67,13 @@ class Subject:
         described: its state taken apart.
         call: what must be equal on all ranks.
         object_bytes: sizes of the encoded objects that this rank may write, by name.
+        place: where it is planned.
     """
 
     described: Described
     call: dict[str, Any]
     object_bytes: Mapping[str, int]
+    place: Place
 
 
 class SavePlanner:
@@ -70,11 +89,10 @@ class SavePlanner:
     part: WritePart
     description: Description
 
-    def __init__(self, group: Group, process_group: Any, options: SaveOptions) -> None:
+    def __init__(self, group: Group, options: SaveOptions) -> None:
         self.plan: SavePlan | None = None
         self.reused = False
         self._group = group
-        self._caller = Caller(group.rank, group.size, process_group)
         self._options = options
         self._refusal: CoverageError | None = None
         self._known: StoredPlan | None = None
@@ -112,13 +130,9 @@ class SavePlanner:
         self._described = subject.described
         self._call = subject.call
         self._object_bytes = subject.object_bytes
-        policy = self._options.writers if self._options.writers is not None else Balanced()
-        self._cell = policy.cell(self._caller)
-        if not isinstance(self._cell, str):
-            raise BadArgumentError(f"{type(policy).__name__}.cell must return a str, not {self._cell!r}")
+        self._cell = subject.place.cell
         self.description = structure_of(subject.described)
-        place = [self._group.rank, self._group.size, name_of(self._caller.process_group)]
-        circumstances = [*place, self._cell, settings(self._options)]
+        circumstances = [self._group.rank, self._group.size, subject.place.group_name, self._cell, settings(self._options)]
         self._fingerprint = fingerprint(self.description, json.dumps(circumstances, sort_keys=True).encode("ascii"))
         if self._options.plan_cache is not None:
             self._known = find_plan(self._options.plan_cache, self._group.rank, self._fingerprint)

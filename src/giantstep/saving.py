@@ -5,10 +5,11 @@ state -describe-> leaves -plan_save-> part -host_pieces-> bytes -write-> data fi
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from giantstep.group.torch_group import group_of
 from giantstep.mapping.describe import Described, describe
 from giantstep.options import SaveOptions
 from giantstep.phases import Stopwatch, settings
-from giantstep.planned_save import SavePlanner, Subject
+from giantstep.planned_save import Place, SavePlanner, Subject
 from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.reports import SaveReport
 from giantstep.sources import encoded, sources_of, write_report
@@ -63,9 +64,15 @@ def save(
         StoreError: a storage operation failed. An earlier checkpoint at the path is untouched.
         PeerError: a rank died or did not report in time. Likewise.
     """
-    run = _Save(state_dict, path, process_group, options, content_metadata)
+    group = group_of(process_group)
+    run = Save(state_dict, path, process_group, options, content_metadata)
+
+    def describe() -> Subject:
+        run.describe(group.rank, group.size)
+        return run.subject()
+
     with run.watch.phase("plan"):
-        run.plan()
+        run.plan(group, describe)
     with run.watch.phase("write"):
         run.write_and_commit()
     with run.watch.phase("clean"):
@@ -81,8 +88,18 @@ class _RootState:
     record: CommitRecord | None = None
 
 
-class _Save:
-    """One save in progress on one rank."""
+class Save:
+    """One save in progress on one rank. Its methods are called in the order in which they stand here.
+
+    Attributes:
+        watch: time per phase.
+        options: what the caller gave, or the defaults.
+        described: the state taken apart; `async_save` puts copies in the place of its tensors.
+        objects: the encoded objects that this rank may write.
+    """
+
+    described: Described
+    objects: Mapping[str, bytes]
 
     def __init__(
         self, state_dict: dict[Any, Any], path: StoreLike, process_group: Any, options: SaveOptions | None, metadata: Json
@@ -90,30 +107,46 @@ class _Save:
         self.watch = Stopwatch()
         self._state_dict = state_dict
         self._path = path
+        self._process_group = process_group
         self._asked = options
-        self._options = options if isinstance(options, SaveOptions) else SaveOptions()
+        self.options = options if isinstance(options, SaveOptions) else SaveOptions()
         self._metadata = metadata
-        self._group: Group = group_of(process_group)
-        self._planner = SavePlanner(self._group, process_group, self._options)
         self._root = _RootState()
         self._written_bytes = 0
         self._totals = (0, 0, 0)
 
-    # Stages 1 and 2: describe, plan.
+    # Stage 1: describe.
 
-    def plan(self) -> None:
-        """Describe this rank's state; learn what to write. Nothing is written."""
-        self._save_id = self._planner.agree(self._describe, self._prepare).decode("ascii")
-
-    def _describe(self) -> Subject:
+    def describe(self, rank: int, size: int) -> None:
+        """Take this rank's state apart, and encode its objects."""
         if not isinstance(self._asked, SaveOptions | None):
             raise BadArgumentError(f"options must be SaveOptions, not {type(self._asked).__name__}")
         self._store: Store = store_at(self._path)
         check_content_metadata(self._metadata)
-        self._described: Described = describe(self._state_dict, for_load=False)
-        self._objects = encoded(self._described.stored)
-        call = {"call": "save", "path": self._store.location, "options": settings(self._options)}
-        return Subject(self._described, call, {name: len(data) for name, data in self._objects.items()})
+        self._metadata = copy.deepcopy(self._metadata)
+        self._place = Place.of(rank, size, self._process_group, self.options)
+        self.described = describe(self._state_dict, for_load=False)
+        self.objects = encoded(self.described.stored)
+        # They are the caller's; a save in the background must not keep them alive.
+        self._state_dict, self._process_group = {}, None
+
+    @property
+    def location(self) -> str:
+        """Where the checkpoint is to be."""
+        return self._store.location
+
+    def subject(self, name: str = "save") -> Subject:
+        """What is to be planned; `name` is that of the call that all ranks must make."""
+        call = {"call": name, "path": self._store.location, "options": settings(self.options)}
+        return Subject(self.described, call, {name: len(data) for name, data in self.objects.items()}, self._place)
+
+    # Stage 2: plan.
+
+    def plan(self, group: Group, describe: Callable[[], Subject]) -> None:
+        """Learn what to write. Nothing is written."""
+        self._group = group
+        self._planner = SavePlanner(group, self.options)
+        self._save_id = self._planner.agree(describe, self._prepare).decode("ascii")
 
     def _prepare(self) -> bytes:
         self._store.prepare(DATA_DIR)
@@ -122,12 +155,21 @@ class _Save:
 
     # Stages 3 to 5: stage, write, commit.
 
-    def write_and_commit(self) -> None:
-        """Write this rank's part; rank 0 commits once all have."""
+    def write_and_commit(self, check: Callable[[], None] = lambda: None) -> None:
+        """Write this rank's part; rank 0 commits once all have.
+
+        Args:
+            check: raises if the checkpoint must not be committed.
+        """
+
+        def write() -> Parts:
+            check()
+            report = self._write()
+            check()
+            return report
+
         try:
-            (answer,) = consult_parts(
-                self._group, "write", self._options.timeout_secs, self._write, self._decide_commit, "commit"
-            )
+            (answer,) = consult_parts(self._group, "write", self.options.timeout_secs, write, self._decide_commit, "commit")
         except GiantstepError as error:
             # Only an agreement on a failed write proves that rank 0 has not published.
             if error.agreed and error.phase == "write" and not isinstance(error, PeerError):
@@ -138,9 +180,9 @@ class _Save:
 
     def _write(self) -> Parts:
         part, description = self._planner.part, self._planner.description
-        sources = sources_of(part, description, self._described, self._objects, self._options.buffer_bytes)
+        sources = sources_of(part, description, self.described, self.objects, self.options.buffer_bytes)
         self._store.prepare(DATA_DIR)
-        written = write(self._store, self._save_id, self._group.rank, sources, self._options)
+        written = write(self._store, self._save_id, self._group.rank, sources, self.options)
         self._written_bytes = sum(source.entry.bytes for source in sources)
         return write_report(written, sources, len(part.row)).encode()
 
@@ -152,7 +194,7 @@ class _Save:
             index,
             files,
             world_size=self._group.size,
-            block_bytes=self._options.block_bytes,
+            block_bytes=self.options.block_bytes,
             content_metadata=self._metadata,
             before=self._root.before,
         )

@@ -52,6 +52,13 @@ class Group(Protocol):
         """Number of ranks."""
         ...
 
+    def beside(self) -> Group:
+        """A group of the same ranks whose calls never meet those of this one: for a thread in the background.
+
+        Each call makes one; the first that a rank makes of a group meets the first of the others.
+        """
+        ...
+
     def exchange(self, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
         """Send `report` to rank 0; return what `answer`, run there, gives for this rank.
 

@@ -14,6 +14,10 @@ class SingleGroup:
     rank = 0
     size = 1
 
+    def beside(self) -> SingleGroup:
+        """Nothing is shared that calls could meet in."""
+        return SingleGroup()
+
     def exchange(self, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
         return answer([report])[0]
 

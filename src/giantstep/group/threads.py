@@ -67,6 +67,12 @@ class ThreadGroups:
         self.changed = threading.Condition()
         self.generations: defaultdict[int, _Generation] = defaultdict(_Generation)
         self.gone: set[int] = set()
+        self._beside: dict[int, ThreadGroups] = {}
+
+    def beside(self, number: int) -> ThreadGroups:
+        """The groups beside these that each rank makes as its `number`-th."""
+        with self.changed:
+            return self._beside.setdefault(number, ThreadGroups(self.size))
 
     def rank(self, rank: int) -> ThreadGroup:
         """The group of one thread."""
@@ -87,6 +93,11 @@ class ThreadGroup:
         self._rank = rank
         self._generation = 0
         self._number = 0
+        self._made_beside = 0
+
+    def beside(self) -> ThreadGroup:
+        self._made_beside += 1
+        return self._shared.beside(self._made_beside).rank(self._rank)
 
     @property
     def rank(self) -> int:

@@ -37,6 +37,7 @@ _HEAR_SECS = 2.0
 # Our group for each of the user's, so that its connections are made once. Forgotten with the user's group.
 _OURS: weakref.WeakKeyDictionary[Any, TorchGroup] = weakref.WeakKeyDictionary()
 _OURS_LOCK = threading.Lock()
+_ALONE = SingleGroup()
 
 
 def group_of(process_group: Any = None) -> Group:
@@ -46,7 +47,7 @@ def group_of(process_group: Any = None) -> Group:
     """
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
-            return SingleGroup()
+            return _ALONE
         process_group = dist.group.WORLD
     if not isinstance(process_group, dist.ProcessGroup):
         if all(hasattr(process_group, name) for name in ("rank", "size", "exchange", "transfer", "withdraw")):
@@ -59,12 +60,24 @@ def group_of(process_group: Any = None) -> Group:
     with _OURS_LOCK:
         ours = _OURS.get(process_group)
         if ours is None:
-            ours = _OURS[process_group] = TorchGroup(process_group)
+            ours = _OURS[process_group] = _made_for(process_group)
     return ours
+
+
+def _made_for(process_group: dist.ProcessGroup) -> TorchGroup:
+    ranks = dist.get_process_group_ranks(process_group)
+    # Groups of the same ranks made in the same order share a name: all their ranks do, so they meet rightly.
+    name = f"{process_group.group_name}/{'.'.join(map(str, ranks))}"
+    store = c10d.PrefixStore(f"giantstep/{name}", c10d._get_default_store())
+    return TorchGroup(store, dist.get_rank(process_group), len(ranks))
 
 
 class TorchGroup:
     """A `Group` over the ranks of a `ProcessGroup`. Calls from several threads take turns.
+
+    Args:
+        store: a `torch.distributed.Store` that all ranks see, with names for this group only.
+        rank, size: this rank, and how many there are.
 
     Attributes:
         fanout: of the tree; 8, so that with 8 ranks per host its first level stays within hosts.
@@ -72,16 +85,18 @@ class TorchGroup:
 
     fanout: ClassVar[int] = 8
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        ranks = dist.get_process_group_ranks(process_group)
-        self._size = len(ranks)
-        self._rank = dist.get_rank(process_group)
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
         self._tree = Tree(self._size, self.fanout)
-        # Groups of the same ranks made in the same order share a name: all their ranks do, so they meet rightly.
-        name = f"{process_group.group_name}/{'.'.join(map(str, ranks))}"
-        self._store = c10d.PrefixStore(f"giantstep/{name}", c10d._get_default_store())
         self._turn = threading.RLock()
         self._connected: tuple[Connections, Board] | None = None
+        self._made_beside = 0
+
+    def beside(self) -> TorchGroup:
+        # Not by way of the process group, which may be destroyed by now.
+        self._made_beside += 1
+        store = c10d.PrefixStore(f"beside/{self._made_beside}", self._store)
+        return TorchGroup(store, self._rank, self._size)
 
     @property
     def rank(self) -> int:

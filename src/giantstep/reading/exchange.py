@@ -29,6 +29,7 @@ from giantstep.planning.load_plan import Box, boxes
 from giantstep.reading.data_files import DataFiles
 from giantstep.reading.fetch import WORDS, Bits, Sink, Source, bits, read_verified
 from giantstep.shards.region import Int64s
+from giantstep.storage.arenas import Arenas
 from giantstep.storage.buffers import device_buffer
 
 Wire = NDArray[np.uint8]
@@ -99,35 +100,6 @@ def telling(group: Group, phase: str) -> Iterator[None]:
 _Prepare = Callable[[int], "_Packed"]
 
 
-class _Arenas:
-    """Memory for messages that is used again and again: fresh pages cost about as much as copying into them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[Wire] = []
-        self._held = 0
-        self.peak_bytes = 0
-
-    def take(self, size: int) -> Wire:
-        """At least so many bytes, whose values are anything."""
-        with self._lock:
-            found = next((arena for arena in self._free if arena.size >= size), None)
-            if found is not None:
-                self._free = [arena for arena in self._free if arena is not found]
-                return found
-            # One that is too small goes, so that there are never more than are in use at a time.
-            if self._free:
-                self._held -= self._free.pop().size
-            self._held += size
-            self.peak_bytes = max(self.peak_bytes, self._held)
-        return device_buffer(size)
-
-    def give(self, arena: Wire) -> None:
-        """Take one back."""
-        with self._lock:
-            self._free.append(arena)
-
-
 @dataclass(frozen=True, slots=True)
 class _Packed:
     """What is sent in a round: bytes per client, within `arena`; clients of equal bytes share them."""
@@ -168,7 +140,7 @@ class _Rounds:
         self._sinks = sinks
         self._group = group
         self._how = how
-        self._outbound, self._incoming = _Arenas(), _Arenas()
+        self._outbound, self._incoming = Arenas(), Arenas()
         self._failed = threading.Event()
         self._sent = self._received = self._read = 0
         # Units, and what is received, by round.

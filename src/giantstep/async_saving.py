@@ -1,0 +1,225 @@
+"""`async_save`: describe and copy in the caller's thread, everything else in the background.
+
+state -describe-> leaves -agree-> nobody is in the way -Snapshot-> copies -(background) as in `save`-> checkpoint
+
+The background works on copies alone: of tensors by `Snapshot`, of objects as encoded bytes, so that it stores what `save`
+would have stored at the time of the call.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from giantstep.codecs import OBJECT_CODEC
+from giantstep.errors import BadArgumentError, CancelledError, error_from_wire, error_to_wire
+from giantstep.format.record import Json
+from giantstep.group.base import Group, Parts, consult_parts
+from giantstep.group.torch_group import group_of
+from giantstep.mapping.describe import Described, StoredObject
+from giantstep.mapping.leaves import TensorLeaf
+from giantstep.mapping.overlap import memory_of
+from giantstep.mapping.sharded_tensor import ShardedTensor
+from giantstep.options import SaveOptions
+from giantstep.pending import PendingSave
+from giantstep.phases import same_call, settings, with_call
+from giantstep.planned_save import Subject
+from giantstep.reports import SaveReport
+from giantstep.saver import Saver, Work, saver_of
+from giantstep.saving import Save
+from giantstep.staging.snapshot import Layout, Snapshot, lay_out
+from giantstep.storage.locate import StoreLike
+
+_GO, _FAILED = b"G", b"F"
+
+
+def async_save(
+    state_dict: dict[Any, Any],
+    path: StoreLike,
+    *,
+    process_group: Any = None,
+    options: SaveOptions | None = None,
+    content_metadata: Json = None,
+) -> PendingSave:
+    """Begin to save the state of all ranks; return once it is handed off. The rest goes on in the background.
+
+    What is stored is the state at the time of the call. With the defaults, tensors in host memory and all other values may
+    change as soon as it returns; tensors on CUDA devices, and with `SaveOptions(staging="background")` all tensors, once
+    `PendingSave.wait_staged` returns (see `PendingSave.guard`). The call waits while `SaveOptions.max_pending` saves are
+    unfinished; saves of one group are carried out in the order of the calls.
+
+    Collective: every rank of the group calls it with the same path and options. Nobody needs to do anything until the
+    checkpoint is committed: a thread of this process sees to it.
+
+    Args:
+        state_dict, path, process_group, content_metadata: as for `save`.
+        options: see `SaveOptions`.
+
+    Returns:
+        The handle. A failure of the save is raised by its `result`; at the latest by the next `async_save` of the group or
+        by `finish_saves`, and logged at the end of the interpreter.
+
+    Raises (the same on all ranks):
+        BadArgumentError, UnsupportedTypeError, DisagreementError: as `save`. Nothing was begun.
+        GiantstepError: an earlier save of the group failed, and no call has told so far (`SaveOptions.on_error`). Its
+            checkpoint was not committed, and this save was not begun; the next call begins one.
+        PeerError: a rank died or did not call in time.
+    """
+    group = group_of(process_group)
+    run = _AsyncSave(group, state_dict, path, process_group, options, content_metadata)
+    return run.begin()
+
+
+class _AsyncSave:
+    """One asynchronous save on one rank."""
+
+    def __init__(
+        self,
+        group: Group,
+        state_dict: dict[Any, Any],
+        path: StoreLike,
+        process_group: Any,
+        options: SaveOptions | None,
+        metadata: Json,
+    ) -> None:
+        self._group = group
+        self._saver: Saver = saver_of(group)
+        self._save = Save(state_dict, path, process_group, options, metadata)
+        self._options = self._save.options
+
+    # In the caller's thread.
+
+    def begin(self) -> PendingSave:
+        """Hand off."""
+        watch = self._save.watch
+        with watch.phase("wait"):
+            self._saver.wait_for(lambda unfinished: unfinished < self._options.max_pending)
+        with watch.phase("describe"):
+            self._agree()
+        with watch.phase("stage"):
+            return self._saver.submit(self._save.location, self._stage, warns=self._options.on_error == "warn")
+
+    def _agree(self) -> None:
+        """The one agreement in the caller's thread: all ranks can begin, and no earlier save failed unnoticed."""
+        (kind, *rest) = consult_parts(self._group, "describe", self._options.timeout_secs, self._describe, self._decide)
+        if kind == _FAILED:
+            failure = json.loads(rest[0])
+            self._saver.tell_until(failure["number"])
+            error = error_from_wire(failure["error"])
+            error.add_note(
+                f"This is what an earlier asynchronous save failed with, that to {failure['location']}: it was not committed. "
+                "The save that was to begin now was not begun."
+            )
+            raise error
+
+    def _describe(self) -> Parts:
+        self._save.describe(self._group.rank, self._group.size)
+        self._take_apart(self._save.described)
+        limit = self._options.staging_bytes
+        if limit is not None and self._layout.bytes > limit:
+            raise BadArgumentError(
+                f"staging_bytes={limit} is not enough: copies of this rank's tensors take {self._layout.bytes} bytes. Allow "
+                "more, or call save, which needs no copies."
+            )
+        failure = self._saver.first_failure()
+        call = {"call": "async_save", "path": self._save.location, "options": settings(self._options)}
+        if failure is None:
+            return with_call(call)
+        wire = {"number": failure.number, "location": failure.location, "error": error_to_wire(failure.error)}
+        return with_call(call, json.dumps(wire).encode("ascii"))
+
+    def _decide(self, reports: Sequence[Parts]) -> list[Parts]:
+        failures = [report[0] for report in same_call(reports) if report]
+        if not failures:
+            return [(_GO,)] * len(reports)
+        first = min(failures, key=lambda failure: int(json.loads(failure)["number"]))
+        return [(_FAILED, first)] * len(reports)
+
+    def _take_apart(self, described: Described) -> None:
+        """Note the tensors, and encode all objects, also those that this rank will not write but compare."""
+        held = [(leaf.key, view) for leaf in described.leaves for _, view in leaf.pieces if view is not None]
+        self._names = [name for name, _ in held]
+        self._tensors = [view for _, view in held]
+        self._layout: Layout = lay_out(self._tensors, memory_of)
+        self._encoded = {
+            name: self._save.objects.get(name) or OBJECT_CODEC.encode(item.value, item.path)
+            for name, item in described.stored.items()
+        }
+
+    def _has_memory(self, _unfinished: int) -> bool:
+        limit = self._options.staging_bytes
+        return limit is None or self._saver.memory.taken_bytes + self._layout.bytes <= limit
+
+    def _stage(self, pending: PendingSave) -> Work:
+        """Copy, or begin to; what is to be done in the background."""
+        self._saver.wait_for(self._has_memory)
+        later = self._options.staging == "background"
+        snapshot = Snapshot(self._tensors, self._names, self._layout, self._saver.memory, later=later)
+        self._tensors = []
+        if not snapshot.is_on_its_way:
+            snapshot.finish()
+            pending.mark_staged()
+        return lambda group: self._carry_out(group, snapshot, pending)
+
+    # In the background.
+
+    def _carry_out(self, group: Group, snapshot: Snapshot, pending: PendingSave) -> SaveReport:
+        save = self._save
+
+        def subject() -> Subject:
+            with save.watch.phase("stage"):
+                snapshot.finish()
+            pending.mark_staged()
+            _stop_if_cancelled(pending)
+            save.described = _of_copies(save.described, snapshot.copies, self._encoded)
+            return save.subject()
+
+        try:
+            with save.watch.phase("plan"):
+                save.plan(group, subject)
+            with save.watch.phase("write"):
+                save.write_and_commit(lambda: _stop_if_cancelled(pending))
+            with save.watch.phase("clean"):
+                removed = save.clean()
+            return save.report(removed)
+        finally:
+            snapshot.release()
+            self._forget()
+
+    def _forget(self) -> None:
+        """What was saved is not needed by whoever keeps the handle."""
+        self._save.described = Described([], [], [], {}, None, [])
+        self._save.objects, self._encoded = {}, {}
+
+
+def _stop_if_cancelled(pending: PendingSave) -> None:
+    if pending.is_cancelled:
+        raise CancelledError(f"the save to {pending.location} was cancelled")
+
+
+def _of_copies(described: Described, copies: Sequence[torch.Tensor], encoded: dict[str, bytes]) -> Described:
+    """The same state, with copies in the place of what is the caller's."""
+    left = iter(copies)
+    leaves = [_of_copy(leaf, left.__next__) for leaf in described.leaves]
+    stored = {
+        name: StoredObject(OBJECT_CODEC.decode(encoded[name], f"object {name!r}"), item.role, item.path)
+        for name, item in described.stored.items()
+    }
+    return Described(leaves, [], [], stored, None, [])
+
+
+def _of_copy(leaf: TensorLeaf, next_copy: Callable[[], torch.Tensor]) -> TensorLeaf:
+    pieces = [(region, None if view is None else next_copy()) for region, view in leaf.pieces]
+    source = leaf.source
+    if isinstance(source, ShardedTensor):
+        # Errors about flat ranges say where they lie, but its tensor is the caller's.
+        source = copy.copy(source)
+        source.data = None
+    elif isinstance(source, torch.Tensor):
+        source = None
+    return replace(leaf, pieces=pieces, source=source)

@@ -1,0 +1,144 @@
+"""`PendingSave`: the handle of a save that goes on in the background; `staging_guard`. Made by `async_save`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from giantstep.errors import BadArgumentError, GiantstepError, PhaseTimeoutError
+from giantstep.reports import SaveReport
+
+
+class PendingSave:
+    """A save that was handed off. All methods may be called from any thread, and on some ranks only.
+
+    Attributes:
+        location: where the checkpoint will be.
+    """
+
+    def __init__(self, location: str, told: Callable[[], None]) -> None:
+        self.location = location
+        self._told = told
+        self._staged = threading.Event()
+        self._finished = threading.Event()
+        self._cancelled = threading.Event()
+        self._report: SaveReport | None = None
+        self._error: GiantstepError | None = None
+
+    def wait_staged(self, timeout: float | None = None) -> bool:
+        """Wait until tensors and objects may change again; False if that takes longer than `timeout` seconds.
+
+        They may when the copies of this rank are made, and also when the save has failed: `result` tells which.
+        """
+        return self._staged.wait(timeout)
+
+    def staged(self) -> bool:
+        """Whether tensors and objects may change again."""
+        return self._staged.is_set()
+
+    def done(self) -> bool:
+        """Whether the checkpoint is committed, or the save has failed."""
+        return self._finished.is_set()
+
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Wait until the checkpoint is committed and durable.
+
+        Args:
+            timeout: seconds to wait; None: as long as it takes.
+
+        Raises:
+            PhaseTimeoutError: not finished within `timeout`. The save goes on.
+            GiantstepError: the save failed, with the same error on all ranks, and was not committed; see `save`.
+            CancelledError: some rank cancelled it.
+            ChangedTooSoonError: a tensor was changed before it was staged.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        if self._report is None:
+            raise RuntimeError("a finished save has neither report nor error")
+        return self._report
+
+    def exception(self, timeout: float | None = None) -> GiantstepError | None:
+        """As `result`, but the error of the save is returned; None if it is committed."""
+        if not self._finished.wait(timeout):
+            raise PhaseTimeoutError(f"the save to {self.location} has not finished within {timeout:g} s; it goes on")
+        self._told()
+        return self._error
+
+    def cancel(self) -> bool:
+        """Ask that the checkpoint be not committed; False if the save is finished already.
+
+        One rank's wish is enough. `result` then raises `CancelledError` on all ranks, unless the commit was decided
+        before the wish was noticed. Files that were written are deleted.
+        """
+        self._cancelled.set()
+        return not self._finished.is_set()
+
+    def guard(self, *optimizers: Any) -> PendingSave:
+        """Have the next step of each optimizer wait until the save is staged; later steps wait for nothing.
+
+        Args:
+            optimizers: `torch.optim.Optimizer`s, or what else has `register_step_pre_hook`.
+
+        Returns:
+            This handle, so that the call can follow `async_save` on its line.
+        """
+        for optimizer in optimizers:
+            register = getattr(optimizer, "register_step_pre_hook", None)
+            if not callable(register):
+                raise BadArgumentError(
+                    f"{type(optimizer).__name__} has no register_step_pre_hook, so its steps cannot be made to wait: use "
+                    "`with staging_guard(pending):` around what changes tensors"
+                )
+            _wait_once(self, register)
+        return self
+
+    # For the thread that carries the save out.
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether this rank wishes to cancel."""
+        return self._cancelled.is_set()
+
+    def mark_staged(self) -> None:
+        """Tensors may change."""
+        self._staged.set()
+
+    def finish(self, outcome: SaveReport | GiantstepError) -> None:
+        """The save is committed, or has failed."""
+        if isinstance(outcome, SaveReport):
+            self._report = outcome
+        else:
+            self._error = outcome
+        self._staged.set()
+        self._finished.set()
+
+    def __repr__(self) -> str:
+        state = "staged" if self.staged() else "staging"
+        if self.done():
+            state = "committed" if self._error is None else f"failed: {self._error}"
+        return f"PendingSave({self.location!r}, {state})"
+
+
+def _wait_once(pending: PendingSave, register: Callable[[Callable[..., None]], Any]) -> None:
+    def wait(*_arguments: Any) -> None:
+        pending.wait_staged()
+        handle.remove()
+
+    handle = register(wait)
+
+
+@contextmanager
+def staging_guard(pending: PendingSave) -> Iterator[None]:
+    """A block that changes tensors of a save: it begins when they are staged.
+
+    pending = gs.async_save(state, path)
+    loss(batch).backward()
+    with gs.staging_guard(pending):
+        optimizer.step()
+    """
+    pending.wait_staged()
+    yield

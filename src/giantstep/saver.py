@@ -1,0 +1,237 @@
+"""`Saver`: carries out the saves of one group in the background, one after another, and remembers which failed.
+
+Every rank of the group has one. A thread runs while there is something to do, and talks over a group of its own, so that
+the caller's thread never has to. `finish_saves` and the end of the interpreter wait for all of them. Called by
+`async_saving`, which makes the jobs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from giantstep.errors import GiantstepError, PhaseTimeoutError, located
+from giantstep.group.base import Group
+from giantstep.group.faults import ended
+from giantstep.pending import PendingSave
+from giantstep.reports import SaveReport
+from giantstep.staging.snapshot import StagingMemory
+
+_LOG = logging.getLogger("giantstep")
+
+Work = Callable[[Group], SaveReport]
+"""Carries a save out, over the group that it is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A save that failed and of which no call has told yet."""
+
+    number: int
+    location: str
+    error: GiantstepError
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    number: int
+    pending: PendingSave
+    work: Work
+    warns: bool
+
+
+class Saver:
+    """See the module.
+
+    Args:
+        group: of the caller's thread.
+
+    Attributes:
+        memory: of snapshots.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.memory = StagingMemory()
+        self._rank = group.rank
+        self._group = group.beside()
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._thread: threading.Thread | None = None
+        self._number = 0
+        # Failures by number; and numbers of unfinished saves of whose failure a call has told already.
+        self._failures: dict[int, Failure] = {}
+        self._told: set[int] = set()
+        with _REGISTRY_LOCK:
+            _watch_the_end()
+            _SAVERS.add(self)
+
+    def wait_for(self, ready: Callable[[int], bool]) -> None:
+        """Wait until `ready(number of unfinished saves)`, or none is unfinished."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs or ready(len(self._jobs)))
+
+    def submit(self, location: str, make: Callable[[PendingSave], Work], *, warns: bool) -> PendingSave:
+        """Queue a save.
+
+        Args:
+            location: where the checkpoint will be.
+            make: makes the work, once there is a handle. If it raises, the save fails with that on all ranks, which may
+                wait for this one; an interrupt is raised all the same.
+            warns: a failure is logged and then forgotten.
+        """
+        with self._changed:
+            self._number += 1
+            number = self._number
+        pending = PendingSave(location, lambda: self._tell(number))
+        interrupt: BaseException | None = None
+        try:
+            work = make(pending)
+        except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
+            work = _failing(located(error, self._rank, "stage"))
+        except BaseException as error:  # noqa: BLE001 - raised below, once the others can hear of it
+            interrupt = error
+            work = _failing(ended(error, self._rank, "stage"))
+        with self._changed:
+            self._jobs.append(_Job(number, pending, work, warns))
+            if self._thread is None:
+                # A daemon, so that nothing but `_at_end` decides how long the end of the interpreter waits.
+                self._thread = threading.Thread(target=self._run, name="giantstep-save", daemon=True)
+                self._thread.start()
+        if interrupt is not None:
+            raise interrupt
+        return pending
+
+    def first_failure(self) -> Failure | None:
+        """The earliest of which no call has told."""
+        with self._changed:
+            return min(self._failures.values(), key=lambda failure: failure.number, default=None)
+
+    def tell_until(self, number: int) -> None:
+        """A call has told of a failure, here or on another rank: it and those before need not be told of."""
+        with self._changed:
+            for known in [*self._failures, *(job.number for job in self._jobs)]:
+                if known <= number:
+                    self._tell(known)
+
+    def _tell(self, number: int) -> None:
+        with self._changed:
+            self._failures.pop(number, None)
+            if any(job.number == number for job in self._jobs):
+                self._told.add(number)
+
+    def wait(self, timeout_secs: float | None) -> bool:
+        """Wait until nothing is to be done; False if that takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._jobs, timeout_secs)
+
+    # In the background.
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._jobs:
+                    self._thread = None
+                    return
+                job = self._jobs[0]
+            self._carry_out(job)
+            del job
+
+    def _carry_out(self, job: _Job) -> None:
+        outcome: SaveReport | GiantstepError
+        try:
+            outcome = job.work(self._group)
+        except GiantstepError as error:
+            outcome = error
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the handle must tell of it
+            outcome = located(error if isinstance(error, Exception) else RuntimeError(repr(error)), self._rank, "save")
+        with self._changed:
+            if isinstance(outcome, GiantstepError) and job.number not in self._told and not job.warns:
+                self._failures[job.number] = Failure(job.number, job.pending.location, outcome)
+            self._told.discard(job.number)
+            self._jobs.popleft()
+            job.pending.finish(outcome)
+            self._changed.notify_all()
+        if job.warns and isinstance(outcome, GiantstepError):
+            _LOG.warning("%s: the save failed, the checkpoint before it stays the latest: %s", job.pending.location, outcome)
+
+
+def _failing(error: GiantstepError) -> Work:
+    def work(_group: Group) -> SaveReport:
+        raise error
+
+    return work
+
+
+# One saver for each group, forgotten with it. All savers, for the end of the interpreter.
+_OF_GROUP: weakref.WeakKeyDictionary[Group, Saver] = weakref.WeakKeyDictionary()
+_SAVERS: weakref.WeakSet[Saver] = weakref.WeakSet()
+_REGISTRY_LOCK = threading.RLock()
+_watched = False
+
+
+def saver_of(group: Group) -> Saver:
+    """The saver of a group."""
+    with _REGISTRY_LOCK:
+        found = _OF_GROUP.get(group)
+        if found is None:
+            found = _OF_GROUP[group] = Saver(group)
+        return found
+
+
+def finish_saves(timeout: float | None = None) -> None:
+    """Wait until all asynchronous saves of this process are finished, and give their memory back.
+
+    To be called before ranks end, best before process groups are destroyed; the end of the interpreter does it too, but can
+    only log failures.
+
+    Args:
+        timeout: seconds to wait; None: as long as it takes.
+
+    Raises:
+        PhaseTimeoutError: not finished within `timeout`. The saves go on.
+        GiantstepError: what the first save failed with of which no call has told.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with _REGISTRY_LOCK:
+        savers = list(_SAVERS)
+    for saver in savers:
+        if not saver.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise PhaseTimeoutError(f"asynchronous saves have not finished within {timeout:g} s; they go on")
+        saver.memory.clear()
+    for saver in savers:
+        failure = saver.first_failure()
+        if failure is not None:
+            saver.tell_until(failure.number)
+            raise failure.error
+
+
+def _watch_the_end() -> None:
+    """Have the end of the interpreter wait for saves.
+
+    Functions given to `atexit` run when threads can no longer be started, and saves start some; this earlier hook is the one
+    by which `concurrent.futures` ends its own.
+    """
+    global _watched  # noqa: PLW0603 - once per process, whatever the number of savers
+    if not _watched:
+        register: Callable[[Callable[[], None]], None] = getattr(threading, "_register_atexit")  # noqa: B009 - no stub has it
+        register(_at_end)
+        _watched = True
+
+
+def _at_end() -> None:
+    with _REGISTRY_LOCK:
+        savers = list(_SAVERS)
+    try:
+        for saver in savers:
+            saver.wait(None)
+    except KeyboardInterrupt:
+        _LOG.warning("interrupted while asynchronous saves were unfinished: they are not committed")
+    for saver in savers:
+        while (failure := saver.first_failure()) is not None:
+            saver.tell_until(failure.number)
+            _LOG.error("%s: an asynchronous save failed: %s", failure.location, failure.error, exc_info=failure.error)
