@@ -44,7 +44,7 @@ class StoredBytes:
         checksums: of a file's blocks.
         spans: everything that will be asked for.
         name_of: what lies in a span, for errors.
-        window_bytes: most bytes to hold, but at least a block.
+        window_bytes: most bytes to hold, beside windows to whose arrays the caller refers; but at least a block.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class StoredBytes:
         self._spans = spans
         self._name_of = name_of
         self._window_blocks = max(1, window_bytes // record.block_bytes)
-        self._buffer = device_buffer(self._window_blocks * record.block_bytes)
+        self._buffer = device_buffer(0)
         self._files = DataFiles(store, record)
         self._file, self._low, self._high = -1, 0, 0
         self._needed: NDArray[np.bool_] = np.zeros(0, dtype=bool)
@@ -74,7 +74,7 @@ class StoredBytes:
         self._files.__exit__(*error)
 
     def pieces(self, span: int) -> Iterator[NDArray[np.uint8]]:
-        """The bytes of a span, in order; each array is valid until the next is asked for.
+        """The bytes of a span, in order; each array keeps its bytes as long as it is referred to.
 
         Raises:
             CorruptionError: they are not those that were written.
@@ -100,7 +100,9 @@ class StoredBytes:
         count = len(window) if window.all() else int(np.argmin(window))
         low, high = first * size, min((first + count) * size, entry.bytes)
         self._low = self._high = low
-        data = self._buffer[: high - low]
+        # Arrays of the window before may still be in use.
+        self._buffer = device_buffer(high - low)
+        data = self._buffer
         self._files.get(file).read_into(low, data.data)
         wrong = np.flatnonzero(block_checksums(data.data, size) != self._checksums(file, first, first + count))
         if len(wrong):

@@ -23,11 +23,11 @@ def host_pieces(tensor: torch.Tensor, piece_bytes: int) -> Iterator[Bytes]:
     """The bytes of a dense tensor of any device, strides and dtype, in row-major order.
 
     Args:
-        tensor: not changed; must stay unchanged until the iterator ends.
+        tensor: not changed; must stay unchanged as long as pieces of it are used.
         piece_bytes: pieces that need a copy are not larger than this; others may be.
 
     Yields:
-        One-dimensional arrays, valid until the next one is asked for.
+        One-dimensional arrays, each of which keeps its bytes as long as it is referred to.
     """
     if not tensor.numel():
         return

@@ -1,13 +1,16 @@
-"""One file written front to back through a few large aligned buffers.
+"""One file written front to back, without copying what can be written where it lies.
 
-The caller's thread fills buffers; worker threads checksum and write them. Checksums are taken from the very bytes
-that are handed to the store. Memory is bounded by the pool, which is reused from file to file.
+The caller's thread only cuts the file into stretches of `buffer_bytes`; worker threads gather, checksum and write them.
+Checksums are taken from the very bytes that are handed to the store. Memory is bounded by the pool, which serves file
+after file. See decision 0023. Called by `write`.
 """
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -15,39 +18,57 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.format.digests import Checksums, block_checksums
+from giantstep.format.digests import Checksums
 from giantstep.storage.base import WriteHandle
 from giantstep.storage.buffers import device_buffer
+from giantstep.writing.stretch import lay_stretch
+
+Bytes = NDArray[np.uint8]
+
+# Stretches that wait while every thread has one: enough that a thread never waits for the caller.
+_WAITING = 2
 
 
 class BufferPool:
-    """Page-aligned buffers of equal size and the threads that work on them. Owned by one save.
+    """Threads with a page-aligned buffer each, and a bound on what waits for them. Owned by one save.
 
     Args:
         buffer_bytes: size of each buffer, a multiple of the block size.
-        threads: number of worker threads; there are two buffers more.
+        threads: number of threads, and of buffers.
     """
 
     def __init__(self, buffer_bytes: int, threads: int) -> None:
         self.buffer_bytes = buffer_bytes
-        self._free: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
-        for _ in range(threads + 2):
+        self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
+        for _ in range(threads):
             self._free.put(device_buffer(buffer_bytes))
-        self.executor = ThreadPoolExecutor(threads, thread_name_prefix="giantstep-write")
+        self._room = threading.Semaphore(threads + _WAITING)
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="giantstep-write")
 
-    def take(self) -> NDArray[np.uint8]:
-        """A buffer that nobody else uses; waits until there is one."""
-        return self._free.get()
+    def submit(self, work: Callable[[Bytes], Checksums]) -> Future[Checksums]:
+        """Have a thread do `work` with a buffer; waits while enough is waiting."""
+        self._room.acquire()
+        try:
+            future = self._executor.submit(self._run, work)
+        except BaseException:
+            self._room.release()
+            raise
+        # Also called for what is cancelled.
+        future.add_done_callback(lambda _: self._room.release())
+        return future
 
-    def give(self, buffer: NDArray[np.uint8]) -> None:
-        """Return a buffer taken."""
-        self._free.put(buffer)
+    def _run(self, work: Callable[[Bytes], Checksums]) -> Checksums:
+        buffer = self._free.get()
+        try:
+            return work(buffer)
+        finally:
+            self._free.put(buffer)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self.executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 class BlockStream:
@@ -63,63 +84,61 @@ class BlockStream:
         self._handle = handle
         self._pool = pool
         self._block_bytes = block_bytes
-        self._buffer: NDArray[np.uint8] | None = None
+        self._parts: list[Bytes] = []
         self._filled = 0
         self._position = 0
-        self._writes: list[Future[Checksums]] = []
+        self._writes: deque[Future[Checksums]] = deque()
+        self._checksums: list[Checksums] = []
 
-    def append(self, pieces: Iterable[NDArray[np.uint8]]) -> None:
-        """Write the pieces one after another; each is copied before the next is asked for."""
+    def append(self, pieces: Iterable[Bytes]) -> None:
+        """Write the pieces one after another. Each must keep its bytes as long as it is referred to."""
+        whole = self._pool.buffer_bytes
         for piece in pieces:
-            done = 0
-            while done < len(piece):
-                if self._buffer is None:
-                    self._buffer = self._pool.take()
-                count = min(len(piece) - done, len(self._buffer) - self._filled)
-                self._buffer[self._filled : self._filled + count] = piece[done : done + count]
-                self._filled += count
-                done += count
-                if self._filled == len(self._buffer):
-                    self._submit()
+            rest = piece
+            while len(rest) >= whole - self._filled:
+                cut = whole - self._filled
+                self._parts.append(rest[:cut])
+                self._filled = whole
+                self._submit()
+                rest = rest[cut:]
+            if len(rest):
+                self._parts.append(rest)
+                self._filled += len(rest)
 
     def _submit(self) -> None:
-        if self._buffer is None:
-            return
-        buffer, count, offset = self._buffer, self._filled, self._position
-        self._buffer, self._filled, self._position = None, 0, offset + count
+        parts, offset = self._parts, self._position
+        self._parts, self._filled, self._position = [], 0, offset + self._filled
         # An earlier failure ends the stream here, not after the last byte.
-        for write in self._writes:
-            if write.done():
-                write.result()
-        self._writes.append(self._pool.executor.submit(self._write, buffer, count, offset))
+        while self._writes and self._writes[0].done():
+            self._checksums.append(self._writes.popleft().result())
+        self._writes.append(self._pool.submit(lambda buffer: self._write(offset, parts, buffer)))
 
-    def _write(self, buffer: NDArray[np.uint8], count: int, offset: int) -> Checksums:
-        try:
-            data = buffer.data[:count]
-            checksums = block_checksums(data, self._block_bytes)
-            direct = self._handle.direct_bytes
-            whole = count // direct * direct if direct else 0
-            if whole:
-                self._handle.write_at(offset, data[:whole])
-            if whole < count:
-                self._handle.write_at(offset + whole, data[whole:])
-            return checksums
-        finally:
-            self._pool.give(buffer)
+    def _write(self, offset: int, parts: list[Bytes], buffer: Bytes) -> Checksums:
+        """In a thread: write the stretch of the file that begins at `offset`."""
+        direct = self._handle.direct_bytes
+        runs, checksums = lay_stretch(parts, buffer, self._block_bytes, direct)
+        for run in runs:
+            # Only the end of the file may be no multiple of what passes the page cache.
+            whole = len(run) // direct * direct if direct else 0
+            for part in (run[:whole], run[whole:]):
+                if len(part):
+                    self._handle.write_at(offset, part.data)
+                    offset += len(part)
+        return checksums
 
     def finish(self) -> Checksums:
         """Wait until all bytes are written; return the checksums of all blocks. Raises the first failure."""
-        self._submit()
-        parts = [write.result() for write in self._writes]
-        return np.concatenate([np.empty(0, np.uint64), *parts])
+        if self._parts:
+            self._submit()
+        while self._writes:
+            self._checksums.append(self._writes.popleft().result())
+        return np.concatenate([np.empty(0, np.uint64), *self._checksums])
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # No thread may still write when the caller closes the file.
-        if self._buffer is not None:
-            self._pool.give(self._buffer)
-            self._buffer = None
+        self._parts = []
         for write in self._writes:
             write.cancel() or write.exception()

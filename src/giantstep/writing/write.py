@@ -1,7 +1,4 @@
-"""`write`: a rank's entries to its data files, durable when it returns.
-
-A cancelled write's buffer returns to the pool with the pool itself; see `stream`.
-"""
+"""`write`: a rank's entries to its data files, durable when it returns. Called by `save` and `removal`."""
 
 from __future__ import annotations
 
@@ -30,7 +27,8 @@ class Source:
     Attributes:
         entry: name, dtype and size in the data file.
         alignment: its item size.
-        pieces: gives its bytes in order, as one-dimensional uint8 arrays.
+        pieces: gives its bytes in order, as one-dimensional uint8 arrays. Each keeps its bytes as long as it is referred
+            to: they are checksummed and written later, in other threads, and mostly without a copy.
     """
 
     entry: Entry
