@@ -1,0 +1,390 @@
+"""Asynchronous saves: true snapshots, hand-off, back-pressure, guards; content as of a blocking save."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import resource
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import giantstep as gs
+import giantstep.saving
+from giantstep.errors import BadArgumentError, ChangedTooSoonError
+from giantstep.group.base import Answer, Parts
+from giantstep.group.threads import ThreadGroup
+from giantstep.storage.memory import _MEDIA
+from giantstep.testing.ranks import run_ranks
+from slow_store import GatedStore, SlowStore
+
+IGNORE = gs.StrictHandling.IGNORE_ALL
+BACKGROUND = gs.SaveOptions(staging="background", block_bytes=4096, buffer_bytes=4096)
+SMALL = gs.SaveOptions(block_bytes=4096, buffer_bytes=4096)
+
+
+class Live:
+    """An object of the user's whose state is its own."""
+
+    def __init__(self) -> None:
+        self.values = {"momentum": torch.zeros(3), "steps": [0]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.values
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = state
+
+
+def live_state() -> dict[str, Any]:
+    """Every kind of leaf whose value can change in place."""
+    base = torch.zeros(6, 8)
+    tied = torch.zeros(5)
+    return {
+        "plain": torch.zeros(7),
+        "parameter": torch.nn.Parameter(torch.zeros(2, 3)),
+        "transposed": base.t(),
+        "every other": torch.zeros(20)[::2],
+        "scalar": torch.tensor(0.0),
+        "half": torch.zeros(9, dtype=torch.bfloat16),
+        "bool": torch.zeros(4, dtype=torch.bool),
+        "complex": torch.zeros(3, dtype=torch.complex64).conj(),
+        "fp8": torch.zeros(5, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        "empty": torch.zeros(0, 3),
+        "tied": tied,
+        "also tied": tied,
+        "shard": gs.ShardedTensor.from_rank_offsets("shard", torch.zeros(4, 2)),
+        "object": gs.ShardedObject("object", {"epoch": 0, "seen": [0]}, (1,), (0,)),
+        "live": Live(),
+        "numbers": np.zeros(4),
+        "step": 0,
+        "list": [0, {"deep": [0]}],
+    }
+
+
+def tensors_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {**found, "shard": state["shard"].data, "live.momentum": state["live"].values["momentum"]}
+
+
+def change(state: dict[str, Any], number: int) -> None:
+    """Overwrite every value in place."""
+    with torch.no_grad():
+        for key, tensor in tensors_of(state).items():
+            if key == "fp8":
+                tensor.view(torch.uint8).fill_(number % 100)
+            else:
+                tensor.fill_(bool(number % 2) if key == "bool" else number)
+    state["numbers"].fill(number)
+    state["step"] = number
+    state["list"][0] = state["list"][1]["deep"][0] = number
+    state["object"].data["epoch"] = state["object"].data["seen"][0] = number
+    state["live"].values["steps"][0] = number
+
+
+def check_stored(store: Any, number: int) -> None:
+    """Every stored value is `number`, in its kind."""
+    checkpoint = gs.open_checkpoint(store)
+    expected = live_state()
+    change(expected, number)
+    for key, tensor in tensors_of(expected).items():
+        stored = np.asarray(checkpoint[key][...])
+        words = (
+            tensor.detach().resolve_conj().contiguous().view(torch.uint8)
+            if tensor.dim()
+            else tensor.reshape(1).view(torch.uint8)
+        )
+        if stored.tobytes() != words.numpy().tobytes():
+            raise AssertionError(f"{key} in save {number} is {stored}")
+    common = checkpoint.common
+    assert (common["step"], common["list"]) == (number, [number, {"deep": [number]}])
+    assert common["numbers"].tolist() == [number] * 4
+    assert common["live"]["steps"] == [number]
+    assert list(checkpoint.objects().values()) == [{"epoch": number, "seen": [number]}]
+
+
+@pytest.mark.parametrize("options", [SMALL, BACKGROUND], ids=["auto", "background"])
+def test_what_is_stored_are_the_values_at_the_time_of_the_call_in_a_thousand_rounds(options: gs.SaveOptions) -> None:
+    """Everything is overwritten as soon as the save is staged, while the writer has not begun."""
+    state = live_state()
+    store = SlowStore(0.001)
+    try:
+        for number in range(1, 501):
+            change(state, number)
+            pending = gs.async_save(state, store, options=options)
+            assert pending.wait_staged(60)
+            change(state, -1)
+            pending.result()
+            if number % 50 == 0 or number < 20:
+                check_stored(store, number)
+            else:
+                assert float(gs.open_checkpoint(store)["plain"][...].sum()) == 7 * number
+                assert gs.open_checkpoint(store).common["step"] == number
+    finally:
+        store.clear()
+
+
+def test_with_the_defaults_the_state_may_change_as_soon_as_the_call_returns() -> None:
+    store = GatedStore()
+    state = live_state()
+    change(state, 5)
+    pending = gs.async_save(state, store)
+    assert pending.staged()
+    assert not pending.done()
+    change(state, 6)
+    store.gate.set()
+    pending.result()
+    check_stored(store, 5)
+
+
+def test_an_asynchronous_save_has_the_bytes_of_a_blocking_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(giantstep.saving, "new_save_id", lambda *_: "20300101T000000-0123456789abcdef")
+
+    def run(group: ThreadGroup) -> None:
+        generator = torch.Generator().manual_seed(group.rank)
+        part = torch.rand(64, 33, generator=generator)
+        state = {
+            "shard": gs.ShardedTensor.from_rank_offsets("shard", part, (0, group.rank, 3)),
+            "replica": torch.arange(30_000.0),
+            "rng": gs.ShardedObject("rng", [group.rank], (3,), (group.rank,)),
+            "tied": [torch.ones(100)] * 2,
+            "config": {"a": (1, 2.5, None), "b": {3, 4}},
+        }
+        gs.save(state, tmp_path / "blocking", process_group=group, options=SMALL)
+        gs.async_save(state, tmp_path / "async", process_group=group, options=SMALL).result()
+
+    run_ranks(3, run)
+    files = sorted(path.relative_to(tmp_path / "blocking") for path in (tmp_path / "blocking").rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(tmp_path / "async") for path in (tmp_path / "async").rglob("*") if path.is_file())
+    assert len(files) >= 5
+    for file in files:
+        first, second = (tmp_path / "blocking" / file).read_bytes(), (tmp_path / "async" / file).read_bytes()
+        if file.name == "checkpoint.json":
+            # It says when it was written.
+            assert len(first) == len(second)
+        else:
+            assert first == second, file
+
+
+def test_it_loads_under_another_layout_and_with_another_number_of_ranks(tmp_path: Path) -> None:
+    full = torch.arange(24.0 * 10).reshape(24, 10)
+
+    def save(group: ThreadGroup) -> None:
+        part = full.chunk(4)[group.rank].clone()
+        state = {"w": gs.ShardedTensor.from_rank_offsets("w", part, (0, group.rank, 4)), "b": torch.ones(3)}
+        pending = gs.async_save(state, tmp_path, process_group=group)
+        part.zero_()
+        pending.result()
+
+    def load(group: ThreadGroup) -> None:
+        data = torch.zeros(24, 5)
+        state = {"w": gs.ShardedTensor.from_rank_offsets("w", data, (1, group.rank, 2)), "b": torch.zeros(3)}
+        gs.load(state, tmp_path, process_group=group)
+        assert torch.equal(data, full.chunk(2, dim=1)[group.rank])
+
+    run_ranks(4, save)
+    run_ranks(2, load)
+
+
+@pytest.mark.parametrize(("most", "waits"), [(1, True), (2, False)])
+def test_a_call_waits_while_as_many_saves_as_allowed_are_unfinished(most: int, waits: bool) -> None:
+    store, other = GatedStore(), SlowStore()
+    options = gs.SaveOptions(max_pending=most)
+    first = gs.async_save({"w": torch.ones(4)}, store, options=options)
+    begun: list[gs.PendingSave] = []
+    caller = threading.Thread(target=lambda: begun.append(gs.async_save({"w": torch.ones(4)}, other, options=options)))
+    caller.start()
+    caller.join(0.5 if waits else 30)
+    assert caller.is_alive() == waits
+    store.gate.set()
+    caller.join(30)
+    # In the order of the calls.
+    begun[0].result()
+    assert first.done()
+
+
+def test_copies_beyond_staging_bytes_are_refused_or_wait_for_earlier_ones() -> None:
+    store, other = GatedStore(), SlowStore()
+    options = gs.SaveOptions(staging_bytes=6000, max_pending=8)
+    with pytest.raises(BadArgumentError, match="staging_bytes=6000 is not enough: copies of this rank's tensors take 8000"):
+        gs.async_save({"w": torch.ones(2000)}, store, options=options)
+    first = gs.async_save({"w": torch.ones(1000)}, store, options=options)
+    begun: list[gs.PendingSave] = []
+    caller = threading.Thread(target=lambda: begun.append(gs.async_save({"w": torch.ones(1000)}, other, options=options)))
+    caller.start()
+    caller.join(0.5)
+    assert caller.is_alive()
+    store.gate.set()
+    caller.join(30)
+    assert first.result().tensors == begun[0].result().tensors == 1
+
+
+class Noted:
+    """A group that counts what goes on in it."""
+
+    def __init__(self, group: ThreadGroup) -> None:
+        self._group = group
+        self.rank, self.size = group.rank, group.size
+        self.transfer, self.withdraw, self.beside = group.transfer, group.withdraw, group.beside
+        self.reports: list[int] = []
+
+    def exchange(self, report: Parts, answer: Answer, phase: str, timeout_secs: float) -> Parts:
+        self.reports.append(sum(map(len, report)))
+        return self._group.exchange(report, answer, phase, timeout_secs)
+
+
+def test_the_callers_thread_agrees_once_per_save_in_a_few_hundred_bytes() -> None:
+    store = SlowStore()
+
+    def run(group: ThreadGroup) -> list[int]:
+        noted = Noted(group)
+        state = {f"layer {n}": torch.full((5,), float(n)) for n in range(500)}
+        for _ in range(3):
+            gs.async_save(state, store, process_group=noted).result()
+        return noted.reports
+
+    for reports in run_ranks(3, run):
+        assert len(reports) == 3
+        assert max(reports) < 1000
+
+
+def test_a_tensor_changed_before_it_is_staged_fails_the_save_on_all_ranks_and_nothing_is_committed() -> None:
+    first, second = GatedStore(), SlowStore()
+
+    def run(group: ThreadGroup) -> tuple[type, str]:
+        tensors = {"kept": torch.ones(3), "changed": torch.ones(3)}
+        options = gs.SaveOptions(staging="background", max_pending=2)
+        # The thread is busy with one save, so the other is not staged yet.
+        gs.async_save({"x": torch.ones(1)}, first, process_group=group, options=options)
+        pending = gs.async_save(tensors, second, process_group=group, options=options)
+        if group.rank == 1:
+            tensors["changed"].add_(1)
+        first.gate.set()
+        error = pending.exception()
+        return type(error), str(error)
+
+    ((kind, text),) = set(run_ranks(3, run))
+    assert kind is ChangedTooSoonError
+    assert "rank 1" in text
+    assert "'changed'" in text
+    with pytest.raises(gs.errors.OpenError):
+        gs.open_checkpoint(second)
+
+
+def test_the_guard_makes_the_next_step_wait_until_the_save_is_staged_and_later_steps_for_nothing() -> None:
+    gated, store = GatedStore(), SlowStore()
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.ones(4)
+    options = gs.SaveOptions(staging="background", max_pending=2)
+    gs.async_save({"x": torch.ones(1)}, gated, options=options)
+    pending = gs.async_save({"w": weight}, store, options=options).guard(optimizer)
+    stepping = threading.Thread(target=optimizer.step)
+    stepping.start()
+    stepping.join(0.3)
+    assert stepping.is_alive(), "the step waits: nothing is staged"
+    gated.gate.set()
+    stepping.join(30)
+    assert pending.staged()
+    assert weight.tolist() == [0.0] * 4
+    assert not optimizer._optimizer_step_pre_hooks
+    pending.result()
+    assert gs.open_checkpoint(store)["w"][...].tolist() == [1.0] * 4
+    with pytest.raises(BadArgumentError, match="staging_guard"):
+        pending.guard(object())
+
+
+def test_the_block_of_a_guard_begins_when_the_save_is_staged() -> None:
+    store = SlowStore()
+    weight = torch.ones(100_000)
+    for _ in range(50):
+        weight.fill_(1.0)
+        pending = gs.async_save({"w": weight}, store, options=BACKGROUND)
+        with gs.staging_guard(pending):
+            assert pending.staged()
+            weight.zero_()
+        pending.result()
+        assert float(gs.open_checkpoint(store)["w"][...].sum()) == 100_000
+
+
+def test_tensors_that_only_the_save_needed_are_freed_when_it_is_staged() -> None:
+    store = GatedStore()
+    weight, shard = torch.ones(1000), torch.ones(10)
+    alive = [weakref.ref(weight), weakref.ref(shard)]
+    state = {"w": weight, "s": gs.ShardedTensor.from_rank_offsets("s", shard)}
+    pending = gs.async_save(state, store)
+    del weight, shard, state
+    store.waiting.wait(30)
+    gc.collect()
+    assert [found() for found in alive] == [None, None]
+    store.gate.set()
+    pending.result()
+
+
+def test_plans_are_reused_and_memory_is_too() -> None:
+    store = SlowStore()
+    options = gs.SaveOptions(plan_cache=gs.PlanCache())
+    pending = [gs.async_save({"w": torch.full((1000,), number)}, store, options=options) for number in (1.0, 2.0, 3.0)]
+    assert [found.result().plan_reused for found in pending] == [False, True, True]
+
+
+def test_timeouts_of_the_handle() -> None:
+    store = GatedStore()
+    pending = gs.async_save({"w": torch.ones(4)}, store)
+    assert not pending.done()
+    with pytest.raises(gs.errors.PhaseTimeoutError, match=r"not finished within 0\.05 s"):
+        pending.result(timeout=0.05)
+    with pytest.raises(gs.errors.PhaseTimeoutError):
+        gs.finish_saves(timeout=0.05)
+    assert "staged" in repr(pending)
+    store.gate.set()
+    gs.finish_saves()
+    assert pending.done()
+    assert "committed" in repr(pending)
+    assert {"wait", "describe", "stage", "plan", "write", "clean"} <= set(pending.result().seconds)
+
+
+def _used() -> tuple[int, int, int]:
+    """Most memory so far in KiB, open files, threads."""
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        sum(1 for _ in Path("/proc/self/fd").iterdir()),
+        threading.active_count(),
+    )
+
+
+def test_two_hundred_saves_leak_nothing(tmp_path: Path) -> None:
+    state = {f"w{number}": torch.ones(1 << 16) for number in range(32)}
+
+    def rounds(count: int) -> None:
+        for number in range(count):
+            gs.async_save({**state, "step": number}, tmp_path / str(number % 2)).result()
+
+    rounds(20)
+    memory, files, threads = _used()
+    rounds(200)
+    gc.collect()
+    now_memory, now_files, now_threads = _used()
+    assert now_memory - memory < 200 * 1024 / 4, "a quarter of the megabyte per save that is allowed"
+    assert (now_files, now_threads) == (files, threads)
+    assert sum(1 for _ in itertools.chain(*(folder.rglob("*.safetensors") for folder in tmp_path.iterdir()))) == 4
+    gs.finish_saves()
+
+
+def test_saves_that_refuse_their_arguments_begin_nothing_and_say_so_on_all_ranks() -> None:
+    store = SlowStore()
+
+    def run(group: ThreadGroup) -> str:
+        state = {"w": torch.ones(3), "bad": object() if group.rank == 2 else 1}
+        with pytest.raises(gs.errors.UnsupportedTypeError) as caught:
+            gs.async_save(state, store, process_group=group)
+        gs.async_save({"w": torch.ones(3)}, store, process_group=group).result()
+        return str(caught.value)
+
+    assert len(set(run_ranks(3, run))) == 1
+    assert store.location.removeprefix("memory://") in _MEDIA
