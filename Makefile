@@ -21,7 +21,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/save_load.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	mkdir -p build
+	$(BIN)/python benchmarks/throughput.py --json build/throughput.json --plot build/throughput.svg
+	$(BIN)/python benchmarks/interference.py --json build/interference.json
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/balance.py
 	$(BIN)/python benchmarks/bytes_read.py

@@ -1,34 +1,34 @@
-"""One rank of a benchmark: `python rank.py JOB RANK`, where JOB is a JSON file that `save_load.py` wrote.
+"""One rank of a benchmark: `python rank.py JOB RANK`, where JOB is a JSON file that `throughput.py` wrote.
 
-Everything is measured on all ranks at once, between barriers. Values are checked after every load, outside the
-measured time.
+Everything is measured on all ranks at once, between barriers. Methods take turns, in another order in every round.
+Values are checked after every load, outside the measured time.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import random
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import Measurement, measure
-from raw_io import drop_cached_pages, knows_direct, read_file, write_file
-from states import Layout, Memory, Shape, aligned_memory, fill, state_over, wrong_tensors
-from torch.distributed.checkpoint.state_dict_loader import load as load_with_dcp
-from torch.distributed.checkpoint.state_dict_saver import save as save_with_dcp
+from measure import Measurement, measure, measure_async
+from methods import Dcp, Giantstep, Method, Part, Raw
+from operations import BLOCKED, COLD, COLUMNS, COPY, FIRST_BLOCKED, SAVE, WARM, on_ranks
+from peers import peers
+from raw_io import copy_memory, drop_cached_pages, knows_direct, warm_pages
+from states import Memory, Shape, Share, aligned_memory
 from torch.distributed.device_mesh import DeviceMesh
 
-import giantstep as gs
-
-SAVE, LOAD, COLUMNS, FEWER = "save", "load", "load columns", "load on half"
 _WARM_UP = Shape(2, 64, 64)
 
 
@@ -44,7 +44,9 @@ class Job:
         shape: the state.
         repetitions: how often everything is measured.
         reshard: also load into other layouts.
-        cold: drop cached pages before each load.
+        on_disk: there is a difference between cold and warm loads.
+        methods: names of those to measure; all if empty. Raw calls always are.
+        patience_secs: a method that needs longer in one round gets no other.
     """
 
     folder: str
@@ -54,7 +56,9 @@ class Job:
     shape: Shape
     repetitions: int
     reshard: bool
-    cold: bool
+    on_disk: bool
+    methods: list[str]
+    patience_secs: float
 
     @classmethod
     def read(cls, path: Path) -> Job:
@@ -65,24 +69,6 @@ class Job:
     def write(self, path: Path) -> None:
         """As a JSON file."""
         path.write_text(json.dumps(asdict(self)))
-
-
-class Target:
-    """Memory that is loaded into, in one layout over some of the ranks. Only those ranks make one."""
-
-    def __init__(self, memory: Memory, shape: Shape, layout: Layout, mesh: DeviceMesh) -> None:
-        self.share = shape.share(layout, mesh.get_local_rank(), mesh.size())
-        self.memory = memory[: self.share.bytes * shape.tensors]
-        self.shape = shape
-        self.group = mesh.get_group()
-        self.state = state_over(self.memory, shape, layout, mesh)
-
-    def check(self, what: str) -> None:
-        """Raise unless the memory holds the right values; then forget them."""
-        wrong = wrong_tensors(self.memory, self.shape, self.share)
-        if wrong:
-            raise ValueError(f"{what}: {len(wrong)} tensors have wrong values, tensor {wrong[0]} among them")
-        self.memory[:] = 0
 
 
 class Rank:
@@ -99,90 +85,142 @@ class Rank:
 
     def run(self) -> list[Measurement]:
         """Warm up, then measure all methods in turn, as often as asked."""
+        methods = self._methods()
         self._prepare(_WARM_UP, reshard=False)
-        for method in (self._giantstep, self._dcp):
-            method()
-        self._results.clear()
+        for method in methods:
+            self._use(method)
         self._prepare(self._job.shape, reshard=self._job.reshard)
-        methods = [self._raw, self._giantstep, self._dcp]
+        for method in methods:
+            if method.primed:
+                self._use(method)
+        patient = list(methods)
         for repetition in range(self._job.repetitions):
             self._repetition = repetition
-            for turn in range(len(methods)):
-                methods[(repetition + turn) % len(methods)]()
+            random.Random(repetition).shuffle(patient)  # noqa: S311 - an order, the same on all ranks
+            self._copy()
+            for method in list(patient):
+                if self._round(method) > self._job.patience_secs and not isinstance(method, Raw):
+                    patient.remove(method)
+        for method in methods:
+            method.close()
         return self._results
 
+    def _methods(self) -> list[Method]:
+        raw: list[Method] = [Raw(direct=direct) for direct in ((False, True) if self._direct else (False,))]
+        others: list[Method] = [Giantstep(), Giantstep(keeps_plans=True), Dcp(), *peers()]
+        return raw + [method for method in others if not self._job.methods or method.name in self._job.methods]
+
     def _prepare(self, shape: Shape, *, reshard: bool) -> None:
-        """The state to save, and targets: None where this rank takes no part."""
-        ranks, half = self._job.ranks, max(1, self._job.ranks // 2)
-        share = shape.share("rows", self._rank, ranks)
-        self._source = aligned_memory(share.bytes * shape.tensors)
-        fill(self._source, shape, share)
-        self._state = state_over(self._source, shape, "rows", self._mesh)
-        takes_part = reshard and half < ranks and self._rank < half
-        memory = aligned_memory(share.bytes * shape.tensors * (ranks // half if takes_part else 1))
-        self._same = Target(memory, shape, "rows", self._mesh)
-        self._targets: dict[str, Target | None] = {LOAD: self._same}
-        if reshard:
-            self._targets[COLUMNS] = Target(memory, shape, "columns", self._mesh)
-        if reshard and half < ranks:
-            group = dist.new_group(list(range(half)))
-            mesh = DeviceMesh.from_group(group, "cpu") if takes_part else None
-            self._targets[FEWER] = Target(memory, shape, "rows", mesh) if mesh else None
+        """What to save, and what to load into: None where this rank takes no part."""
+        ranks = self._job.ranks
+        share = Share(shape, "rows", self._rank, ranks)
+        memory = aligned_memory(share.bytes)
+        share.fill(memory)
+        self._source = Part(memory, share, self._mesh)
+        fewer = [number for number in (ranks - 1, ranks // 2) if reshard and 0 < number < ranks]
+        widest = [Share(shape, "rows", self._rank, number) for number in fewer if self._rank < number]
+        by_columns = Share(shape, "columns", self._rank, ranks)
+        memory = aligned_memory(max(one.bytes for one in (share, *widest, by_columns)))
+        self._same = Part(memory, share, self._mesh)
+        self._others: dict[str, Part | None] = {}
+        if reshard and ranks > 1:
+            self._others[COLUMNS] = Part(memory, by_columns, self._mesh)
+        self._others |= {on_ranks(number, ranks): self._on(number, memory, shape) for number in dict.fromkeys(fewer)}
 
-    # One method after another: save, load in all layouts, delete.
+    def _on(self, number: int, memory: Memory, shape: Shape) -> Part | None:
+        """Targets on the first ranks only."""
+        group = dist.new_group(list(range(number)))
+        if self._rank >= number:
+            return None
+        return Part(memory, Share(shape, "rows", self._rank, number), DeviceMesh.from_group(group, "cpu"))
 
-    def _raw(self) -> None:
-        paths = [False, True] if self._direct else [False]
-        # Whoever comes first may find memory and disk in another state: take turns.
-        for direct in paths if self._repetition % 2 else reversed(paths):
-            how = "raw direct" if direct else "raw buffered"
-            path = self._folder / f"{self._rank}.raw"
-            self._measure(SAVE, how, partial(write_file, path, self._source, direct=direct))
-            self._cool_down()
-            self._measure(LOAD, how, partial(read_file, path, self._same.memory, direct=direct))
-            self._same.check(f"{how} {LOAD}")
-            self._clear()
-
-    def _giantstep(self) -> None:
-        place = self._folder / "giantstep"
-        self._measure(SAVE, "giantstep", partial(gs.save, self._state, place))
-        self._loads("giantstep", lambda target: gs.load(target.state, place, process_group=target.group).report)
-
-    def _dcp(self) -> None:
-        place = self._folder / "dcp"
-        self._measure(SAVE, "dcp", partial(save_with_dcp, self._state, checkpoint_id=place))
-        self._loads("dcp", lambda target: load_with_dcp(target.state, checkpoint_id=place, process_group=target.group))
-
-    def _loads(self, method: str, load: Callable[[Target], Any]) -> None:
-        for operation, target in self._targets.items():
-            self._cool_down()
-            if target is None:
-                dist.barrier()
-            else:
-                self._measure(operation, method, partial(load, target))
-                target.check(f"{method} {operation}")
+    def _use(self, method: Method) -> None:
+        """Save and load without measuring, so that imports and connections are made, and plans kept."""
+        place = self._folder / "checkpoint"
+        method.save(self._source, place)
+        self._load_unmeasured(method, place)
+        self._clear()
+        if method.asynchronous:
+            method.start(self._source, place).wait_committed()
         self._clear()
 
-    def _measure(self, operation: str, method: str, work: Callable[[], Any]) -> None:
-        found = measure(work, dist.barrier, operation, method, self._repetition)
-        self._results.append(found)
-        if self._rank == 0:
-            print(f"  {self._repetition} {operation} {method}: {found.end - found.begin:.2f} s", file=sys.stderr, flush=True)
+    # One method: save, load in all layouts, delete, save asynchronously, delete.
 
-    def _cool_down(self) -> None:
-        """Let the disk come to rest; drop cached pages."""
+    def _copy(self) -> None:
+        self._measure(COPY, "raw memcpy", partial(copy_memory, self._source.memory, self._same.memory))
+        self._same.memory[:] = 0
+
+    def _round(self, method: Method) -> float:
+        """One turn of a method. Returns the seconds that the slowest rank needed for it."""
+        before = len(self._results)
+        self._save_and_load(method, self._others if method.reshards else {})
+        if method.asynchronous:
+            # The first one allocates memory that later ones use again.
+            for number in range(1 if self._repetition else 2):
+                self._save_asynchronously(method, first=number == 0 and self._repetition == 0)
+        spent = torch.tensor(sum(one.end - one.begin for one in self._results[before:] if one.operation != BLOCKED))
+        dist.all_reduce(spent, dist.ReduceOp.MAX)
+        return float(spent)
+
+    def _save_and_load(self, method: Method, others: dict[str, Part | None]) -> None:
+        place = self._folder / "checkpoint"
+        self._measure(SAVE, method.name, partial(method.save, self._source, place))
+        if self._job.on_disk:
+            self._load(method, COLD, self._same, place)
+        if method.cached:
+            self._load(method, WARM, self._same, place)
+        for operation, target in others.items():
+            self._load(method, operation, target, place)
+        self._clear()
+
+    def _save_asynchronously(self, method: Method, *, first: bool) -> None:
+        place = self._folder / "checkpoint"
+        found = measure_async(partial(method.start, self._source, place), dist.barrier, method.name, self._repetition)
+        if first:
+            # Peak memory is that of the whole save.
+            found = [replace(found[0], operation=FIRST_BLOCKED, extra_bytes=found[-1].extra_bytes)]
+        self._add(found)
+        self._load_unmeasured(method, place)
+        self._clear()
+
+    def _load(self, method: Method, operation: str, target: Part | None, place: Path) -> None:
         dist.barrier()
-        if self._rank == 0 and self._job.cold:
-            drop_cached_pages(self._folder)
+        if self._rank == 0 and self._job.on_disk:
+            if operation == WARM:
+                warm_pages(self._folder)
+            else:
+                drop_cached_pages(self._folder)
+        if target is None:
+            dist.barrier()
+            return
+        # Ranks without a target wait for the others here, too.
+        found = measure(partial(method.load, target, place), dist.barrier, operation, method.name, self._repetition)
+        self._add([found])
+        target.check(f"{method.name}, {operation}", self._source.memory if target is self._same else None)
+
+    def _load_unmeasured(self, method: Method, place: Path) -> None:
+        """What was saved is right."""
         dist.barrier()
+        method.load(self._same, place)
+        self._same.check(f"{method.name}, not measured", self._source.memory)
+
+    def _measure(self, operation: str, method: str, work: Callable[[], Any]) -> None:
+        self._add([measure(work, dist.barrier, operation, method, self._repetition)])
+
+    def _add(self, found: list[Measurement]) -> None:
+        self._results += found
+        if self._rank == 0:
+            for one in found:
+                text = f"  {one.repetition} {one.operation} {one.method}: {one.end - one.begin:.3f} s"
+                print(text, file=sys.stderr, flush=True)
 
     def _clear(self) -> None:
-        """Delete everything that was saved."""
+        """Delete everything that was saved, and let the disk come to rest."""
         dist.barrier()
         if self._rank == 0:
             shutil.rmtree(self._folder)
             self._folder.mkdir()
-            if self._job.cold:
+            if self._job.on_disk:
                 os.sync()
         dist.barrier()
 
@@ -191,6 +229,7 @@ def main() -> None:
     """Run one rank and write down what it measured."""
     job, rank = Job.read(Path(sys.argv[1])), int(sys.argv[2])
     warnings.filterwarnings("ignore", module="torch")
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{job.meeting}", rank=rank, world_size=job.ranks)
     found = Rank(job, rank).run()

@@ -1,14 +1,18 @@
-"""The raw paths: one file per rank, written and read by plain system calls from a few threads."""
+"""The raw paths: one file per rank, written and read by plain system calls from a few threads; and a plain copy.
+
+Used by `methods.py`, `interference.py` and `bytes_read.py`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from states import Memory
 
 _BLOCK_BYTES = 8 << 20
@@ -77,3 +81,25 @@ def drop_cached_pages(folder: Path) -> None:
             with _opened(path, os.O_RDONLY) as descriptor:
                 os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def warm_pages(folder: Path) -> None:
+    """Read all files under `folder`, so that their pages are in the cache."""
+    block = bytearray(_BLOCK_BYTES)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with _opened(path, os.O_RDONLY) as descriptor:
+                while os.readv(descriptor, [block]):
+                    pass
+
+
+def flush_files(paths: Iterable[Path]) -> None:
+    """Make files durable that somebody else wrote."""
+    for path in paths:
+        with _opened(path, os.O_RDONLY) as descriptor:
+            os.fsync(descriptor)
+
+
+def copy_memory(source: Memory, copy: Memory) -> None:
+    """A copy by one thread, by NumPy: memcpy for memory without gaps."""
+    np.copyto(copy, source)

@@ -1,19 +1,21 @@
-"""From what the ranks measured to medians, ratios and a printed table."""
+"""From what the ranks measured to medians, ratios and a printed table. Used by `throughput.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 from measure import Measurement
+from operations import raw_counterpart
 from rich.console import Console
 from rich.table import Table
 
 _GIB = 1 << 30
 _MIB = 1 << 20
-_RAW = "raw"
+_RAW, _DCP = "raw", "dcp"
+_FIGURES = ("s", "GiB/s", "(min-max)", "/ raw", "/ DCP", "CPU s", "extra MiB", "read x")
 
 
 @dataclass(slots=True)
@@ -23,6 +25,7 @@ class Row:
     Attributes:
         operation, method: as in `Measurement`.
         bytes: payload that is saved or loaded.
+        repetitions: numbers of those that were made.
         secs: per repetition, from the first rank's begin to the last rank's end.
         cpu_secs: per repetition, all ranks together.
         extra_bytes: largest of any rank in any repetition.
@@ -33,6 +36,7 @@ class Row:
     operation: str
     method: str
     bytes: int
+    repetitions: list[int] = field(default_factory=list)
     secs: list[float] = field(default_factory=list)
     cpu_secs: list[float] = field(default_factory=list)
     extra_bytes: int = 0
@@ -44,9 +48,13 @@ class Row:
         """GiB/s per repetition."""
         return [self.bytes / _GIB / secs for secs in self.secs]
 
-    def ratio(self, other: Row) -> float:
-        """How fast this is compared with another, 1 meaning as fast: the median over repetitions."""
-        return median(theirs / ours for ours, theirs in zip(self.secs, other.secs, strict=True))
+    def ratio(self, other: Row | None) -> float | None:
+        """How fast this is compared with another, 1 meaning as fast: the median over the repetitions of both."""
+        if other is None:
+            return None
+        theirs = dict(zip(other.repetitions, other.secs, strict=True))
+        mine = dict(zip(self.repetitions, self.secs, strict=True))
+        return median(theirs[number] / mine[number] for number in theirs.keys() & mine.keys())
 
 
 def rows_of(ranks: Sequence[Sequence[Measurement]], payload_bytes: int) -> list[Row]:
@@ -55,34 +63,45 @@ def rows_of(ranks: Sequence[Sequence[Measurement]], payload_bytes: int) -> list[
     for measurement in (found for rank in ranks for found in rank):
         by_repetition = rows.setdefault((measurement.operation, measurement.method), {})
         by_repetition.setdefault(measurement.repetition, []).append(measurement)
-    return [
-        _row(operation, method, payload_bytes, [found for _, found in sorted(by_repetition.items())])
-        for (operation, method), by_repetition in rows.items()
-    ]
+    return [_row(operation, method, payload_bytes, found) for (operation, method), found in rows.items()]
 
 
-def _row(operation: str, method: str, payload_bytes: int, repetitions: Sequence[Sequence[Measurement]]) -> Row:
+def _row(operation: str, method: str, payload_bytes: int, by_repetition: dict[int, list[Measurement]]) -> Row:
+    numbers = sorted(by_repetition)
+    repetitions = [by_repetition[number] for number in numbers]
     phases = repetitions[0][0].phases
     return Row(
         operation,
         method,
         payload_bytes,
+        numbers,
         secs=[max(one.end for one in ranks) - min(one.begin for one in ranks) for ranks in repetitions],
         cpu_secs=[sum(one.cpu_secs for one in ranks) for ranks in repetitions],
         extra_bytes=max(one.extra_bytes for ranks in repetitions for one in ranks),
-        phases={name: median(max(one.phases[name] for one in ranks) for ranks in repetitions) for name in phases},
+        phases={name: median(max(one.phases.get(name, 0) for one in ranks) for ranks in repetitions) for name in phases},
         read_bytes=sum(one.read_bytes for one in repetitions[0]),
     )
 
 
-def best_raw(rows: Iterable[Row], operation: str) -> Row:
-    """The raw path with the best median. Loads into other layouts are compared with plain loads."""
-    kind = operation.split(maxsplit=1)[0]
-    return min((row for row in rows if row.operation == kind and row.method.startswith(_RAW)), key=lambda row: median(row.secs))
+def best_raw(rows: Sequence[Row], operation: str) -> Row | None:
+    """The raw path with the best median that does the same with the same bytes."""
+    wanted = raw_counterpart(operation, {row.operation for row in rows})
+    found = (row for row in rows if row.operation == wanted and row.method.startswith(_RAW))
+    return min(found, key=lambda row: median(row.secs), default=None)
 
 
-def _of_dcp(rows: Iterable[Row], operation: str) -> Row:
-    return next(row for row in rows if row.operation == operation and row.method == "dcp")
+def _of_dcp(rows: Sequence[Row], operation: str) -> Row | None:
+    return next((row for row in rows if row.operation == operation and row.method == _DCP), None)
+
+
+def sorted_rows(rows: Sequence[Row]) -> list[Row]:
+    """Operations in the order in which they were first measured; of each, raw calls first, then by speed."""
+    operations = list(dict.fromkeys(row.operation for row in rows))
+
+    def place(row: Row) -> tuple[int, bool, float]:
+        return operations.index(row.operation), not row.method.startswith(_RAW), median(row.secs)
+
+    return sorted(rows, key=place)
 
 
 def print_table(title: str, rows: Sequence[Row], console: Console) -> None:
@@ -90,32 +109,36 @@ def print_table(title: str, rows: Sequence[Row], console: Console) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("operation")
     table.add_column("method")
-    for name in ("s", "GiB/s", "(min-max)", "/ raw", "/ DCP", "CPU s", "extra MiB", "read x"):
+    for name in _FIGURES:
         table.add_column(name, justify="right")
     table.add_column("phases (s)")
-    for operation in dict.fromkeys(row.operation for row in rows):
-        raw, theirs = best_raw(rows, operation), _of_dcp(rows, operation)
-        for row in rows:
-            if row.operation == operation:
-                table.add_row(*_cells(row, raw, theirs))
-        table.add_section()
+    before = ""
+    for row in sorted_rows(rows):
+        if before and row.operation != before:
+            table.add_section()
+        before = row.operation
+        table.add_row(*_cells(row, rows))
     console.print(table)
 
 
-def _cells(row: Row, raw: Row, theirs: Row) -> list[str]:
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     return [
         row.operation,
         row.method,
-        f"{median(row.secs):.2f}",
+        f"{median(row.secs):.3f}",
         f"{median(row.rates):.2f}",
         f"{min(row.rates):.2f}-{max(row.rates):.2f}",
-        f"{row.ratio(raw):.2f}",
-        f"{row.ratio(theirs):.1f}",
+        _ratio(row.ratio(best_raw(rows, row.operation))),
+        _ratio(row.ratio(_of_dcp(rows, row.operation))),
         f"{median(row.cpu_secs):.2f}",
         f"{row.extra_bytes / _MIB:.0f}",
         f"{row.read_bytes / row.bytes:.2f}" if row.read_bytes else "",
         ", ".join(f"{name} {secs:.2f}" for name, secs in row.phases.items()),
     ]
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -127,5 +150,5 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "ratio_to_raw": row.ratio(best_raw(rows, row.operation)),
             "ratio_to_dcp": row.ratio(_of_dcp(rows, row.operation)),
         }
-        for row in rows
+        for row in sorted_rows(rows)
     ]
