@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import threading
@@ -34,6 +35,7 @@ class Flight:
         flight_secs: from then on until the checkpoint existed.
         iterations: of the loop in that time.
         stall_secs: longest delay of the ticker in all of it.
+        collection_secs: longest collection of garbage by the interpreter in all of it.
     """
 
     contender: str
@@ -42,6 +44,7 @@ class Flight:
     flight_secs: float
     iterations: int
     stall_secs: float
+    collection_secs: float
 
 
 class RawInBackground:
@@ -105,7 +108,9 @@ class Setting:
 
 def observe(setting: Setting, contender: str, iterate: Callable[[], None], ticker: Ticker, repetition: int) -> Flight:
     """Save once, and go on with the loop until the checkpoint exists."""
-    with ticker.watching() as longest_secs:
+    # Nobody pays for the garbage of others.
+    gc.collect()
+    with ticker.watching() as longest:
         begin = time.perf_counter()
         started = setting.start(contender)
         back = time.perf_counter()
@@ -116,10 +121,10 @@ def observe(setting: Setting, contender: str, iterate: Callable[[], None], ticke
             while not ended.is_set():
                 iterate()
                 iterations += 1
-            flight_secs, stall_secs = time.perf_counter() - back, longest_secs()
+            flight_secs, (stall_secs, collection_secs) = time.perf_counter() - back, longest()
             outcome.result()
     setting.clear()
-    return Flight(contender, repetition, back - begin, flight_secs, iterations, stall_secs)
+    return Flight(contender, repetition, back - begin, flight_secs, iterations, stall_secs, collection_secs)
 
 
 def _wait(started: Started, ended: threading.Event) -> None:

@@ -35,13 +35,13 @@ _STALL_TARGET_SECS, _SLOWDOWN_TARGET = 0.020, 0.05
 _WIDTH = 150
 _FIGURES = (
     *("blocked ms", "in flight ms", "loops/s", "slowdown", "beyond raw", "lost ms", "beyond raw"),
-    *("stall ms", "longest", "beyond raw", "targets"),
+    *("stall ms", "longest", "beyond raw", "gc ms", "targets"),
 )
 _LEGEND = (
     "blocked: until the call is back; in flight: from then on until the checkpoint exists; loops/s and slowdown: in flight; "
-    "lost: what one save costs the loop, the blocked time included; stall: how long a ticker of 1 ms was kept "
-    "waiting during a save, the blocked time included, median and longest. Targets: slowdown at most 5 % beyond raw, longest "
-    "stall at most 20 ms beyond raw."
+    "lost: what one save costs the loop, the blocked time included; stall: how long a ticker of 1 ms was kept waiting during "
+    "a save, the blocked time included, median and longest; gc: longest collection of garbage. Targets: slowdown at most 5 % "
+    "beyond raw, longest stall at most 20 ms beyond raw."
 )
 
 
@@ -71,6 +71,7 @@ class Result:
         slowdown: fraction of the speed without a save that is lost in flight: median over rounds.
         lost_secs: what one save costs the loop, the blocked time included: median over rounds.
         stall_secs, longest_stall_secs: longest delay of the ticker during a save: median over saves, and the most.
+        longest_collection_secs: longest collection of garbage during a save.
     """
 
     contender: str
@@ -81,6 +82,7 @@ class Result:
     lost_secs: float
     stall_secs: float
     longest_stall_secs: float
+    longest_collection_secs: float
 
 
 def result_of(contender: str, flights: list[Flight]) -> Result:
@@ -98,6 +100,7 @@ def result_of(contender: str, flights: list[Flight]) -> Result:
         lost_secs=median(lost),
         stall_secs=median(flight.stall_secs for flight in mine),
         longest_stall_secs=max(flight.stall_secs for flight in mine),
+        longest_collection_secs=max(flight.collection_secs for flight in mine),
     )
 
 
@@ -136,6 +139,7 @@ def _print(title: str, results: list[Result], console: Console) -> None:
             f"{result.stall_secs * 1e3:.1f}",
             f"{result.longest_stall_secs * 1e3:.1f}",
             f"{stall * 1e3:+.1f}" if library else "",
+            f"{result.longest_collection_secs * 1e3:.1f}",
             ("met" if met else "missed") if library else "",
         )
     console.print(table)

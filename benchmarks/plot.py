@@ -46,14 +46,21 @@ def _draw(panel: Any, title: str, rows: Sequence[Mapping[str, Any]], methods: Se
         rates = [[row["bytes"] / (1 << 30) / secs for secs in row["secs"]] for row in mine]
         below = [speed - min(all_of) for speed, all_of in zip(middle, rates, strict=True)]
         above = [max(all_of) - speed for speed, all_of in zip(middle, rates, strict=True)]
-        places = [operations.index(row["operation"]) + (number - len(methods) / 2) * each for row in mine]
+        places = [operations.index(row["operation"]) + (number - (len(methods) - 1) / 2) * each for row in mine]
         colour = colormaps["tab10"](number % 10)
         panel.bar(places, middle, each, yerr=(below, above), label=method, color=colour, error_kw={"linewidth": 0.6})
     panel.set_title(title, fontsize=9)
-    panel.set_xticks(range(len(operations)), [name.replace(", ", ",\n") for name in operations], fontsize=7)
+    panel.set_xticks(range(len(operations)), [_broken(name) for name in operations], fontsize=7)
     panel.set_ylabel("GiB/s")
     panel.set_yscale("log")
     panel.grid(axis="y", linewidth=0.3)
+
+
+def _broken(name: str) -> str:
+    """An operation on several lines."""
+    for gap in (", ", ": ", " by ", " on "):
+        name = name.replace(gap, f"{gap.rstrip()}\n")
+    return name
 
 
 if __name__ == "__main__":
