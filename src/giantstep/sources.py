@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.codecs import OBJECT_CODEC
-from giantstep.format.data_file import chunk_entry, object_entry
+from giantstep.format.data_file import ChunkEntries, object_entry
 from giantstep.mapping.describe import Described, StoredObject
 from giantstep.planning.description import COPY, Description
 from giantstep.planning.index_plan import WriteReport
-from giantstep.planning.save_plan import WritePart, regions_of_part
+from giantstep.planning.save_plan import WritePart, cut_regions
 from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.staging.host import host_pieces
 from giantstep.writing.write import Source, Written
@@ -40,13 +40,17 @@ def sources_of(
         objects: encoded objects by name.
         piece_bytes: how much of a tensor that must be copied is copied at a time.
     """
-    pieces = [(leaf, region, view) for leaf in described.leaves for region, view in leaf.pieces]
+    pieces = [(leaf, piece) for leaf in described.leaves for piece in leaf.pieces]
+    cuts = dict(zip(part.cut.tolist(), cut_regions(part, description), strict=True))
+    entry_of = ChunkEntries().entry
     sources = []
-    for row, region in zip(part.row.tolist(), regions_of_part(part, description), strict=True):
-        leaf, held, whole = pieces[row]
-        view = whole[region.relative_to(held.offset).slices()]
-        entry = chunk_entry(leaf.key, leaf.dtype, region)
-        sources.append(Source(entry, leaf.dtype.item_bytes, partial(host_pieces, view, piece_bytes)))
+    for chunk, row in enumerate(part.row.tolist()):
+        leaf, (region, view) = pieces[row]
+        if chunk in cuts:
+            held, region = region, cuts[chunk]
+            view = view[region.relative_to(held.offset).slices()]
+        dtype = leaf.extent.dtype
+        sources.append(Source(entry_of(leaf.key, dtype, region), dtype.item_bytes, partial(host_pieces, view, piece_bytes)))
     for name in part.objects:
         data = objects[name]
         if data:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from giantstep.errors import UnsupportedTypeError
-from giantstep.shards.dtypes import DType
+from giantstep.shards.dtypes import BY_TORCH_NAME, DType, dtype_of_torch_name
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -24,6 +24,17 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise UnsupportedTypeError(f"torch {torch.__version__} has no dtype {dtype.torch_name}: a newer one is needed")
     return found
+
+
+_STORED = {
+    found: dtype for name, dtype in BY_TORCH_NAME.items() if isinstance(found := getattr(torch, name, None), torch.dtype)
+}
+
+
+def stored_dtype(dtype: torch.dtype) -> DType:
+    """The inverse of `torch_dtype`; raises `BadArgumentError` for others."""
+    found = _STORED.get(dtype) if isinstance(dtype, torch.dtype) else None
+    return dtype_of_torch_name(str(dtype)) if found is None else found
 
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

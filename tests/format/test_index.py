@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, CorruptionError
-from giantstep.format.container import Entry, lay_out, parse_header
+from giantstep.format.container import Entry, header_bytes_bound, headers_bytes_bound, lay_out, parse_header
 from giantstep.format.data_file import chunk_entry, object_entry, plan_data_files
 from giantstep.format.index import COLUMNS, Index, check_index, encode_index
 from giantstep.format.names import data_file_name, is_data_file, is_index_file, save_id_of
@@ -156,12 +157,26 @@ def test_a_header_comes_back_and_data_begin_on_4096() -> None:
         lay_out([entries[0], entries[0]], {})
 
 
+def test_a_header_is_the_json_text_of_its_fields() -> None:
+    names = ["plain", 'quote " backslash \\ slash /', "line\n tab\t null\0", "\u00e9 \U0001f600 \u2028", "", "__metadata__ "]
+    entries = [Entry(name, "F32", (2, number), 8 * number) for number, name in enumerate(names)]
+    entries.append(Entry("scalar", "I64", (), 8))
+    header, _ = lay_out(entries, {"key": 'value "\u00e9"'})
+    ends = list(itertools.accumulate([entry.bytes for entry in entries], initial=0))
+    fields: dict[str, object] = {"__metadata__": {"key": 'value "\u00e9"'}}
+    for entry, start, stop in zip(entries, ends, ends[1:], strict=False):
+        fields[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (start, stop)}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    assert header[8:].rstrip(b" ") == text
+    assert len(text) <= 4096 + sum(map(header_bytes_bound, entries)) <= 4096 + headers_bytes_bound(entries)
+
+
 def test_entries_are_aligned_named_and_spread_over_files() -> None:
     entries = [chunk_entry("w", BY_NAME[name], Region((0,), (3,))) for name in ("U8", "BF16", "F64", "C128", "F4X2")]
     entries.append(object_entry("common_state", 11))
     assert entries[3] == Entry("w[0:3]", "F64", (3, 2), 48)
     assert entries[4] == Entry("w[0:3]", "F4", (6,), 3)
-    named = [dataclasses.replace(entry, name=f"{n}{entry.name}") for n, entry in enumerate(entries)]
+    named = [entry._replace(name=f"{n}{entry.name}") for n, entry in enumerate(entries)]
     alignments = [1, 2, 8, 16, 1, 1]
     (plan,) = plan_data_files(named, alignments, 1 << 20, {})
     for position, start in zip(plan.order, plan.starts, strict=True):

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from giantstep.format.container import DATA_ALIGNMENT, MAX_HEADER_BYTES, Entry, header_bytes_bound, lay_out
+from giantstep.format.container import (
+    DATA_ALIGNMENT,
+    MAX_HEADER_BYTES,
+    Entry,
+    header_bytes_bound,
+    headers_bytes_bound,
+    lay_out,
+)
 from giantstep.shards.dtypes import DType
 from giantstep.shards.region import Region
 
@@ -19,7 +26,25 @@ MAX_ENTRIES_PER_FILE = 100_000
 
 def chunk_entry(key: str, dtype: DType, region: Region) -> Entry:
     """The entry of a chunk: named by key and region, as `decoder.weight[0:1024,0:4096]`."""
-    return Entry(f"{key}{region}", dtype.container, dtype.container_shape(region.size), region.elements * dtype.item_bytes)
+    return ChunkEntries().entry(key, dtype, region)
+
+
+class ChunkEntries:
+    """Makes entries of chunks as `chunk_entry` does. What many say of one `Region` object is worked out once."""
+
+    def __init__(self) -> None:
+        # The regions are kept too: an id means something only while its object lives.
+        self._known: dict[tuple[int, int], tuple[str, str, tuple[int, ...], int, Region]] = {}
+
+    def entry(self, key: str, dtype: DType, region: Region) -> Entry:
+        """One entry."""
+        like = (id(region), dtype.code)
+        known = self._known.get(like)
+        if known is None:
+            size = region.elements * dtype.item_bytes
+            known = self._known[like] = (str(region), dtype.container, dtype.container_shape(region.size), size, region)
+        text, container, shape, size, _ = known
+        return Entry(key + text, container, shape, size)
 
 
 def object_entry(key: str, encoded_bytes: int) -> Entry:
@@ -54,7 +79,9 @@ def plan_data_files(
         alignments: item size of each entry, a power of two.
         max_file_bytes: limit per file, header included, unless one entry alone is larger.
     """
-    order = sorted(range(len(entries)), key=lambda position: -alignments[position])
+    order = sorted(range(len(entries)), key=[-alignment for alignment in alignments].__getitem__)
+    if entries and _fit_one_file(entries, max_file_bytes):
+        return [_data_file(entries, order, metadata)]
     plans: list[DataFilePlan] = []
     group: list[int] = []
     header_bound, data_bytes = DATA_ALIGNMENT, 0
@@ -72,6 +99,13 @@ def plan_data_files(
     if group:
         plans.append(_data_file(entries, group, metadata))
     return plans
+
+
+def _fit_one_file(entries: Sequence[Entry], max_file_bytes: int) -> bool:
+    """Whether it can be seen without a closer look at each entry that all fit one file, as they mostly do."""
+    header_bound = 2 * DATA_ALIGNMENT + headers_bytes_bound(entries)
+    few = len(entries) <= MAX_ENTRIES_PER_FILE and header_bound <= MAX_HEADER_BYTES // 2
+    return few and header_bound + sum([entry.bytes for entry in entries]) <= max_file_bytes
 
 
 def _data_file(entries: Sequence[Entry], group: Sequence[int], metadata: dict[str, str]) -> DataFilePlan:

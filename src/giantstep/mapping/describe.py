@@ -24,6 +24,9 @@ from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.paths import Path, dotted
 
 
+_TENSORS = (torch.Tensor, ShardedTensor)
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectLeaf:
     """One sharded object of the state dict: where it stands, and the user's object."""
@@ -88,7 +91,7 @@ def describe(state_dict: Any, *, for_load: bool) -> Described:
     maker = LeafMaker(for_load=for_load)
 
     def sort(path: Path, leaf: Any) -> Any:
-        if isinstance(leaf, ShardedTensor | torch.Tensor):
+        if isinstance(leaf, _TENSORS):
             leaves.append(maker.leaf(path, leaf))
         elif isinstance(leaf, ShardedObject):
             leaf.validate()
@@ -124,6 +127,8 @@ def _stored(objects: Sequence[ObjectLeaf], *, for_load: bool) -> dict[str, Store
 
 
 def _check_unicode(key: str, noun: str) -> None:
+    if key.isascii():
+        return
     try:
         key.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -21,18 +21,53 @@ from giantstep.shards.splits import Run, Split, runs_after
 
 
 @dataclass(frozen=True, slots=True)
-class DTensorShard:
-    """One rank's part of a DTensor.
+class _Box:
+    """A region, and where it lies in the local tensor: (axis, first, count) for each dimension; None if it is all of it."""
+
+    region: Region
+    place: list[tuple[int, int, int]] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DTensorLayout:
+    """What one rank holds of all DTensors that are distributed alike.
 
     Attributes:
-        pieces: (region of the global tensor, view of the local tensor); views share its memory.
-        mesh: identifies the set of ranks over which it is distributed, equal on all of them.
+        mesh: identifies the set of ranks over which they are distributed, equal on all of them.
         mesh_size: number of those ranks.
+        mesh_shape: as torch has it.
+        local_shape: what the local tensors must have; None if this rank is not in the mesh.
+        boxes: what they hold.
     """
 
-    pieces: list[tuple[Region, torch.Tensor]]
     mesh: int
     mesh_size: int
+    mesh_shape: tuple[int, ...]
+    local_shape: tuple[int, ...] | None
+    boxes: list[_Box]
+
+    def pieces(self, key: str, tensor: DTensor) -> list[tuple[Region, torch.Tensor]]:
+        """Regions that this rank holds of a DTensor of this layout, with views that share memory with its local tensor.
+
+        Raises:
+            BadArgumentError: the local tensor has not the shape that the placements imply.
+        """
+        if self.local_shape is None:
+            return []
+        local = tensor._local_tensor
+        if local.shape != self.local_shape:
+            raise BadArgumentError(
+                f"tensor {key!r}: placements {tensor.placements} of shape {tuple(tensor.shape)} on mesh {self.mesh_shape} give "
+                f"this rank a local shape of {self.local_shape}, but the local tensor has {tuple(local.shape)}. A DTensor made "
+                "by from_local with uneven shards needs its global shape and stride given."
+            )
+        return [(box.region, local if box.place is None else _narrowed(local, box.place)) for box in self.boxes]
+
+
+def _narrowed(local: torch.Tensor, place: list[tuple[int, int, int]]) -> torch.Tensor:
+    for axis, first, count in place:
+        local = local.narrow(axis, first, count)
+    return local
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +81,26 @@ class _Mesh:
 
 
 class DTensorReader:
-    """Takes DTensors apart. One lives as long as one `describe`: it remembers meshes and layouts it has met."""
+    """Takes DTensors apart. One lives as long as one `describe`: it remembers meshes it has met."""
 
     def __init__(self) -> None:
         # The mesh objects are kept too: an id means something only while its object lives.
         self._meshes: dict[int, tuple[Any, _Mesh]] = {}
-        self._runs: dict[tuple[Any, ...], list[list[Run]]] = {}
 
-    def shard(self, key: str, tensor: DTensor) -> DTensorShard:
-        """Regions that this rank holds of a DTensor; none if it is not in the mesh.
+    def layout(self, key: str, tensor: DTensor) -> DTensorLayout:
+        """What this rank holds of a DTensor; nothing if it is not in the mesh.
 
         Raises:
-            BadArgumentError: a placement is Partial, or the local tensor has not the shape that the placements imply.
+            BadArgumentError: a placement is Partial, or is none that can be described.
         """
         mesh = self._mesh(tensor.device_mesh)
         if mesh.coordinate is None:
-            return DTensorShard([], mesh.name, mesh.size)
-        runs = self._runs_of(key, tensor, mesh)
-        local = tensor._local_tensor
-        expected = tuple(sum(count for _, count in found) for found in runs)
-        if tuple(local.shape) != expected:
-            raise BadArgumentError(
-                f"tensor {key!r}: placements {tensor.placements} of shape {tuple(tensor.shape)} on mesh {mesh.shape} give "
-                f"this rank a local shape of {expected}, but the local tensor has {tuple(local.shape)}. A DTensor made by "
-                "from_local with uneven shards needs its global shape and stride given."
-            )
-        return DTensorShard(_boxes(runs, local), mesh.name, mesh.size)
+            return DTensorLayout(mesh.name, mesh.size, mesh.shape, None, [])
+        order = getattr(tensor._spec, "shard_order", None)
+        splits = splits_per_dimension(key, tensor.ndim, tensor.placements, mesh.shape, mesh.coordinate, order)
+        runs = [runs_after(length, parts) for length, parts in zip(tensor.shape, splits, strict=True)]
+        local_shape = tuple(sum(count for _, count in found) for found in runs)
+        return DTensorLayout(mesh.name, mesh.size, mesh.shape, local_shape, _boxes(runs))
 
     def _mesh(self, mesh: Any) -> _Mesh:
         held = self._meshes.get(id(mesh))
@@ -83,31 +112,16 @@ class DTensorReader:
             held = self._meshes[id(mesh)] = (mesh, seen)
         return held[1]
 
-    def _runs_of(self, key: str, tensor: DTensor, mesh: _Mesh) -> list[list[Run]]:
-        """Per dimension, the runs of indices that this rank holds."""
-        spec: Any = tensor._spec
-        order = getattr(spec, "shard_order", None)
-        layout = (id(tensor.device_mesh), tuple(tensor.placements), tuple(tensor.shape), order)
-        runs = self._runs.get(layout)
-        if runs is None:
-            splits = splits_per_dimension(key, tensor.ndim, tensor.placements, mesh.shape, mesh.coordinate or (), order)
-            runs = [runs_after(length, parts) for length, parts in zip(tensor.shape, splits, strict=True)]
-            self._runs[layout] = runs
-        return runs
 
-
-def _boxes(runs: list[list[Run]], local: torch.Tensor) -> list[tuple[Region, torch.Tensor]]:
+def _boxes(runs: list[list[Run]]) -> list[_Box]:
     if all(len(found) == 1 for found in runs):
         firsts, counts = zip(*(found[0] for found in runs), strict=True) if runs else ((), ())
-        return [(Region(firsts, counts), local)]
-    pieces = []
+        return [_Box(Region(firsts, counts), None)]
+    boxes = []
     for combination in itertools.product(*(_with_positions(found) for found in runs)):
         region = Region(tuple(first for first, _, _ in combination), tuple(count for _, count, _ in combination))
-        view = local
-        for axis, (_, count, position) in enumerate(combination):
-            view = view.narrow(axis, position, count)
-        pieces.append((region, view))
-    return pieces
+        boxes.append(_Box(region, [(axis, position, count) for axis, (_, count, position) in enumerate(combination)]))
+    return boxes
 
 
 def _with_positions(runs: list[Run]) -> list[tuple[int, int, int]]:

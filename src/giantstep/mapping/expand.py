@@ -19,7 +19,7 @@ from giantstep.errors import BadArgumentError
 from giantstep.mapping.factory import ShardedTensorFactory
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.tree import Tree, map_leaves
-from giantstep.mapping.wrappers import Parts, description_of, following, scalings, take_apart
+from giantstep.mapping.wrappers import OWN_VALUES, Parts, description_of, following, scalings, take_apart
 from giantstep.shards.object_keys import wrapper_key
 from giantstep.shards.paths import Path, dotted
 
@@ -67,6 +67,8 @@ def expand(state_dict: Tree) -> Expanded:
 
 def _expand(tree: Tree, path: Path, found: Expanded) -> Tree:
     def replace(where: Path, leaf: Any) -> Any:
+        if _is_plain(leaf):
+            return leaf
         if isinstance(leaf, ShardedTensorFactory):
             leaf.validate()
             inner = _expand(leaf.build(), where, found)
@@ -86,6 +88,19 @@ def _expand(tree: Tree, path: Path, found: Expanded) -> Tree:
         return inner
 
     return map_leaves(tree, replace, path)
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether it can be seen at once that nothing stands for a leaf: so it is with most."""
+    kind = type(leaf)
+    if kind is DTensor:
+        kind = type(leaf._local_tensor)
+    elif kind is ShardedTensor:
+        kind = type(leaf.data)
+    return kind in _PLAIN
+
+
+_PLAIN = {*OWN_VALUES, bool, int, float, str, type(None)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ import torch
 
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.replica import ReplicaId, check_replica_id
-from giantstep.shards.dtypes import dtype_of_torch_name
 from giantstep.shards.flat import flat_range_to_regions
-from giantstep.shards.region import Region, as_ints, check_shape
+from giantstep.shards.region import Region, as_ints, check_shape, is_shape
+from giantstep.words import stored_dtype
 
 RankOffset = tuple[int, int, int]
 """(axis, index of this rank's part along it, number of parts)."""
@@ -210,7 +210,10 @@ class ShardedTensor:
 
     def region(self) -> Region:
         """The shard's region of the global tensor, prepended axes included; for a flat shard, of its box."""
-        return Region(self.global_offset, (1,) * self.prepend_axis_num + self.local_shape)
+        return Region(self.global_offset, self._size())
+
+    def _size(self) -> tuple[int, ...]:
+        return (1,) * self.prepend_axis_num + self.local_shape
 
     def data_shape(self) -> tuple[int, ...]:
         """Shape that `data` has or will have."""
@@ -225,7 +228,7 @@ class ShardedTensor:
         """
         whole = self.region()
         if self.flattened_range is None:
-            return [(whole, data.view(whole.size))]
+            return [(whole, data.view(whole.size) if self.prepend_axis_num else data)]
         start = self.flattened_range.start
         found = []
         for position, box in flat_range_to_regions(whole.size, start, self.flattened_range.stop):
@@ -238,13 +241,18 @@ class ShardedTensor:
         """Raise `BadArgumentError` unless all attributes fit each other."""
         if not isinstance(self.key, str):
             raise BadArgumentError(f"tensor key {self.key!r} must be a str")
-        dtype_of_torch_name(str(self.dtype))
-        self.local_shape = check_shape(self.local_shape, f"the shard of tensor {self.key!r}")
-        self.global_shape = check_shape(self.global_shape, f"tensor {self.key!r}")
-        self.global_offset = as_ints(self.global_offset, f"global_offset of tensor {self.key!r}")
+        stored_dtype(self.dtype)
+        # Mostly they are right already: what is checked to see that costs much less than a shape made anew.
+        if not is_shape(self.local_shape):
+            self.local_shape = check_shape(self.local_shape, f"the shard of tensor {self.key!r}")
+        if not is_shape(self.global_shape):
+            self.global_shape = check_shape(self.global_shape, f"tensor {self.key!r}")
+        if not is_shape(self.global_offset):
+            self.global_offset = as_ints(self.global_offset, f"global_offset of tensor {self.key!r}")
         self._validate_region()
         self._validate_grid()
-        self.replica_id = check_replica_id(self.replica_id, f"tensor {self.key!r}")
+        if type(self.replica_id) is not int or self.replica_id < 0:
+            self.replica_id = check_replica_id(self.replica_id, f"tensor {self.key!r}")
         self._validate_flattened_range()
         self._validate_data()
 
@@ -255,24 +263,23 @@ class ShardedTensor:
                 f"tensor {self.key!r}: {self.prepend_axis_num} prepended axes and local shape {self.local_shape} need "
                 f"{dims} global dimensions, found global shape {self.global_shape} and offset {self.global_offset}"
             )
-        if not self.region().fits(self.global_shape):
-            raise BadArgumentError(
-                f"tensor {self.key!r}: region {self.region()} does not lie in global shape {self.global_shape}"
-            )
+        for start, count, length in zip(self.global_offset, self._size(), self.global_shape, strict=True):
+            if start < 0 or start + count > length:
+                raise BadArgumentError(
+                    f"tensor {self.key!r}: region {self.region()} does not lie in global shape {self.global_shape}"
+                )
 
     def _validate_grid(self) -> None:
-        if self.axis_fragmentations is None:
+        parts = self.axis_fragmentations
+        if parts is None:
             return
-        self.axis_fragmentations = as_ints(self.axis_fragmentations, f"axis_fragmentations of tensor {self.key!r}")
-        size = self.region().size
-        fits = len(self.axis_fragmentations) == len(size) and all(
-            parts >= 1 and offset % count == 0 if count else True
-            for parts, offset, count in zip(self.axis_fragmentations, self.global_offset, size, strict=True)
-        )
-        even = fits and all(
-            self.allow_shape_mismatch or count * parts == total
-            for parts, count, total in zip(self.axis_fragmentations, size, self.global_shape, strict=True)
-        )
+        if not is_shape(parts):
+            parts = self.axis_fragmentations = as_ints(parts, f"axis_fragmentations of tensor {self.key!r}")
+        size = self._size()
+        even = len(parts) == len(size)
+        for count, start, length, total in zip(parts, self.global_offset, size, self.global_shape, strict=False):
+            fits = length == 0 or (count >= 1 and start % length == 0)
+            even = even and fits and (self.allow_shape_mismatch or length * count == total)
         if not even:
             raise BadArgumentError(
                 f"tensor {self.key!r}: region {self.region()} is not a cell of the grid {self.axis_fragmentations} over "
@@ -303,7 +310,7 @@ class ShardedTensor:
             return
         if not isinstance(self.data, torch.Tensor):
             raise BadArgumentError(f"tensor {self.key!r}: data must be a torch.Tensor or None, not {type(self.data).__name__}")
-        if tuple(self.data.shape) != self.data_shape() or self.data.dtype != self.dtype:
+        if self.data.shape != self.data_shape() or self.data.dtype != self.dtype:
             raise BadArgumentError(
                 f"tensor {self.key!r}: data have shape {tuple(self.data.shape)} and dtype {self.data.dtype}, "
                 f"expected {self.data_shape()} and {self.dtype}"

@@ -19,6 +19,8 @@ Tree = Any
 LeafFunction = Callable[[Path, Any], Any]
 
 
+# What may be walked into; everything else is a leaf at first sight.
+_CONTAINERS = (dict, list, tuple)
 _WHOLE: set[type] = set()
 
 
@@ -38,16 +40,26 @@ def map_leaves(tree: Tree, function: LeafFunction, path: Path = ()) -> Tree:
     Raises:
         BadArgumentError: nested more than 200 levels deep, or containing itself.
     """
+    _check_depth(path)
+    if is_dict(tree):
+        if tree:
+            _check_depth((*path, next(iter(tree))))
+        mapped = {}
+        for key, value in tree.items():
+            where = (*path, key)
+            # Most values are leaves: of these a call less each.
+            mapped[key] = map_leaves(value, function, where) if isinstance(value, _CONTAINERS) else function(where, value)
+        return OrderedDict(mapped) if isinstance(tree, OrderedDict) else mapped
+    if type(tree) in (list, tuple):
+        return type(tree)([map_leaves(value, function, (*path, position)) for position, value in enumerate(tree)])
+    return function(path, tree)
+
+
+def _check_depth(path: Path) -> None:
     if len(path) > MAX_DEPTH:
         raise BadArgumentError(
             f"state dict is nested more than {MAX_DEPTH} levels deep (or contains itself) at {dotted(path)[:200]!r}"
         )
-    if is_dict(tree):
-        mapped = ((key, map_leaves(value, function, (*path, key))) for key, value in tree.items())
-        return OrderedDict(mapped) if isinstance(tree, OrderedDict) else dict(mapped)
-    if type(tree) in (list, tuple):
-        return type(tree)(map_leaves(value, function, (*path, position)) for position, value in enumerate(tree))
-    return function(path, tree)
 
 
 def flatten(tree: Tree) -> dict[Path, Any]:
@@ -128,8 +140,9 @@ def prune(tree: Tree, path: Path = ()) -> Tree:
     Containers that were empty to begin with stay. The result is `DROPPED` if nothing is left.
     """
     if is_dict(tree):
-        kept = {key: prune(value, (*path, key)) for key, value in tree.items()}
-        kept = {key: value for key, value in kept.items() if value is not DROPPED}
+        # Most values were taken: they are left out without a call.
+        pruned = {key: prune(value, (*path, key)) for key, value in tree.items() if value is not DROPPED}
+        kept = {key: value for key, value in pruned.items() if value is not DROPPED}
         if tree and not kept:
             return DROPPED
         return OrderedDict(kept) if isinstance(tree, OrderedDict) else kept

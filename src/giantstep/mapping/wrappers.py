@@ -37,6 +37,8 @@ class Wrapper:
     dequantise: Dequantise | None
 
 
+# Tensors that hold their own values.
+OWN_VALUES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 # Values that share one element of a part, at most: 1-bit values in a byte.
 _MOST_PACKED = 8
 _LOCK = threading.Lock()
@@ -107,7 +109,7 @@ def take_apart(tensor: torch.Tensor, what: str) -> Parts | None:
             not follow its dimensions.
     """
     kind = type(tensor)
-    if kind in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or isinstance(tensor, DTensor):
+    if kind in OWN_VALUES or isinstance(tensor, DTensor):
         return None
     wrapper = _BY_TYPE.get(kind)
     if wrapper is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from giantstep.planning.holders import Holders, group_holders, holder_sets, posi
 from giantstep.planning.objects import ObjectPlan, check_wrappers, plan_objects
 from giantstep.planning.shard_table import ShardTable, tabulate
 from giantstep.shards.flat import flat_range_to_regions
-from giantstep.shards.region import Int64s, Region, padded_to_ragged, ragged_to_padded, same_rows, split_region, volumes
+from giantstep.shards.region import Int64s, Region, padded_to_ragged, same_rows, split_region, volumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,21 +348,19 @@ def _sorted(plan: SavePlan) -> SavePlan:
     return _with_chunks(plan, order, plan.offset[order], plan.size[order], plan.bytes[order])
 
 
-def regions_of_part(part: WritePart, description: Description) -> list[Region]:
-    """The regions of a rank's part, with the dimensions of the description's tensors."""
+def cut_regions(part: WritePart, description: Description) -> list[Region]:
+    """The regions of those chunks of a rank's part that are cut, in their order.
+
+    Raises:
+        PeerFailureError: the part does not fit the description.
+    """
     dims = description.tensor_ndim[description.shard_tensor]
-    if len(part.row) and not 0 <= int(part.row.min()) <= int(part.row.max()) < len(dims):
+    count = len(part.row)
+    fits = not count or 0 <= int(part.row.min()) <= int(part.row.max()) < len(dims)
+    fits = fits and (not len(part.cut) or 0 <= int(part.cut.min()) <= int(part.cut.max()) < count)
+    cut = dims[part.row[part.cut]] if fits else dims
+    if not fits or int(cut.sum()) != len(part.offset) or len(part.offset) != len(part.size):
         raise PeerFailureError("rank 0 sent a part of the plan that does not fit this rank's tensors")
-    width = int(dims.max(initial=0))
-    starts = np.cumsum(dims) - dims
-    offset = ragged_to_padded(description.shard_offset, starts[part.row], dims[part.row], 0, width)
-    size = ragged_to_padded(description.shard_size, starts[part.row], dims[part.row], 1, width)
-    cut = dims[part.row[part.cut]]
-    if int(cut.sum()) != len(part.offset) or len(part.offset) != len(part.size):
-        raise PeerFailureError("rank 0 sent a part of the plan that does not fit this rank's tensors")
-    offset[part.cut] = ragged_to_padded(part.offset, np.cumsum(cut) - cut, cut, 0, width)
-    size[part.cut] = ragged_to_padded(part.size, np.cumsum(cut) - cut, cut, 1, width)
-    return [
-        Region(tuple(first[width - count :]), tuple(counts[width - count :]))
-        for first, counts, count in zip(offset.tolist(), size.tolist(), dims[part.row].tolist(), strict=True)
-    ]
+    ends = np.cumsum(cut).tolist()
+    offset, size = part.offset.tolist(), part.size.tolist()
+    return [Region(tuple(offset[first:last]), tuple(size[first:last])) for first, last in itertools.pairwise([0, *ends])]

@@ -8,4 +8,4 @@ Path = tuple[str | int | bool | float | bytes | tuple[object, ...] | None, ...]
 
 def dotted(path: Path) -> str:
     """The steps joined by dots: the key of a leaf that has none of its own."""
-    return ".".join(str(step) for step in path)
+    return ".".join(map(str, path))

@@ -34,7 +34,7 @@ class Region:
     def __post_init__(self) -> None:
         if len(self.offset) != len(self.size):
             raise BadArgumentError(f"region offset {self.offset} and size {self.size} differ in their number of dimensions")
-        if any(part < 0 for part in (*self.offset, *self.size)):
+        if min(self.offset, default=0) < 0 or min(self.size, default=0) < 0:
             raise BadArgumentError(f"region offset {self.offset} and size {self.size} must not be negative")
 
     @classmethod
@@ -50,7 +50,7 @@ class Region:
     @property
     def end(self) -> tuple[int, ...]:
         """One past the last index, per dimension."""
-        return tuple(start + count for start, count in zip(self.offset, self.size, strict=True))
+        return tuple([start + count for start, count in zip(self.offset, self.size, strict=True)])
 
     def intersect(self, other: Region) -> Region:
         """The common box; some size is 0 where there is none."""
@@ -68,10 +68,10 @@ class Region:
 
     def slices(self) -> tuple[slice, ...]:
         """Indexing that cuts the region out of an array of the global shape."""
-        return tuple(slice(start, stop) for start, stop in zip(self.offset, self.end, strict=True))
+        return tuple([slice(start, start + count) for start, count in zip(self.offset, self.size, strict=True)])
 
     def __str__(self) -> str:
-        return "[" + ",".join(f"{start}:{stop}" for start, stop in zip(self.offset, self.end, strict=True)) + "]"
+        return "[" + ",".join([f"{start}:{start + count}" for start, count in zip(self.offset, self.size, strict=True)]) + "]"
 
 
 def as_ints(values: Sequence[int], what: str) -> tuple[int, ...]:
@@ -92,6 +92,18 @@ def check_shape(shape: Sequence[int], what: str) -> tuple[int, ...]:
             f"and at most 2**62 elements, dimensions of 0 not counted"
         )
     return result
+
+
+def is_shape(shape: object) -> bool:
+    """Whether `check_shape` would return the shape as it is: a tuple of ints, in bounds."""
+    if type(shape) is not tuple or len(shape) > MAX_DIMS:
+        return False
+    elements = 1
+    for part in shape:
+        if type(part) is not int or part < 0:
+            return False
+        elements *= part or 1
+    return elements <= MAX_ELEMENTS
 
 
 def split_region(region: Region, max_elements: int) -> Iterator[Region]:
