@@ -16,6 +16,7 @@ import torch
 
 import giantstep as gs
 import giantstep.saving
+from conftest import Commits
 from giantstep.errors import BadArgumentError, ChangedTooSoonError
 from giantstep.group.base import Answer, Parts
 from giantstep.group.threads import ThreadGroup
@@ -358,12 +359,13 @@ def _used() -> tuple[int, int, int]:
     )
 
 
-def test_two_hundred_saves_leak_nothing(tmp_path: Path) -> None:
-    state = {f"w{number}": torch.ones(1 << 16) for number in range(32)}
+def test_two_hundred_saves_leak_nothing(tmp_path: Path, committed: Commits) -> None:
+    state = {f"w{number}": torch.ones(1 << 16) for number in range(8)}
 
     def rounds(count: int) -> None:
         for number in range(count):
             gs.async_save({**state, "step": number}, tmp_path / str(number % 2)).result()
+            committed.clear()
 
     rounds(20)
     memory, files, threads = _used()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from giantstep.codecs import OBJECT_CODEC
-from giantstep.errors import BadArgumentError, CancelledError, error_from_wire, error_to_wire
+from giantstep.errors import BadArgumentError, CancelledError, GiantstepError, error_from_wire, error_to_wire
 from giantstep.format.record import Json
 from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.group.torch_group import group_of
@@ -102,7 +102,7 @@ class _AsyncSave:
         with watch.phase("describe"):
             self._agree()
         with watch.phase("stage"):
-            return self._saver.submit(self._save.location, self._stage, warns=self._options.on_error == "warn")
+            return self._saver.submit(self._save.location, self._stage, self._failed, warns=self._options.on_error == "warn")
 
     def _agree(self) -> None:
         """The one agreement in the caller's thread: all ranks can begin, and no earlier save failed unnoticed."""
@@ -164,32 +164,43 @@ class _AsyncSave:
         if not snapshot.is_on_its_way:
             snapshot.finish()
             pending.mark_staged()
-        return lambda group: self._carry_out(group, snapshot, pending)
+
+        def work(group: Group) -> SaveReport:
+            try:
+                return self._carry_out(group, lambda: self._staged(snapshot, pending), lambda: _stop_if_cancelled(pending))
+            finally:
+                snapshot.release()
+                self._forget()
+
+        return work
+
+    def _failed(self, error: GiantstepError) -> Work:
+        """The others are in the background already, or will be."""
+
+        def subject() -> Subject:
+            raise error
+
+        return lambda group: self._carry_out(group, subject, lambda: None)
 
     # In the background.
 
-    def _carry_out(self, group: Group, snapshot: Snapshot, pending: PendingSave) -> SaveReport:
+    def _staged(self, snapshot: Snapshot, pending: PendingSave) -> Subject:
+        with self._save.watch.phase("stage"):
+            snapshot.finish()
+        pending.mark_staged()
+        _stop_if_cancelled(pending)
+        self._save.described = _of_copies(self._save.described, snapshot.copies, self._encoded)
+        return self._save.subject("async_save")
+
+    def _carry_out(self, group: Group, subject: Callable[[], Subject], check: Callable[[], None]) -> SaveReport:
         save = self._save
-
-        def subject() -> Subject:
-            with save.watch.phase("stage"):
-                snapshot.finish()
-            pending.mark_staged()
-            _stop_if_cancelled(pending)
-            save.described = _of_copies(save.described, snapshot.copies, self._encoded)
-            return save.subject()
-
-        try:
-            with save.watch.phase("plan"):
-                save.plan(group, subject)
-            with save.watch.phase("write"):
-                save.write_and_commit(lambda: _stop_if_cancelled(pending))
-            with save.watch.phase("clean"):
-                removed = save.clean()
-            return save.report(removed)
-        finally:
-            snapshot.release()
-            self._forget()
+        with save.watch.phase("plan"):
+            save.plan(group, subject)
+        with save.watch.phase("write"):
+            save.write_and_commit(check)
+        with save.watch.phase("clean"):
+            removed = save.clean()
+        return save.report(removed)
 
     def _forget(self) -> None:
         """What was saved is not needed by whoever keeps the handle."""

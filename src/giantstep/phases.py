@@ -66,9 +66,13 @@ def same_call(reports: Sequence[Parts]) -> list[Parts]:
 
 def _raise_difference(first: dict[str, Any], other: dict[str, Any], rank: int) -> NoReturn:
     name = next(name for name in {**first, **other} if first.get(name) != other.get(name))
-    if isinstance(first.get(name), dict) and isinstance(other.get(name), dict):
-        below = ({f"{name}.{key}": value for key, value in call[name].items()} for call in (first, other))
-        _raise_difference(*below, rank)
+    ours, theirs = first.get(name), other.get(name)
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        _raise_difference(
+            {f"{name}.{key}": value for key, value in ours.items()},
+            {f"{name}.{key}": value for key, value in theirs.items()},
+            rank,
+        )
     raise DisagreementError(
         f"ranks make different calls: {name} is {_short(first.get(name))} on rank 0 and {_short(other.get(name))} on rank "
         f"{rank}. All ranks of the group must make the same call."

@@ -75,13 +75,16 @@ class Saver:
         with self._changed:
             self._changed.wait_for(lambda: not self._jobs or ready(len(self._jobs)))
 
-    def submit(self, location: str, make: Callable[[PendingSave], Work], *, warns: bool) -> PendingSave:
+    def submit(
+        self, location: str, make: Callable[[PendingSave], Work], fail: Callable[[GiantstepError], Work], *, warns: bool
+    ) -> PendingSave:
         """Queue a save.
 
         Args:
             location: where the checkpoint will be.
-            make: makes the work, once there is a handle. If it raises, the save fails with that on all ranks, which may
-                wait for this one; an interrupt is raised all the same.
+            make: makes the work, once there is a handle.
+            fail: makes the work of telling the other ranks, which will wait for this one, that `make` failed here. Of
+                that the handle tells; an interrupt is raised too.
             warns: a failure is logged and then forgotten.
         """
         with self._changed:
@@ -92,10 +95,10 @@ class Saver:
         try:
             work = make(pending)
         except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
-            work = _failing(located(error, self._rank, "stage"))
+            work = fail(located(error, self._rank, "stage"))
         except BaseException as error:  # noqa: BLE001 - raised below, once the others can hear of it
             interrupt = error
-            work = _failing(ended(error, self._rank, "stage"))
+            work = fail(ended(error, self._rank, "stage"))
         with self._changed:
             self._jobs.append(_Job(number, pending, work, warns))
             if self._thread is None:
@@ -125,9 +128,15 @@ class Saver:
                 self._told.add(number)
 
     def wait(self, timeout_secs: float | None) -> bool:
-        """Wait until nothing is to be done; False if that takes longer."""
+        """Wait until nothing is to be done and the thread has ended; False if that takes longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._jobs, timeout_secs)
+            thread = self._thread
+            if not self._changed.wait_for(lambda: self._thread is None, timeout_secs):
+                return False
+        if thread is not None:
+            # The interpreter must not end while it is on its way out.
+            thread.join()
+        return True
 
     # In the background.
 
@@ -136,6 +145,7 @@ class Saver:
             with self._changed:
                 if not self._jobs:
                     self._thread = None
+                    self._changed.notify_all()
                     return
                 job = self._jobs[0]
             self._carry_out(job)
@@ -158,13 +168,6 @@ class Saver:
             self._changed.notify_all()
         if job.warns and isinstance(outcome, GiantstepError):
             _LOG.warning("%s: the save failed, the checkpoint before it stays the latest: %s", job.pending.location, outcome)
-
-
-def _failing(error: GiantstepError) -> Work:
-    def work(_group: Group) -> SaveReport:
-        raise error
-
-    return work
 
 
 # One saver for each group, forgotten with it. All savers, for the end of the interpreter.

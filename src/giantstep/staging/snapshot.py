@@ -7,8 +7,10 @@ far, and run beside its later kernels. Called by `async_saving`.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,8 @@ from giantstep.words import words_of
 
 # Copies begin on cache lines, and so where every kind of element may.
 _ALIGNMENT = 64
+# Below this a second thread takes longer to start than it saves.
+_SHARED_FROM_BYTES = 16 << 20
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
@@ -28,12 +32,12 @@ class Layout:
 
     Attributes:
         place: for each tensor the first byte of its copy; tensors that are the same elements of the same memory share one.
-        first: for each tensor, whether it is the first of those that share a copy.
+        first: rows of the tensors that are copied: those with elements, the first of those that share a copy.
         bytes: of all copies.
     """
 
     place: list[int]
-    first: list[bool]
+    first: list[int]
     bytes: int
 
 
@@ -44,17 +48,35 @@ def lay_out(tensors: Sequence[torch.Tensor], memory_of: Callable[[torch.Tensor],
         tensors: what is to be copied.
         memory_of: equal for tensors that are the same elements of the same memory; None for those that have none.
     """
-    places: dict[Hashable, int] = {}
+    # Few tensors begin where another does, and only those are looked at more closely.
+    begun: dict[int, list[int]] = {}
     place, first, end = [], [], 0
-    for tensor in tensors:
-        memory = memory_of(tensor)
-        known = places.get(memory) if memory is not None else None
-        first.append(known is None)
-        if known is None:
-            known = places[memory] = end
-            end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-        place.append(known)
+    for row, tensor in enumerate(tensors):
+        size = tensor.numel() * tensor.element_size()
+        if not size:
+            place.append(0)
+            continue
+        others = begun.setdefault(tensor.data_ptr(), [])
+        same = next((other for other in others if memory_of(tensors[other]) == memory_of(tensor)), None) if others else None
+        if same is None:
+            place.append(end)
+            first.append(row)
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+            others.append(row)
+        else:
+            place.append(place[same])
     return Layout(place, first, end)
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """Copies of one snapshot, kept for the next if that looks the same: to make thousands of them takes a while."""
+
+    arena: Arena
+    place: list[int]
+    shapes: list[torch.Size]
+    sizes: list[int]
+    views: list[torch.Tensor]
 
 
 class StagingMemory:
@@ -62,6 +84,7 @@ class StagingMemory:
 
     def __init__(self) -> None:
         self._plain, self._locked = Arenas(), Arenas(_locked_memory)
+        self._last: _Views | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -79,8 +102,17 @@ class StagingMemory:
 
     def clear(self) -> None:
         """Free what is not in use."""
+        self._last = None
         self._plain.clear()
         self._locked.clear()
+
+    def views(self, arena: Arena, tensors: Sequence[torch.Tensor], place: list[int]) -> list[torch.Tensor]:
+        """Where in an arena the copies of tensors are to be, as words."""
+        shapes, sizes = [tensor.shape for tensor in tensors], [tensor.element_size() for tensor in tensors]
+        last = self._last
+        if last is None or last.arena is not arena or (last.place, last.sizes, last.shapes) != (place, sizes, shapes):
+            last = self._last = _Views(arena, place, shapes, sizes, _views(arena, shapes, sizes, place))
+        return last.views
 
 
 def _locked_memory(size_bytes: int) -> Arena:
@@ -114,18 +146,14 @@ class Snapshot:
         self._events: list[torch.cuda.Event] = []
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            self.copies = _views(self._arena, tensors, layout)
-            self._copy(layout, later=later)
+            self.copies = memory.views(self._arena, tensors, layout.place)
+            self._copy(layout.first, later=later)
         except BaseException:
             self.release()
             raise
 
-    def _copy(self, layout: Layout, *, later: bool) -> None:
-        pairs = [
-            (copy, tensor)
-            for copy, tensor, first in zip(self.copies, self._tensors, layout.first, strict=True)
-            if first and tensor.numel()
-        ]
+    def _copy(self, rows: Sequence[int], *, later: bool) -> None:
+        pairs = [(self.copies[row], self._tensors[row]) for row in rows]
         on_cuda = [pair for pair in pairs if pair[1].is_cuda]
         rest = [pair for pair in pairs if not pair[1].is_cuda] if on_cuda else pairs
         by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -154,13 +182,14 @@ class Snapshot:
         for event in self._events:
             event.synchronize()
         tensors, self._tensors = self._tensors, []
-        for tensor, version, name in zip(tensors, self._versions, self._names, strict=False):
-            if _version(tensor) != version:
-                raise ChangedTooSoonError(
-                    f"tensor {name!r} was changed in place before it was staged, so what would be stored of it is neither its "
-                    "old value nor its new one. Call PendingSave.wait_staged before tensors change, or PendingSave.guard once "
-                    "with the optimizer."
-                )
+        changed = [row for row, tensor in enumerate(tensors) if _version(tensor) != self._versions[row]]
+        if changed:
+            raise ChangedTooSoonError(
+                f"tensor {self._names[changed[0]]!r} was changed in place before it was staged, so what would be stored of it is "
+                "neither its old value nor its new one"
+                + (f" (and so were {len(changed) - 1} more)" if len(changed) > 1 else "")
+                + ". Call PendingSave.wait_staged before tensors change, or PendingSave.guard once with the optimizer."
+            )
 
     def release(self) -> None:
         """Give the memory back. Copies must not be used any more."""
@@ -178,25 +207,14 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _views(arena: Arena, tensors: Sequence[torch.Tensor], layout: Layout) -> list[torch.Tensor]:
-    """Where the copies are to be, as words."""
+def _views(arena: Arena, shapes: Sequence[torch.Size], sizes: Sequence[int], place: Sequence[int]) -> list[torch.Tensor]:
     whole = torch.from_numpy(arena[: arena.size // 16 * 16]) if arena.size else torch.empty(0, dtype=torch.uint8)
-    kinds: dict[int, torch.Tensor] = {}
-    strides: dict[torch.Size, tuple[int, ...]] = {}
-    found = []
-    for tensor, place in zip(tensors, layout.place, strict=True):
-        shape, size = tensor.shape, tensor.element_size()
-        kind = kinds.get(size)
-        if kind is None:
-            kind = kinds[size] = whole.view(_WORDS[size])
-        stride = strides.get(shape)
-        if stride is None:
-            stride = strides[shape] = _row_major(shape)
-        if tensor.numel():
-            found.append(kind.as_strided(shape, stride, place // size))
-        else:
-            found.append(kind.new_empty(shape))
-    return found
+    kinds = {size: whole.view(_WORDS[size]) for size in set(sizes)}
+    strides = {shape: _row_major(shape) for shape in set(shapes)}
+    return [
+        kinds[size].as_strided(shape, strides[shape], start // size) if shape.numel() else kinds[size].new_empty(shape)
+        for shape, size, start in zip(shapes, sizes, place, strict=True)
+    ]
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -206,13 +224,26 @@ def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _source(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as words."""
-    return words_of(tensor.detach().resolve_conj().resolve_neg())
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return words_of(tensor)
 
 
 def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy tensors, to host memory. One call for all, which holds the interpreter's lock for none of it."""
-    if pairs:
-        torch._foreach_copy_([copy for copy, _ in pairs], [_source(tensor) for _, tensor in pairs])
+    """Copy tensors to host memory, in two threads if that pays. The interpreter's lock is held for none of it."""
+    copies, sources = [copy for copy, _ in pairs], [_source(tensor) for _, tensor in pairs]
+    ends = list(itertools.accumulate(source.numel() * source.element_size() for source in sources))
+    if not ends:
+        return
+    if ends[-1] < _SHARED_FROM_BYTES:
+        torch._foreach_copy_(copies, sources)
+        return
+    half = bisect.bisect_left(ends, ends[-1] // 2) + 1
+    with ThreadPoolExecutor(1, thread_name_prefix="giantstep-stage") as helper:
+        second = helper.submit(torch._foreach_copy_, copies[half:], sources[half:]) if half < len(copies) else None
+        torch._foreach_copy_(copies[:half], sources[:half])
+        if second is not None:
+            second.result()
 
 
 def _queue_copies(device: torch.device, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
