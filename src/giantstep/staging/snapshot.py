@@ -185,8 +185,8 @@ class Snapshot:
         changed = [row for row, tensor in enumerate(tensors) if _version(tensor) != self._versions[row]]
         if changed:
             raise ChangedTooSoonError(
-                f"tensor {self._names[changed[0]]!r} was changed in place before it was staged, so what would be stored is neither "
-                "its old value nor its new one"
+                f"tensor {self._names[changed[0]]!r} was changed in place before it was staged, so what would be stored is "
+                "neither its old value nor its new one"
                 + (f" (and so were {len(changed) - 1} more)" if len(changed) > 1 else "")
                 + ". Call PendingSave.wait_staged before tensors change, or PendingSave.guard once with the optimizer."
             )
