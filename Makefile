@@ -11,6 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
 	$(BIN)/python demo/state.py
 	$(BIN)/python demo/parallel.py
+	$(BIN)/python demo/background.py
 
 test: lint
 	$(BIN)/python -m pytest -q
