@@ -16,6 +16,12 @@ COMMITTED = "async: committed"
 COLD = "load, cold"
 WARM = "load, warm"
 COLUMNS = "load by columns"
+_ORDER = (COPY, SAVE, FIRST_BLOCKED, BLOCKED, STAGED, COMMITTED, COLD, WARM, COLUMNS)
+
+
+def position(operation: str) -> int:
+    """Where an operation comes in a table."""
+    return _ORDER.index(operation) if operation in _ORDER else len(_ORDER)
 
 
 def on_ranks(fewer: int, ranks: int) -> str:

@@ -93,6 +93,8 @@ class Rank:
         for method in methods:
             if method.primed:
                 self._use(method)
+            elif method.asynchronous:
+                self._save_asynchronously(method, first=True)
         patient = list(methods)
         for repetition in range(self._job.repetitions):
             self._repetition = repetition
@@ -155,9 +157,7 @@ class Rank:
         before = len(self._results)
         self._save_and_load(method, self._others if method.reshards else {})
         if method.asynchronous:
-            # The first one allocates memory that later ones use again.
-            for number in range(1 if self._repetition else 2):
-                self._save_asynchronously(method, first=number == 0 and self._repetition == 0)
+            self._save_asynchronously(method, first=False)
         spent = torch.tensor(sum(one.end - one.begin for one in self._results[before:] if one.operation != BLOCKED))
         dist.all_reduce(spent, dist.ReduceOp.MAX)
         return float(spent)
@@ -177,7 +177,7 @@ class Rank:
         place = self._folder / "checkpoint"
         found = measure_async(partial(method.start, self._source, place), dist.barrier, method.name, self._repetition)
         if first:
-            # Peak memory is that of the whole save.
+            # It allocates memory that later ones use again. Peak memory is that of the whole save.
             found = [replace(found[0], operation=FIRST_BLOCKED, extra_bytes=found[-1].extra_bytes)]
         self._add(found)
         self._load_unmeasured(method, place)

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from measure import Measurement
-from operations import raw_counterpart
+from operations import position, raw_counterpart
 from rich.console import Console
 from rich.table import Table
 
@@ -95,11 +95,10 @@ def _of_dcp(rows: Sequence[Row], operation: str) -> Row | None:
 
 
 def sorted_rows(rows: Sequence[Row]) -> list[Row]:
-    """Operations in the order in which they were first measured; of each, raw calls first, then by speed."""
-    operations = list(dict.fromkeys(row.operation for row in rows))
+    """By operation; of each, raw calls first, then the fastest."""
 
-    def place(row: Row) -> tuple[int, bool, float]:
-        return operations.index(row.operation), not row.method.startswith(_RAW), median(row.secs)
+    def place(row: Row) -> tuple[int, str, bool, float]:
+        return position(row.operation), row.operation, not row.method.startswith(_RAW), median(row.secs)
 
     return sorted(rows, key=place)
 

@@ -30,7 +30,7 @@ _STATES = (_LARGE, _SMALL, _MIXED)
 _PLACES = ("disk", "shm")
 _RANKS = (1, 2, 4)
 _SMALL_RANKS = 2
-_WIDTH = 180
+_WIDTH = 200
 _LEGEND = (
     "s, GiB/s, CPU s (all ranks together): medians, and GiB/s from least to most. / raw, / DCP: speed as a multiple of the "
     "best raw path and of torch.distributed.checkpoint, medians of the ratios within a round; loads into another layout are "
