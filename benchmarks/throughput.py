@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from launch import run_job
+from methods import installed
 from peers import missing_packages
 from plot import plot
 from rank import Job
@@ -71,6 +72,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--plot", type=Path, help="also draw the speeds to this SVG file (needs matplotlib)")
     arguments = parser.parse_args()
+    if arguments.plot and not installed("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install '.[bench]'")
     if arguments.quick:
         arguments.gib, arguments.repeat, arguments.ranks = 0.125, 1, [_SMALL_RANKS]
     return arguments
