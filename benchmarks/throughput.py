@@ -122,7 +122,8 @@ def main() -> None:
     )
     console.print(_LEGEND)
     if missing_packages():
-        console.print(f"not installed, and so not measured: {', '.join(missing_packages())} (pip install '.[bench]')")
+        missing = ", ".join(missing_packages())
+        console.print(f"not installed, and so not measured: {missing} (pip install '.[bench]')", markup=False)
     figures = {}
     for case in _cases(arguments):
         figures[case.title] = _measure(case, arguments, console)
