@@ -5,12 +5,12 @@ Called by `save`, and by tests that plan for ranks that do not exist.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from giantstep.codecs import OBJECT_CODEC
@@ -19,7 +19,6 @@ from giantstep.mapping.differences import fingerprint_digest
 from giantstep.mapping.leaves import TensorLeaf
 from giantstep.mapping.overlap import memory_of
 from giantstep.planning.description import IMPLICIT, Description
-from giantstep.shards.region import Region
 from giantstep.staging.host import content_digest
 
 
@@ -36,35 +35,36 @@ def description_of(described: Described, ranks: int, buffer_bytes: int) -> Descr
 
 def with_digests(structure: Description, described: Described, ranks: int, buffer_bytes: int) -> Description:
     """The description with the digests that `structure_of` left out; see `description_of`."""
-    shards = [(leaf, region, view) for leaf in described.leaves for region, view in leaf.pieces]
     objects = [described.stored[key] for key in structure.object_keys]
-    return replace(structure, shard_digest=_digests(shards, ranks, buffer_bytes), object_digest=object_digests(objects, ranks))
+    shard_digest = _digests(described.leaves, ranks, buffer_bytes)
+    return replace(structure, shard_digest=shard_digest, object_digest=object_digests(objects, ranks))
 
 
 def structure_of(described: Described) -> Description:
     """What there is on this rank, without digests of values and sizes of objects: they are zeros."""
     leaves = described.leaves
-    numbers: dict[str, int] = {}
-    tensors: list[TensorLeaf] = []
+    first: dict[str, TensorLeaf] = {}
     for leaf in leaves:
-        if leaf.key not in numbers:
-            numbers[leaf.key] = len(tensors)
-            tensors.append(leaf)
-    shards = [(leaf, region, view) for leaf in leaves for region, view in leaf.pieces]
-    dims_ends = np.zeros(len(tensors) + 1, dtype=np.int64)
-    np.cumsum([len(leaf.global_shape) for leaf in tensors], out=dims_ends[1:])
+        first.setdefault(leaf.key, leaf)
+    numbers = {key: number for number, key in enumerate(first)}
+    extents = [leaf.extent for leaf in first.values()]
+    shapes = [extent.global_shape for extent in extents]
+    dims_ends = np.zeros(len(extents) + 1, dtype=np.int64)
+    np.cumsum([len(shape) for shape in shapes], out=dims_ends[1:])
+    regions = [region for leaf in leaves for region, _ in leaf.pieces]
+    counts = np.array([len(leaf.pieces) for leaf in leaves], dtype=np.int64)
     keys = list(described.stored)
     return Description(
-        keys=[leaf.key for leaf in tensors],
-        dtype=np.array([leaf.dtype.code for leaf in tensors], dtype=np.uint8),
+        keys=list(first),
+        dtype=np.array([extent.dtype.code for extent in extents], dtype=np.uint8),
         dims_ends=dims_ends,
-        dims=_ints(leaf.global_shape for leaf in tensors),
-        shard_tensor=np.array([numbers[leaf.key] for leaf, _, _ in shards], dtype=np.int64),
-        shard_role=np.array([leaf.role for leaf, _, _ in shards], dtype=np.uint8),
-        shard_mesh=np.array([leaf.mesh for leaf, _, _ in shards], dtype=np.int64),
-        shard_offset=_ints(region.offset for _, region, _ in shards),
-        shard_size=_ints(region.size for _, region, _ in shards),
-        shard_digest=np.zeros((len(shards), 2), dtype=np.uint64),
+        dims=_ints(shapes),
+        shard_tensor=np.repeat(np.array([numbers[leaf.key] for leaf in leaves], dtype=np.int64), counts),
+        shard_role=np.repeat(np.array([leaf.extent.role for leaf in leaves], dtype=np.uint8), counts),
+        shard_mesh=np.repeat(np.array([leaf.extent.mesh for leaf in leaves], dtype=np.int64), counts),
+        shard_offset=_ints([region.offset for region in regions]),
+        shard_size=_ints([region.size for region in regions]),
+        shard_digest=np.zeros((len(regions), 2), dtype=np.uint64),
         tied=_ties(leaves, numbers),
         object_keys=keys,
         object_role=np.array([described.stored[key].role for key in keys], dtype=np.uint8),
@@ -73,30 +73,33 @@ def structure_of(described: Described) -> Description:
     )
 
 
-def _ints(parts: Iterable[tuple[int, ...]]) -> NDArray[np.int64]:
-    return np.array([number for part in parts for number in part], dtype=np.int64)
+def _ints(parts: list[tuple[int, ...]]) -> NDArray[np.int64]:
+    return np.array(list(itertools.chain.from_iterable(parts)), dtype=np.int64)
 
 
-def _digests(
-    shards: Sequence[tuple[TensorLeaf, Region, torch.Tensor | None]], ranks: int, buffer_bytes: int
-) -> NDArray[np.uint64]:
-    """Digests of shards whose replicas nobody vouches for; zeros for all others.
+def _digests(leaves: Sequence[TensorLeaf], ranks: int, buffer_bytes: int) -> NDArray[np.uint64]:
+    """[shards, 2] digests of shards whose replicas nobody vouches for; zeros for all others.
 
     A DTensor's mesh vouches for its own ranks; if it spans all ranks, no other can hold the key. Tied tensors are
     digested once.
     """
+    found = np.zeros((sum([len(leaf.pieces) for leaf in leaves]), 2), dtype=np.uint64)
     known: dict[Hashable, tuple[int, int]] = {}
-    found = []
-    for leaf, _, view in shards:
-        if view is None or leaf.role != IMPLICIT or ranks in (1, leaf.mesh_size):
-            found.append((0, 0))
+    row = 0
+    for leaf in leaves:
+        extent = leaf.extent
+        if extent.role != IMPLICIT or ranks in (1, extent.mesh_size):
+            row += len(leaf.pieces)
             continue
-        memory = memory_of(view)
-        digest = known.get(memory) if memory is not None else None
-        if digest is None:
-            digest = known[memory] = content_digest(view, buffer_bytes)
-        found.append(digest)
-    return np.array(found, dtype=np.uint64).reshape(len(shards), 2)
+        for _, view in leaf.pieces:
+            if view is not None:
+                memory = memory_of(view)
+                digest = known.get(memory) if memory is not None else None
+                if digest is None:
+                    digest = known[memory] = content_digest(view, buffer_bytes)
+                found[row] = digest
+            row += 1
+    return found
 
 
 def object_digests(objects: Sequence[StoredObject], ranks: int) -> NDArray[np.uint64]:
@@ -116,12 +119,15 @@ def _ties(leaves: Sequence[TensorLeaf], numbers: dict[str, int]) -> NDArray[np.i
     begins: dict[str, int] = {}
     for leaf in leaves:
         for region, view in leaf.pieces:
-            if region.elements:
-                tied[numbers[leaf.key]] = numbers[leaf.key]
+            if view.numel() if view is not None else region.elements:
                 begins.setdefault(leaf.key, 0 if view is None else view.data_ptr())
                 break
+    filled = np.array([numbers[key] for key in begins], dtype=np.int64)
+    tied[filled] = filled
     # Few tensors begin where another does, and only those are looked at more closely.
     repeated = {begin for begin, count in Counter(begins.values()).items() if count > 1 and begin}
+    if not repeated:
+        return tied
     shards: dict[str, list[Hashable]] = {key: [] for key in sorted(begins) if begins[key] in repeated}
     for leaf in leaves:
         if leaf.key in shards:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from giantstep.errors import BadArgumentError
@@ -25,13 +27,17 @@ from giantstep.words import words_of
 _MOST_TESTS = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A region of a leaf that is to be filled from row `row` of the index."""
+class Wanted(NamedTuple):
+    """A region of a leaf that is to be filled from row `row` of the index.
+
+    Attributes:
+        overlaps: whether some of its memory is, or may be, that of another region that is filled.
+    """
 
     leaf: TensorLeaf
     piece: int
     row: int
+    overlaps: bool = False
 
     @property
     def region(self) -> Region:
@@ -69,13 +75,20 @@ def plan_filling(matched: Matched, stored: StoredState) -> Filling:
     _allocate(matched.tensors, stored)
     filled: list[Wanted] = []
     compared: list[Wanted] = []
-    begins: dict[int, list[Wanted]] = {}
+    begins: dict[int, Wanted] = {}
+    # Few regions begin where another does, and only those are looked at more closely.
+    again: dict[int, list[Wanted]] = {}
     for leaf, row in matched.tensors:
         for piece, (region, view) in enumerate(leaf.pieces):
-            if not region.elements or view is None:
+            if view is None or not view.numel():
                 continue
             wanted = Wanted(leaf, piece, row)
-            others = begins.setdefault(view.data_ptr(), [])
+            begin = view.data_ptr()
+            first = begins.setdefault(begin, wanted)
+            if first is wanted:
+                filled.append(wanted)
+                continue
+            others = again.setdefault(begin, [first])
             same = next((other for other in others if memory_of(other.view) == memory_of(view)), None)
             if same is None:
                 others.append(wanted)
@@ -83,14 +96,18 @@ def plan_filling(matched: Matched, stored: StoredState) -> Filling:
             elif same.region != region or stored.twin[same.row] != stored.twin[row]:
                 compared += [same, wanted]
     made = [view for source in matched.dequantised for _, view in source.leaf.pieces if view is not None and view.numel()]
-    compared += _overlapping(filled, made)
+    overlapping = _overlapping(filled, made)
+    compared += overlapping
     chosen = list({id(wanted): wanted for wanted in compared}.values())
     for wanted in chosen:
-        if wanted.leaf.allow_shape_mismatch and stored.shape(wanted.row) != wanted.leaf.global_shape:
+        if wanted.leaf.allow_shape_mismatch and stored.shapes[wanted.row] != wanted.leaf.global_shape:
             raise BadArgumentError(
                 f"tensor {wanted.leaf.key!r} is loaded with another padding into memory that it shares with another tensor of "
                 "the state dict. Load it into memory of its own."
             )
+    if overlapping:
+        marked = set(map(id, overlapping))
+        filled = [wanted._replace(overlaps=True) if id(wanted) in marked else wanted for wanted in filled]
     return Filling(filled, chosen)
 
 
@@ -101,7 +118,8 @@ def _allocate(tensors: Sequence[tuple[TensorLeaf, int]], stored: StoredState) ->
     tied = stored.tied_rows
     for leaf, row in tensors:
         if row not in tied:
-            leaf.allocate()
+            if leaf.lacks_memory:
+                leaf.allocate()
             continue
         twin = int(stored.twin[row])
         turn = seen[twin, row] = seen.get((twin, row), -1) + 1
@@ -119,10 +137,9 @@ def _overlapping(filled: Sequence[Wanted], made: Sequence[torch.Tensor]) -> list
         BadArgumentError: tensors that are made by dequantising do.
     """
     # None stands for the memory of a dequantised tensor, of which nothing is stored to compare it with.
-    spans: list[tuple[tuple[str, int], int, int, torch.Tensor, Wanted | None]] = [
-        (*span_of(wanted.view), wanted.view, wanted) for wanted in filled
-    ]
-    spans += [(*span_of(view), view, None) for view in made]
+    views = [*(wanted.view for wanted in filled), *made]
+    owners: list[Wanted | None] = [*filled, *([None] * len(made))]
+    spans = [(*span_of(views[place]), views[place], owners[place]) for place in _near(views)]
     spans.sort(key=lambda span: span[:3])
     found: list[Wanted | None] = []
     # Spans that reach beyond where the present one begins, the first to end on top.
@@ -148,17 +165,56 @@ def _overlapping(filled: Sequence[Wanted], made: Sequence[torch.Tensor]) -> list
     return [item for item in found if item is not None]
 
 
+def _near(views: Sequence[torch.Tensor]) -> list[int]:
+    """Which of some tensors with elements reach over memory that others of them reach over too, judged by their spans."""
+    devices: dict[torch.device, int] = {}
+    device, start, size = [], [], []
+    for view in views:
+        device.append(devices.setdefault(view.device, len(devices)))
+        if view.is_contiguous():
+            start.append(view.data_ptr())
+            size.append(view.nbytes)
+        else:
+            _, low, high = span_of(view)
+            start.append(low)
+            size.append(high - low)
+    devices_of, starts = np.array(device, dtype=np.int64), np.array(start, dtype=np.int64)
+    order = np.lexsort((starts, devices_of))
+    devices_of, starts = devices_of[order], starts[order]
+    ends = starts + np.array(size, dtype=np.int64)[order]
+    meets = np.zeros(len(order) + 1, dtype=bool)
+    for number in range(len(devices)):
+        low, high = (int(place) for place in np.searchsorted(devices_of, (number, number + 1)))
+        meets[low + 1 : high] = starts[low + 1 : high] < np.maximum.accumulate(ends[low:high])[:-1]
+    near: list[int] = order[meets[:-1] | meets[1:]].tolist()
+    return near
+
+
+class _Shared:
+    """A sink whose memory is not given away: bytes that were read to where others are read to could not be checked there."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.put = sink.put
+
+    def memory(self, offset: tuple[int, ...], size: tuple[int, ...]) -> None:
+        """None: see `Sink`."""
+
+
 def fill_sinks(wanted: Sequence[Wanted], stored: StoredState) -> list[Sink]:
     """A sink per region. Rows that the stored tensor may not have become zero."""
     sinks = []
-    for item in wanted:
-        if item.leaf.allow_shape_mismatch:
-            lazy = item.view.is_conj() or item.view.is_neg()
-            (item.view if lazy else words_of(item.view)).zero_()
-        sinks.append(sink_for(item.view, stored.dtype(item.row), item.region.offset))
+    for leaf, piece, row, overlaps in wanted:
+        region, view = leaf.pieces[piece]
+        if view is None:
+            raise BadArgumentError(f"tensor {leaf.key!r} has no memory")
+        if leaf.extent.allow_shape_mismatch:
+            lazy = view.is_conj() or view.is_neg()
+            (view if lazy else words_of(view)).zero_()
+        sink = sink_for(view, stored.dtypes[row], region.offset)
+        sinks.append(_Shared(sink) if overlaps else sink)
     return sinks
 
 
 def compare_sinks(wanted: Sequence[Wanted], stored: StoredState) -> list[Sink]:
     """A sink per region that raises where what is stored is not what the memory holds."""
-    return [CompareSink(item.view, stored.dtype(item.row), item.region.offset, item.leaf.key) for item in wanted]
+    return [CompareSink(item.view, stored.dtypes[item.row], item.region.offset, item.leaf.key) for item in wanted]

@@ -6,6 +6,7 @@ Pure matching of names, shapes and dtypes; reads the index and descriptions, no 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class StoredState:
 
     Attributes:
         checkpoint, index: where they come from.
-        keys, row: tensors by row, rows by key.
+        keys, shapes, dtypes, row: tensors by row, rows by key.
         twin: [tensors] number shared by tensors that share their bytes (tied ones); -1 for those without bytes.
         tied_rows: rows of tensors that share their bytes with another.
         grids: positions of sharded objects, by key and shape.
@@ -48,6 +49,9 @@ class StoredState:
         self.checkpoint = checkpoint
         self.index: Index = checkpoint.index_tables().load_all()
         self.keys = checkpoint.keys()
+        ends, dims = self.index.tensor_dims_ends.tolist(), self.index.tensor_dims.tolist()
+        self.shapes = [tuple(dims[start:stop]) for start, stop in itertools.pairwise(ends)]
+        self.dtypes = [BY_CODE[code] for code in self.index.tensor_dtype.tolist()]
         self.row = {key: row for row, key in enumerate(self.keys)}
         self.twin = _twins(self.index)
         numbers, counts = np.unique(self.twin[self.twin >= 0], return_counts=True)
@@ -66,15 +70,6 @@ class StoredState:
         found = copy.copy(self)
         found.checkpoint = checkpoint
         return found
-
-    def shape(self, row: int) -> tuple[int, ...]:
-        """Global shape of a tensor."""
-        start, stop = self.index.tensor_dims_ends[row : row + 2]
-        return tuple(self.index.tensor_dims[start:stop].tolist())
-
-    def dtype(self, row: int) -> DType:
-        """Dtype of a tensor."""
-        return BY_CODE[int(self.index.tensor_dtype[row])]
 
     def holdings(self) -> Holdings:
         """The names, for judging requests."""
@@ -162,11 +157,14 @@ def match(described: Described, stored: StoredState, common: Tree, options: Load
         UnsupportedTypeError: a wrapper tensor that is to be dequantised is not registered.
     """
     matched = Matched()
-    renamed = [(leaf, options.stored_key(leaf.key)) for leaf in described.leaves]
-    wrapped = {leaf.key if key is None else key for leaf, key in renamed if key is None or options.dequantise}
+    leaves = described.leaves
+    keys = [leaf.key for leaf in leaves] if options.rename is None else [options.stored_key(leaf.key) for leaf in leaves]
+    wrapped = {
+        leaf.key if key is None else key for leaf, key in zip(leaves, keys, strict=True) if key is None or options.dequantise
+    }
     wrapped |= {tensor for tensor in map(wrapped_tensor, described.stored) if tensor is not None}
     with stored.checkpoint.reading_ahead([wrapper_key(key) for key in sorted(wrapped & stored.wrapped)]):
-        _match_leaves(renamed, stored, options, matched)
+        _match_leaves(leaves, keys, stored, options, matched)
         _match_descriptions(described, stored, options, matched)
     for item in described.objects:
         key = options.stored_key(item.source.key)
@@ -180,9 +178,13 @@ def match(described: Described, stored: StoredState, common: Tree, options: Load
 
 
 def _match_leaves(
-    renamed: Sequence[tuple[TensorLeaf, str | None]], stored: StoredState, options: LoadOptions, matched: Matched
+    leaves: Sequence[TensorLeaf],
+    keys: Sequence[str | None],
+    stored: StoredState,
+    options: LoadOptions,
+    matched: Matched,
 ) -> None:
-    for leaf, key in renamed:
+    for leaf, key in zip(leaves, keys, strict=True):
         if key is None:
             # The caller knows of it: it is not missing.
             matched.skipped.add(leaf.key)
@@ -199,6 +201,8 @@ def _match_leaves(
 
 def _match_statefuls(described: Described, common: Tree, matched: Matched) -> None:
     """Objects with a state of plain values only are requested as a whole."""
+    if all(joint.merge is not None for joint in described.joints):
+        return
     paths = [leaf.path for leaf in described.leaves] + [leaf.path for leaf in described.objects]
     paths += [path for path, _ in described.locals]
     leading = {path[:length] for path in paths for length in range(len(path) + 1)}
@@ -248,14 +252,16 @@ def _digest(value: Any) -> tuple[int, int]:
 def _match_tensor(leaf: TensorLeaf, row: int, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
     matched.tensors.append((leaf, row))
     matched.requests.rows.append(row)
-    shape, dtype = stored.shape(row), stored.dtype(row)
-    if leaf.global_shape != shape and not (leaf.allow_shape_mismatch and len(shape) == len(leaf.global_shape)):
-        matched.requests.shapes.append((leaf.key, str(shape), str(leaf.global_shape)))
-    if leaf.dtype != dtype:
-        if _may_cast(dtype, leaf.dtype, options.cast):
-            matched.cast.add(f"{leaf.key}: {dtype.torch_name} -> {leaf.dtype.torch_name}")
+    shape, dtype, extent = stored.shapes[row], stored.dtypes[row], leaf.extent
+    wanted = extent.global_shape
+    if wanted != shape and not (extent.allow_shape_mismatch and len(shape) == len(wanted)):
+        matched.requests.shapes.append((leaf.key, str(shape), str(wanted)))
+    # Each dtype is one object.
+    if extent.dtype is not dtype:
+        if _may_cast(dtype, extent.dtype, options.cast):
+            matched.cast.add(f"{leaf.key}: {dtype.torch_name} -> {extent.dtype.torch_name}")
         else:
-            matched.requests.dtypes.append((leaf.key, dtype.torch_name, leaf.dtype.torch_name))
+            matched.requests.dtypes.append((leaf.key, dtype.torch_name, extent.dtype.torch_name))
 
 
 def _match_wrapper(leaf: TensorLeaf, key: str, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
@@ -300,7 +306,7 @@ def _wrapped_source(leaf: TensorLeaf, key: str, stored: StoredState) -> WrappedS
             "it cannot be dequantised. Load into a tensor of its class."
         )
     parts, shape = _part_rows(key, found, stored), tuple(found["shape"])
-    wrong = [name for name in found["parts"] if name not in parts or len(stored.shape(parts[name])) != len(shape)]
+    wrong = [name for name in found["parts"] if name not in parts or len(stored.shapes[parts[name]]) != len(shape)]
     if wrong or not parts:
         raise CorruptionError(
             f"wrapper tensor {key!r} in {stored.checkpoint.location} has {len(shape)} dimensions: its part "

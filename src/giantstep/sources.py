@@ -40,12 +40,13 @@ def sources_of(
         objects: encoded objects by name.
         piece_bytes: how much of a tensor that must be copied is copied at a time.
     """
-    pieces = [(leaf, piece) for leaf in described.leaves for piece in leaf.pieces]
+    pieces = [piece for leaf in described.leaves for piece in leaf.pieces]
+    leaves = [leaf for leaf in described.leaves for _ in leaf.pieces]
     cuts = dict(zip(part.cut.tolist(), cut_regions(part, description), strict=True))
     entry_of = ChunkEntries().entry
     sources = []
     for chunk, row in enumerate(part.row.tolist()):
-        leaf, (region, view) = pieces[row]
+        leaf, (region, view) = leaves[row], pieces[row]
         if chunk in cuts:
             held, region = region, cuts[chunk]
             view = view[region.relative_to(held.offset).slices()]

@@ -23,7 +23,6 @@ from giantstep.planning.description import COPY, IMPLICIT, MAIN
 from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.paths import Path, dotted
 
-
 _TENSORS = (torch.Tensor, ShardedTensor)
 
 

@@ -38,6 +38,7 @@ class DTensorLayout:
         mesh_shape: as torch has it.
         local_shape: what the local tensors must have; None if this rank is not in the mesh.
         boxes: what they hold.
+        region: the one region that all of the local tensor is; None if it is several, or none.
     """
 
     mesh: int
@@ -45,6 +46,7 @@ class DTensorLayout:
     mesh_shape: tuple[int, ...]
     local_shape: tuple[int, ...] | None
     boxes: list[_Box]
+    region: Region | None
 
     def pieces(self, key: str, tensor: DTensor) -> list[tuple[Region, torch.Tensor]]:
         """Regions that this rank holds of a DTensor of this layout, with views that share memory with its local tensor.
@@ -95,12 +97,14 @@ class DTensorReader:
         """
         mesh = self._mesh(tensor.device_mesh)
         if mesh.coordinate is None:
-            return DTensorLayout(mesh.name, mesh.size, mesh.shape, None, [])
+            return DTensorLayout(mesh.name, mesh.size, mesh.shape, None, [], None)
         order = getattr(tensor._spec, "shard_order", None)
         splits = splits_per_dimension(key, tensor.ndim, tensor.placements, mesh.shape, mesh.coordinate, order)
         runs = [runs_after(length, parts) for length, parts in zip(tensor.shape, splits, strict=True)]
         local_shape = tuple(sum(count for _, count in found) for found in runs)
-        return DTensorLayout(mesh.name, mesh.size, mesh.shape, local_shape, _boxes(runs))
+        boxes = _boxes(runs)
+        region = boxes[0].region if len(boxes) == 1 and boxes[0].place is None else None
+        return DTensorLayout(mesh.name, mesh.size, mesh.shape, local_shape, boxes, region)
 
     def _mesh(self, mesh: Any) -> _Mesh:
         held = self._meshes.get(id(mesh))

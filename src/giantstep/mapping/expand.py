@@ -8,6 +8,7 @@ Called by `describe`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,9 @@ def expand(state_dict: Tree) -> Expanded:
 
 def _expand(tree: Tree, path: Path, found: Expanded) -> Tree:
     def replace(where: Path, leaf: Any) -> Any:
-        if _is_plain(leaf):
+        kind = type(leaf)
+        # Of most leaves it can be seen at once that nothing stands for them.
+        if kind in _PLAIN or (kind in _AROUND and type(_AROUND[kind](leaf)) in _PLAIN):
             return leaf
         if isinstance(leaf, ShardedTensorFactory):
             leaf.validate()
@@ -90,17 +93,11 @@ def _expand(tree: Tree, path: Path, found: Expanded) -> Tree:
     return map_leaves(tree, replace, path)
 
 
-def _is_plain(leaf: Any) -> bool:
-    """Whether it can be seen at once that nothing stands for a leaf: so it is with most."""
-    kind = type(leaf)
-    if kind is DTensor:
-        kind = type(leaf._local_tensor)
-    elif kind is ShardedTensor:
-        kind = type(leaf.data)
-    return kind in _PLAIN
-
-
 _PLAIN = {*OWN_VALUES, bool, int, float, str, type(None)}
+_AROUND: dict[type, Callable[[Any], Any]] = {
+    DTensor: operator.attrgetter("_local_tensor"),
+    ShardedTensor: operator.attrgetter("data"),
+}
 
 
 @dataclass(frozen=True, slots=True)

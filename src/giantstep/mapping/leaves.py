@@ -203,8 +203,11 @@ class LeafMaker:
             layout = self._reader.layout(key, tensor)
             known = self._distributed[spec] = (Extent(dtype, shape, IMPLICIT, layout.mesh, layout.mesh_size), layout)
         extent, layout = known
+        local, region = tensor._local_tensor, layout.region
+        if region is not None and local.shape == layout.local_shape:
+            return TensorLeaf(path, key, tensor, extent, [(region, local.detach() if self._has_memory(local, key) else None)])
         parts = layout.pieces(key, tensor)
-        pieces: Pieces = [(region, view.detach() if self._has_memory(view, key) else None) for region, view in parts]
+        pieces: Pieces = [(box, view.detach() if self._has_memory(view, key) else None) for box, view in parts]
         return TensorLeaf(path, key, tensor, extent, pieces)
 
     def _sharded_leaf(self, path: Path, tensor: ShardedTensor) -> TensorLeaf:

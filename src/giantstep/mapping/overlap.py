@@ -40,11 +40,10 @@ def memory_of(view: torch.Tensor) -> Hashable:
     """
     if not view.numel() or view.is_meta:
         return None
-    shape, strides = tuple(view.shape), view.stride()
+    shape, strides = view.shape, view.stride()
     if 1 in shape:
         strides = tuple(stride if count > 1 else 0 for count, stride in zip(shape, strides, strict=True))
-    device = view.device
-    return device.type, device.index, view.data_ptr(), view.dtype, shape, strides, view.is_conj(), view.is_neg()
+    return view.device, view.data_ptr(), view.dtype, shape, strides, view.is_conj(), view.is_neg()
 
 
 def span_of(view: torch.Tensor) -> tuple[tuple[str, int], int, int]:

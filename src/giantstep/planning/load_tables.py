@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,12 +92,12 @@ def tabulate_chunks(index: Index) -> ChunkTable:
 
 def tabulate_wanted(tensors: Sequence[int], regions: Sequence[Region], partial: Sequence[bool], width: int) -> WantedTable:
     """Regions of tensors (rows of the chunk table), padded to `width` columns."""
-    offset = np.zeros((len(regions), width), dtype=np.int64)
-    size = np.ones((len(regions), width), dtype=np.int64)
-    for row, region in enumerate(regions):
-        dims = len(region.size)
-        offset[row, width - dims :] = region.offset
-        size[row, width - dims :] = region.size
+    dims = np.array([len(region.size) for region in regions], dtype=np.int64)
+    starts = np.cumsum(dims) - dims
+    offset, size = (
+        ragged_to_padded(np.array(list(itertools.chain.from_iterable(parts)), dtype=np.int64), starts, dims, pad, width)
+        for parts, pad in (([region.offset for region in regions], 0), ([region.size for region in regions], 1))
+    )
     return WantedTable(np.array(tensors, dtype=np.int64), offset, size, np.array(partial, dtype=bool))
 
 
