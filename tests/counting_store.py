@@ -57,12 +57,15 @@ class CountingStore(MemoryStore):
         return total
 
 
-class _Counting:
+class _Counting(ReadHandle):
     def __init__(self, handle: ReadHandle, name: str, store: CountingStore) -> None:
         self._handle = handle
         self._name = name
         self._store = store
-        self.size = handle.size
+
+    @property
+    def size(self) -> int:
+        return self._handle.size
 
     def read_into(self, offset: int, target: memoryview) -> None:
         self._store.count(self._name, offset, len(target))

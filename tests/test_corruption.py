@@ -108,7 +108,8 @@ def test_load_names_tensor_file_offset_and_writer_on_all_ranks(store: MemoryStor
             "bytes 4096 to",
         ):
             assert part in message
-        assert untouched
+        # Bytes are checked where they are wanted: the tensor may be filled when the damage is noticed.
+        assert untouched or verify == "reading"
         assert outcomes[0][1] == (verify == "before")
         files_of(store)[chunk.file][position] ^= 0x10
 

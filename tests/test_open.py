@@ -30,11 +30,14 @@ class CountingStore(LocalStore):
         return _Counting(handle, self) if name.startswith("data/") else handle
 
 
-class _Counting:
+class _Counting(ReadHandle):
     def __init__(self, handle: ReadHandle, store: CountingStore) -> None:
         self._handle = handle
         self._store = store
-        self.size = handle.size
+
+    @property
+    def size(self) -> int:
+        return self._handle.size
 
     def read_into(self, offset: int, target: memoryview) -> None:
         self._store.bytes_read += len(target)

@@ -7,6 +7,7 @@ stranger's reader can check a commit record with nothing else. Neither defends a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -23,6 +24,37 @@ def block_checksums(data: memoryview, block_bytes: int) -> Checksums:
     return np.fromiter(
         (xxhash.xxh3_64_intdigest(data[start : start + block_bytes]) for start in starts), dtype=np.uint64, count=len(starts)
     )
+
+
+def digests_of_parts(parts: Iterable[memoryview], block_bytes: int) -> list[int]:
+    """xxh3-64 of each block of the bytes of all parts, one after another; the last block may be short."""
+    found = []
+    for block in cut_parts(parts, block_bytes):
+        if len(block) == 1:
+            found.append(xxhash.xxh3_64_intdigest(block[0]))
+        else:
+            state = xxhash.xxh3_64()
+            for part in block:
+                state.update(part)
+            found.append(state.intdigest())
+    return found
+
+
+def cut_parts(parts: Iterable[memoryview], size: int) -> Iterator[list[memoryview]]:
+    """The bytes of all parts, one after another, as lists of parts of `size` bytes each; the last one may have fewer."""
+    found: list[memoryview] = []
+    room = size
+    for part in parts:
+        rest = part
+        while len(rest) >= room:
+            found.append(rest[:room])
+            yield found
+            rest, found, room = rest[room:], [], size
+        if rest:
+            found.append(rest)
+            room -= len(rest)
+    if found:
+        yield found
 
 
 def anchor_digest(data: Buffer) -> str:

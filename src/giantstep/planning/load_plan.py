@@ -100,7 +100,11 @@ def plan_load(chunks: ChunkTable, wanted: WantedTable, *, block_bytes: int, buff
 
 def boxes(chunks: ChunkTable, pieces: Pieces, first: int, last: int) -> Iterator[Box]:
     """Pieces [first, last), one by one."""
-    rows = slice(first, last)
+    return boxes_at(chunks, pieces, slice(first, last))
+
+
+def boxes_at(chunks: ChunkTable, pieces: Pieces, rows: slice | Int64s) -> Iterator[Box]:
+    """Some pieces, one by one."""
     chunk = pieces.chunk[rows]
     item = chunks.item_bytes[np.searchsorted(chunks.ends, chunk, side="right") - 1]
     columns = (pieces.wanted[rows], pieces.offset[rows], pieces.size[rows], pieces.start[rows], item)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from giantstep.reading.fetch import Bits
+from giantstep.reading.placing import Bits
 
 
 class ArraySink:
@@ -22,10 +22,21 @@ class ArraySink:
         self._origin = origin
 
     def put(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> None:
+        target = self._box(offset, size)
+        np.copyto(target, bits.reshape(target.shape), casting="no")
+
+    def memory(self, offset: tuple[int, ...], size: tuple[int, ...]) -> memoryview | None:
+        skip = len(offset) - len(self._origin)
+        whole = size[skip:] == self._target.shape
+        target = self._target if whole else self._box(offset, size)
+        return target.reshape(-1).view(np.uint8).data if target.flags.c_contiguous else None
+
+    def _box(self, offset: tuple[int, ...], size: tuple[int, ...]) -> Bits:
         skip = len(offset) - len(self._origin)
         where: tuple[Any, ...] = tuple(
             slice(start - zero, start - zero + count)
             for start, zero, count in zip(offset[skip:], self._origin, size[skip:], strict=True)
         )
         # With `...` the result is an array even where the target has no dimensions.
-        np.copyto(self._target[(*where, ...)], bits.reshape(size[skip:]), casting="no")
+        box: Bits = self._target[(*where, ...)]
+        return box

@@ -1,7 +1,8 @@
 """`fetch`: planned reads, verified, handed piece by piece to where they belong.
 
-Reads are shared by a few threads, each with one buffer, so memory is bounded. The calls that move bytes (read,
-checksum, copy) release the GIL.
+Pieces that lie in one row in the file and where they are wanted are read to there; others to a buffer, from which they
+are copied. Reads are shared by a few threads, each with one buffer, so memory is bounded. The
+calls that move bytes (read, checksum, copy) release the GIL. See decision 0023.
 """
 
 from __future__ import annotations
@@ -11,43 +12,24 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.errors import CorruptionError
-from giantstep.format.digests import block_checksums
+from giantstep.format.digests import cut_parts, digests_of_parts
 from giantstep.format.record import CommitRecord
-from giantstep.planning.load_plan import Box, LoadPlan, Read, boxes
+from giantstep.planning.load_plan import LoadPlan, Read
 from giantstep.planning.load_tables import ChunkTable
 from giantstep.reading.data_files import DataFiles
-from giantstep.storage.base import Store
+from giantstep.reading.placing import WORDS, Bits, Bytes, Placing, Sink, bits
+from giantstep.storage.base import ReadHandle, Store
 from giantstep.storage.buffers import device_buffer
 
-Bits = NDArray[Any]
-"""An array of elements as plain words of their size, whatever they mean."""
+__all__ = ["WORDS", "Bits", "ChecksumsOf", "Fetched", "Sink", "Source", "bits", "fetch", "read_parts_verified", "read_verified"]
 
-WORDS: dict[int, np.dtype[Any]] = {
-    1: np.dtype(np.uint8),
-    2: np.dtype(np.int16),
-    4: np.dtype(np.int32),
-    8: np.dtype(np.int64),
-    16: np.dtype(np.complex128),
-}
-
-
-class Sink(Protocol):
-    """Takes the elements of one wanted region."""
-
-    def put(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> None:
-        """Take the box of `size` at `offset` of the global tensor, both padded in front to the table's width.
-
-        `bits` has shape `size`, any strides, and is valid until the call returns. Called from several threads,
-        never twice for one element.
-        """
-        ...
-
+# About as much as the cache of one processor core holds of what was just read.
+_CACHE_BYTES = 1 << 20
 
 ChecksumsOf = Callable[[int, int, int], NDArray[np.uint64]]
 """(file, first block, last block) to checksums."""
@@ -101,11 +83,12 @@ def fetch(source: Source, plan: LoadPlan, sinks: Sequence[Sink] | None, threads:
         return Fetched(0)
     sizes = [file.bytes for file in source.record.files]
     largest = max(min(read.stop, sizes[read.file]) - read.start for read in reads)
-    buffers: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
+    buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
     workers = min(threads, len(reads))
     for _ in range(workers):
         buffers.put(device_buffer(largest))
     failed = threading.Event()
+    placing = None if sinks is None else Placing(plan, sinks)
 
     with DataFiles(source.store, source.record, direct=source.direct) as files:
 
@@ -114,14 +97,19 @@ def fetch(source: Source, plan: LoadPlan, sinks: Sequence[Sink] | None, threads:
                 return 0
             buffer = buffers.get()
             try:
-                data = read_verified(source, files, read.file, read.start, read.stop, buffer)
-                if sinks is not None:
-                    for box in boxes(plan.chunks, plan.pieces, read.first, read.last):
-                        sinks[box.wanted].put(box.offset, box.size, bits(box, data, read.position))
-                return len(data)
+                length = min(read.stop, sizes[read.file]) - read.start
+                handle = files.get(read.file)
+                if placing is None:
+                    read_parts_verified(source, handle, read.file, read.start, [buffer.data[:length]])
+                else:
+                    placed = placing.place(read, length, buffer, handle.access_at(read.start).alignment_bytes)
+                    read_parts_verified(source, handle, read.file, read.start, placed.parts)
+                    placing.finish(read, placed, buffer)
             except Exception:
                 failed.set()
                 raise
+            else:
+                return length
             finally:
                 buffers.put(buffer)
 
@@ -129,33 +117,37 @@ def fetch(source: Source, plan: LoadPlan, sinks: Sequence[Sink] | None, threads:
             return Fetched(sum(pool.map(run, reads)))
 
 
-def read_verified(
-    source: Source, files: DataFiles, file: int, start: int, stop: int, buffer: NDArray[np.uint8]
-) -> NDArray[np.uint8]:
+def read_verified(source: Source, files: DataFiles, file: int, start: int, stop: int, buffer: Bytes) -> Bytes:
     """Bytes [start, stop) of a file, or to its end, at the beginning of `buffer`; `start` is that of a block.
 
     Raises: as `fetch`.
     """
     data = buffer[: min(stop, source.record.files[file].bytes) - start]
-    files.get(file).read_into(start, data.data)
-    if source.checksums is not None:
-        _verify(source, source.checksums, file, start, data)
+    read_parts_verified(source, files.get(file), file, start, [data.data])
     return data
 
 
-def bits(box: Box, data: NDArray[np.uint8], position: int) -> Bits:
-    """A piece inside bytes that begin at `position`, strided as its chunk is; no copy."""
-    return np.ndarray(box.size, WORDS[box.item_bytes], data, box.position - position, box.strides)
+def read_parts_verified(source: Source, handle: ReadHandle, file: int, start: int, parts: Sequence[memoryview]) -> None:
+    """Fill all parts, one after another, with whole blocks that begin at byte `start` of a file.
 
-
-def _verify(source: Source, checksums: ChecksumsOf, file: int, start: int, data: NDArray[np.uint8]) -> None:
-    size = source.record.block_bytes
-    first = start // size
-    found = block_checksums(data.data, size)
-    wrong = np.flatnonzero(found != checksums(file, first, first + len(found)))
-    if len(wrong):
-        low = start + int(wrong[0]) * size
-        raise _block_error(source, file, low, min(low + size, start + len(data)), len(wrong))
+    Raises: as `fetch`.
+    """
+    size, length = source.record.block_bytes, sum(map(len, parts))
+    # What comes from memory is checked while it is in the processor's cache; others are asked for much at a time.
+    step = max(1, _CACHE_BYTES // size) * size if handle.access_at(start).nearby else length
+    found: list[int] = []
+    offset = start
+    for group in cut_parts(parts, step):
+        handle.read_parts(offset, group)
+        offset += step
+        if source.checksums is not None:
+            found += digests_of_parts(group, size)
+    if source.checksums is not None:
+        first = start // size
+        wrong = np.flatnonzero(np.array(found, dtype=np.uint64) != source.checksums(file, first, first + len(found)))
+        if len(wrong):
+            low = start + int(wrong[0]) * size
+            raise _block_error(source, file, low, min(low + size, start + length), len(wrong))
 
 
 def _block_error(source: Source, file: int, start: int, stop: int, count: int) -> CorruptionError:

@@ -7,7 +7,7 @@ import torch
 
 from giantstep.errors import MismatchError
 from giantstep.reading.array_sink import ArraySink
-from giantstep.reading.fetch import WORDS, Bits, Sink
+from giantstep.reading.placing import WORDS, Bits, Sink
 from giantstep.shards.dtypes import DType
 from giantstep.words import torch_dtype, words_of
 
@@ -28,6 +28,10 @@ def sink_for(view: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> Sink
 
 class _Boxes:
     """Boxes of stored elements as tensors, and where in a target they belong."""
+
+    def memory(self, offset: tuple[int, ...], size: tuple[int, ...]) -> memoryview | None:
+        """Elements are cast, compared, or sent to another device: there is no memory to fill with them."""
+        return None
 
     def __init__(self, target: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> None:
         self._target = target

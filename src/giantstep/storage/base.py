@@ -16,15 +16,19 @@ called from several threads at once.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
 
 
 class WriteHandle(Protocol):
-    """A new file being written by one rank, at any offsets, by several threads."""
+    """A new file being written by one rank, at any offsets, by several threads.
+
+    Classes that derive from this one need neither `write_parts` nor `nearby`.
+    """
 
     @property
     def direct_bytes(self) -> int:
@@ -35,9 +39,18 @@ class WriteHandle(Protocol):
         """
         ...
 
+    @property
+    def nearby(self) -> bool:
+        """Whether what bypasses nothing is written to this machine's memory: small writes then cost as much as large ones."""
+        return False
+
     def write_at(self, offset: int, data: Buffer) -> None:
         """Write all of `data`, which must stay unchanged until the call returns."""
         ...
+
+    def write_parts(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """Write all parts, one after another, as `write_at` does: in one operation, whoever implements it."""
+        self.write_at(offset, parts[0] if len(parts) == 1 else b"".join(parts))
 
     def sync(self) -> None:
         """Return when the file's bytes and size are durable; its name is not until `Store.sync_names`."""
@@ -48,8 +61,21 @@ class WriteHandle(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How bytes of a file are read fastest.
+
+    Attributes:
+        alignment_bytes: of offset, length and memory, with which they come past the page cache; 1 if any will do.
+        nearby: they are in this machine's memory: small reads cost as much as large ones.
+    """
+
+    alignment_bytes: int = 1
+    nearby: bool = False
+
+
 class ReadHandle(Protocol):
-    """An open file."""
+    """An open file. Classes that derive from this one need neither `read_parts` nor `access_at`."""
 
     @property
     def size(self) -> int:
@@ -57,8 +83,26 @@ class ReadHandle(Protocol):
         ...
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill `target`; raises `OSError` (errno EIO) where the file ends earlier."""
+        """Fill `target`; raises `OSError` (errno EIO) where the file ends earlier.
+
+        What `target` holds after an error is undefined.
+        """
         ...
+
+    def read_parts(self, offset: int, targets: Sequence[memoryview]) -> None:
+        """Fill all targets, one after another, as `read_into` does: in one operation, whoever implements it."""
+        if len(targets) == 1:
+            self.read_into(offset, targets[0])
+            return
+        data = memoryview(bytearray(sum(target.nbytes for target in targets)))
+        self.read_into(offset, data)
+        for target in targets:
+            target.cast("B")[:] = data[: target.nbytes]
+            data = data[target.nbytes :]
+
+    def access_at(self, offset: int) -> Access:
+        """How bytes from `offset` on are read fastest. They are read all the same another way."""
+        return Access()
 
     def close(self) -> None:
         """Release the handle; idempotent."""

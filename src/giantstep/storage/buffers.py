@@ -19,3 +19,8 @@ def device_buffer(size_bytes: int) -> NDArray[np.uint8]:
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8)[:size_bytes]
+
+
+def address_of(data: NDArray[np.uint8]) -> int:
+    """Where the bytes lie in memory."""
+    return int(data.__array_interface__["data"][0])

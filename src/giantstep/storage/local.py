@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from giantstep.storage.base import Buffer
+from giantstep.format.digests import cut_parts
+from giantstep.storage.base import Access, Buffer, ReadHandle, WriteHandle
+from giantstep.storage.buffers import address_of
 from giantstep.storage.medium import is_memory_backed
 
 # Alignment that O_DIRECT needs on every file system in use (logical block size is 512 or 4096).
 _DIRECT_ALIGNMENT = 4096
 # Smaller reads are not worth a look at the page cache.
 _DIRECT_FROM_BYTES = 256 << 10
+# How many parts one system call takes (IOV_MAX of Linux).
+_MOST_PARTS = 1024
 # Errors by which file systems say that they have no such operation.
 _NOT_SUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
 
@@ -128,7 +132,7 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-class LocalWriteHandle:
+class LocalWriteHandle(WriteHandle):
     """A file open for writing, through the page cache and, once `open_direct` was called, past it."""
 
     def __init__(self, descriptor: int) -> None:
@@ -138,6 +142,10 @@ class LocalWriteHandle:
     @property
     def direct_bytes(self) -> int:
         return 0 if self._direct is None else _DIRECT_ALIGNMENT
+
+    @property
+    def nearby(self) -> bool:
+        return True
 
     def reserve(self, size: int) -> None:
         """Allocate the blocks now: a full disk is noticed before the first byte, and writes need no allocation."""
@@ -158,22 +166,27 @@ class LocalWriteHandle:
         self._direct = _open_direct(path, os.O_WRONLY)
 
     def write_at(self, offset: int, data: Buffer) -> None:
-        view = memoryview(data).cast("B")
-        aligned = bool(view) and not (offset | len(view) | _address(view)) % _DIRECT_ALIGNMENT
-        descriptor = self._direct if aligned and self._direct is not None else self._descriptor
-        while view:
+        self.write_parts(offset, [memoryview(data)])
+
+    def write_parts(self, offset: int, parts: Sequence[memoryview]) -> None:
+        left = [part.cast("B") for part in parts if part.nbytes]
+        # Whatever wants another alignment than we know of, or is continued after a short write, takes the page cache.
+        direct = self._direct
+        if direct is not None and _aligned_bytes(offset, left) < sum(map(len, left)):
+            direct = None
+        while left:
+            batch = left[:_MOST_PARTS]
             try:
-                written = os.pwrite(descriptor, view, offset)
+                written = os.pwritev(self._descriptor if direct is None else direct, batch, offset)
             except OSError as error:
-                if descriptor == self._descriptor or error.errno != errno.EINVAL:
+                if direct is None or error.errno != errno.EINVAL:
                     raise
-                # This file system wants another alignment: through the page cache, then.
-                descriptor = self._descriptor
+                direct = None
                 continue
             offset += written
-            view = view[written:]
+            left = _after(left, written)
             if written % _DIRECT_ALIGNMENT:
-                descriptor = self._descriptor
+                direct = None
 
     def sync(self) -> None:
         os.fsync(self._descriptor)
@@ -200,12 +213,34 @@ def _close_all(*descriptors: int | None) -> None:
                 os.close(descriptor)
 
 
-def _address(view: memoryview) -> int:
-    """Where the bytes lie in memory."""
-    return int(np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0])
+def _aligned_bytes(offset: int, parts: Sequence[memoryview]) -> int:
+    """How many leading bytes of the parts may pass the page cache: up to an end, or a part's end, that is not aligned."""
+    total = 0
+    for part in parts:
+        if (offset + total | address_of(np.frombuffer(part, dtype=np.uint8))) % _DIRECT_ALIGNMENT:
+            break
+        whole = len(part) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
+        total += whole
+        if whole < len(part):
+            break
+    return total
 
 
-class LocalReadHandle:
+def _before(parts: Sequence[memoryview], count: int) -> list[memoryview]:
+    """The first `count` bytes of all parts."""
+    return next(cut_parts(parts, count))
+
+
+def _after(parts: Sequence[memoryview], count: int) -> list[memoryview]:
+    """The parts without their first `count` bytes."""
+    for number, part in enumerate(parts):
+        if count < len(part):
+            return [part[count:], *parts[number + 1 :]]
+        count -= len(part)
+    return []
+
+
+class LocalReadHandle(ReadHandle):
     """A file open for reading, through the page cache and, once `open_direct` was called, past it."""
 
     def __init__(self, descriptor: int, name: str) -> None:
@@ -223,22 +258,30 @@ class LocalReadHandle:
         self._direct = _open_direct(path, os.O_RDONLY)
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        view = target.cast("B")
-        while view:
-            whole = len(view) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
-            if self._direct is not None and whole >= _DIRECT_FROM_BYTES and not self._is_cached(offset, view):
-                count = os.preadv(self._direct, [view[:whole]], offset)
-            else:
-                count = os.preadv(self._descriptor, [view], offset)
-            if count == 0:
-                raise OSError(errno.EIO, f"{self._name} ends at byte {offset}, {len(view)} bytes too early")
-            offset += count
-            view = view[count:]
+        self.read_parts(offset, [target])
 
-    def _is_cached(self, offset: int, view: memoryview) -> bool:
-        """Whether reading past the page cache would be slower, or impossible, for these bytes."""
-        if (offset | _address(view)) % _DIRECT_ALIGNMENT:
-            return True
+    def read_parts(self, offset: int, targets: Sequence[memoryview]) -> None:
+        left = [target.cast("B") for target in targets if target.nbytes]
+        while left:
+            batch = left[:_MOST_PARTS]
+            aligned = 0 if self._direct is None else _aligned_bytes(offset, batch)
+            if self._direct is not None and aligned >= _DIRECT_FROM_BYTES and not self._is_cached(offset):
+                count = os.preadv(self._direct, _before(batch, aligned), offset)
+            else:
+                count = os.preadv(self._descriptor, batch, offset)
+            if count == 0:
+                missing = sum(map(len, left))
+                raise OSError(errno.EIO, f"{self._name} ends at byte {offset}, {missing} bytes too early")
+            offset += count
+            left = _after(left, count)
+
+    def access_at(self, offset: int) -> Access:
+        if self._is_cached(offset):
+            return Access(nearby=True)
+        return Access() if self._direct is None else Access(_DIRECT_ALIGNMENT)
+
+    def _is_cached(self, offset: int) -> bool:
+        """Whether the byte at `offset` is in the page cache: bytes behind it are then likely to be, too."""
         try:
             # Reads a byte only if that needs no device.
             return os.preadv(self._descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1

@@ -9,7 +9,7 @@ import errno
 import threading
 from collections.abc import Iterator
 
-from giantstep.storage.base import Buffer
+from giantstep.storage.base import Access, Buffer, ReadHandle, WriteHandle
 
 # The medium itself, as a disk is for `LocalStore`: files by the name of the store.
 _MEDIA: dict[str, dict[str, bytearray]] = {}
@@ -75,10 +75,11 @@ class MemoryStore:
             _MEDIA.pop(self._name, None)
 
 
-class MemoryHandle:
+class MemoryHandle(ReadHandle, WriteHandle):
     """A file of a `MemoryStore`, for reading and writing."""
 
     direct_bytes = 0
+    nearby = True
 
     def __init__(self, data: bytearray) -> None:
         self._data = data
@@ -98,6 +99,9 @@ class MemoryHandle:
         if offset + len(view) > len(self._data):
             raise OSError(errno.EIO, f"file ends at byte {len(self._data)}")
         view[:] = memoryview(self._data)[offset : offset + len(view)]
+
+    def access_at(self, offset: int) -> Access:
+        return Access(nearby=True)
 
     def sync(self) -> None:
         """Nothing outlives the process."""

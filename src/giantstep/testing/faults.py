@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from giantstep.storage.base import Buffer
+from giantstep.storage.base import Buffer, ReadHandle, WriteHandle
 
 
 class CrashError(BaseException):
@@ -158,7 +158,7 @@ class CrashingStore:
         self._operation(f"delete {name}", lambda: (self._disk.files.pop(name, None), None)[1])
 
 
-class CrashingHandle:
+class CrashingHandle(ReadHandle, WriteHandle):
     """A file of a `CrashingStore`."""
 
     direct_bytes = 0

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from giantstep.format.digests import Checksums
 from giantstep.storage.base import WriteHandle
 from giantstep.storage.buffers import device_buffer
-from giantstep.writing.stretch import lay_stretch
+from giantstep.writing.stretch import write_stretch
 
 Bytes = NDArray[np.uint8]
 
@@ -84,7 +84,7 @@ class BlockStream:
         self._handle = handle
         self._pool = pool
         self._block_bytes = block_bytes
-        self._parts: list[Bytes] = []
+        self._parts: list[memoryview] = []
         self._filled = 0
         self._position = 0
         self._writes: deque[Future[Checksums]] = deque()
@@ -94,14 +94,14 @@ class BlockStream:
         """Write the pieces one after another. Each must keep its bytes as long as it is referred to."""
         whole = self._pool.buffer_bytes
         for piece in pieces:
-            rest = piece
+            rest = piece.data
             while len(rest) >= whole - self._filled:
                 cut = whole - self._filled
                 self._parts.append(rest[:cut])
                 self._filled = whole
                 self._submit()
                 rest = rest[cut:]
-            if len(rest):
+            if rest:
                 self._parts.append(rest)
                 self._filled += len(rest)
 
@@ -111,20 +111,8 @@ class BlockStream:
         # An earlier failure ends the stream here, not after the last byte.
         while self._writes and self._writes[0].done():
             self._checksums.append(self._writes.popleft().result())
-        self._writes.append(self._pool.submit(lambda buffer: self._write(offset, parts, buffer)))
-
-    def _write(self, offset: int, parts: list[Bytes], buffer: Bytes) -> Checksums:
-        """In a thread: write the stretch of the file that begins at `offset`."""
-        direct = self._handle.direct_bytes
-        runs, checksums = lay_stretch(parts, buffer, self._block_bytes, direct)
-        for run in runs:
-            # Only the end of the file may be no multiple of what passes the page cache.
-            whole = len(run) // direct * direct if direct else 0
-            for part in (run[:whole], run[whole:]):
-                if len(part):
-                    self._handle.write_at(offset, part.data)
-                    offset += len(part)
-        return checksums
+        handle, block_bytes = self._handle, self._block_bytes
+        self._writes.append(self._pool.submit(lambda buffer: write_stretch(handle, offset, parts, buffer, block_bytes)))
 
     def finish(self) -> Checksums:
         """Wait until all bytes are written; return the checksums of all blocks. Raises the first failure."""
