@@ -80,8 +80,13 @@ def _twins(index: Index) -> Int64s:
     first = index.tensor_chunk_ends[:-1]
     filled = np.diff(index.tensor_chunk_ends) > 0
     twin = np.full(len(filled), -1, dtype=np.int64)
-    places = np.stack((index.chunk_file[first[filled]], index.chunk_start[first[filled]]), axis=1)
-    twin[filled] = np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+    file, start = index.chunk_file[first[filled]], index.chunk_start[first[filled]]
+    order = np.lexsort((start, file))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(file[order]) != 0) | (np.diff(start[order]) != 0)
+    number = np.empty(len(order), dtype=np.int64)
+    number[order] = np.cumsum(new) - 1
+    twin[filled] = number
     return twin
 
 

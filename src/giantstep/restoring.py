@@ -34,12 +34,13 @@ def restore(described: Described, objects: Mapping[Path, Any], common: Tree, abs
         MismatchError: parameters that a module ties have different stored values.
     """
     places = {leaf.path: leaf.result for leaf in described.leaves}
-    hollow = [path for path, result in places.items() if result is None or result.is_meta]
+    hollow = [path for path, result in places.items() if result is None or result.is_meta] if described.joints else []
     places |= {leaf.path: objects.get(leaf.path, leaf.source.data) for leaf in described.objects}
     places |= dict(described.locals)
 
     def place(path: Path, _leaf: Any) -> Any:
-        return Placed(places[path]) if path in places else DROPPED
+        found = places.get(path, DROPPED)
+        return found if found is DROPPED else Placed(found)
 
     merged = merge(map_leaves(described.tree, place), common)
     tree = {} if merged is DROPPED else unplaced(merged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -186,3 +187,44 @@ def test_flat_ranges_load_under_any_other_layout_flat_or_not(
 
     run_ranks(saved[0] * saved[1] * saved[2], save)
     run_ranks(loaded[0] * loaded[1] * loaded[2], load)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"global_offset": (4, 0)},
+        {"global_offset": (2.0, 0)},
+        {"global_shape": (3, 3)},
+        {"replica_id": -1},
+        {"axis_fragmentations": (3, 1)},
+        {"flattened_range": slice(0, 7)},
+        {"prepend_axis_num": 1},
+        {"dtype": torch.int8},
+        {"key": 3},
+        {"data": torch.zeros(3, 3)},
+        {"data": torch.zeros(2, 3, dtype=torch.int8)},
+    ],
+    ids=str,
+)
+def test_attributes_that_change_after_it_was_made_are_seen(tmp_path: Any, change: dict[str, Any]) -> None:
+    def tensor() -> gs.ShardedTensor:
+        return gs.ShardedTensor.from_rank_offsets("t", torch.zeros(2, 3), (0, 0, 1))
+
+    changed = copy.copy(tensor())
+    for name, value in change.items():
+        setattr(changed, name, value)
+    with pytest.raises(BadArgumentError):
+        gs.save({"a": tensor(), "b": changed}, tmp_path)
+
+
+def test_data_that_change_their_shape_after_it_was_made_are_seen(tmp_path: Any) -> None:
+    data = torch.zeros(2, 3)
+    tensor = gs.ShardedTensor.from_rank_offsets("t", data)
+    data.resize_(3, 2)
+    with pytest.raises(BadArgumentError, match="data have shape"):
+        gs.save({"t": tensor}, tmp_path)
+
+
+def test_a_key_that_is_no_text_is_seen_when_it_is_made() -> None:
+    with pytest.raises(BadArgumentError, match="must be a str"):
+        gs.ShardedTensor(None, torch.zeros(1), torch.float32, (1,), (1,), (0,), None)  # type: ignore[arg-type]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from giantstep.format.codec import Codec
 from giantstep.format.digests import ContentDigest
@@ -22,29 +23,52 @@ def fingerprint(stored: StoredObject, codec: Codec) -> dict[str, list[str]]:
     Equal on two ranks if and only if their values are: the order of keys and empty containers do not count.
     """
     found: dict[str, list[str]] = {}
-    _note(stored.value, (), "", stored, codec, found)
+
+    def note(path: Path, place: str, leaf: Any) -> None:
+        digest = ContentDigest()
+        digest.update(codec.encode(leaf, (*stored.path, *path)))
+        found[place] = [dotted(path), f"{digest.halves()[0]:016x}"]
+
+    _each_leaf(stored.value, (), "", note)
     return found
 
 
-def _note(tree: Tree, path: Path, place: str, stored: StoredObject, codec: Codec, found: dict[str, list[str]]) -> None:
+def _each_leaf(tree: Tree, path: Path, place: str, note: Callable[[Path, str, Any], None]) -> None:
     """Note the leaves of a tree; the place says of each step also the kind of container and of key."""
     if is_dict(tree):
         kind = "o" if isinstance(tree, OrderedDict) else "d"
         for key, value in tree.items():
-            _note(value, (*path, key), f"{place}/{kind}{type(key).__name__}:{key!r}", stored, codec, found)
+            _each_leaf(value, (*path, key), f"{place}/{kind}{type(key).__name__}:{key!r}", note)
     elif type(tree) in (list, tuple):
+        kind = type(tree).__name__
         for position, value in enumerate(tree):
-            _note(value, (*path, position), f"{place}/{type(tree).__name__}:{position}", stored, codec, found)
+            _each_leaf(value, (*path, position), f"{place}/{kind}:{position}", note)
     else:
-        digest = ContentDigest()
-        digest.update(codec.encode(tree, (*stored.path, *path)))
-        found[place] = [dotted(path), f"{digest.halves()[0]:016x}"]
+        note(path, place, tree)
+
+
+# Values that can be encoded wherever they stand.
+_SCALARS = {int, float, str, bool, type(None)}
 
 
 def fingerprint_digest(stored: StoredObject, codec: Codec) -> tuple[int, int]:
-    """One digest of `fingerprint`."""
+    """A digest that is equal on two ranks if and only if `fingerprint` is; scalars are encoded all at once."""
+    scalars: dict[str, Any] = {}
+    others: dict[str, bytes] = {}
+
+    def note(path: Path, place: str, leaf: Any) -> None:
+        if type(leaf) in _SCALARS:
+            scalars[place] = leaf
+        else:
+            others[place] = codec.encode(leaf, (*stored.path, *path))
+
+    _each_leaf(stored.value, (), "", note)
     digest = ContentDigest()
-    digest.update(json.dumps(fingerprint(stored, codec), sort_keys=True).encode("ascii"))
+    places, rest = sorted(scalars), sorted(others)
+    sizes = [len(others[place]) for place in rest]
+    digest.update(codec.encode([places, [scalars[place] for place in places], rest, sizes]))
+    for place in rest:
+        digest.update(others[place])
     return digest.halves()
 
 

@@ -22,8 +22,24 @@ RankOffset = tuple[int, int, int]
 """(axis, index of this rank's part along it, number of parts)."""
 
 
+class _Checked:
+    """Remembers the attributes that were last seen to fit each other."""
+
+    __slots__ = ("_attributes",)
+
+    def _note(self, attributes: tuple[object, ...]) -> None:
+        self._attributes = attributes
+
+    def _is_noted(self, attributes: tuple[object, ...]) -> bool:
+        """Whether these are the same objects. None of those that fit can change in place."""
+        return all(map(operator.is_, getattr(self, "_attributes", _NOTHING), attributes))
+
+
+_NOTHING = (object(),)
+
+
 @dataclass(eq=False, slots=True)
-class ShardedTensor:
+class ShardedTensor(_Checked):
     """One rank's shard of a global tensor.
 
     Attributes:
@@ -239,6 +255,27 @@ class ShardedTensor:
 
     def validate(self) -> None:
         """Raise `BadArgumentError` unless all attributes fit each other."""
+        # Most were made a moment ago and did not change since.
+        if not self._is_noted(self._all_but_data()):
+            self._validate_attributes()
+            self._note(self._all_but_data())
+        self._validate_data()
+
+    def _all_but_data(self) -> tuple[object, ...]:
+        return (
+            self.key,
+            self.dtype,
+            self.local_shape,
+            self.global_shape,
+            self.global_offset,
+            self.axis_fragmentations,
+            self.replica_id,
+            self.prepend_axis_num,
+            self.allow_shape_mismatch,
+            self.flattened_range,
+        )
+
+    def _validate_attributes(self) -> None:
         if not isinstance(self.key, str):
             raise BadArgumentError(f"tensor key {self.key!r} must be a str")
         stored_dtype(self.dtype)
@@ -254,7 +291,6 @@ class ShardedTensor:
         if type(self.replica_id) is not int or self.replica_id < 0:
             self.replica_id = check_replica_id(self.replica_id, f"tensor {self.key!r}")
         self._validate_flattened_range()
-        self._validate_data()
 
     def _validate_region(self) -> None:
         dims = self.prepend_axis_num + len(self.local_shape)

@@ -114,7 +114,7 @@ def diff(left: Tree, right: Tree, equal: Callable[[Any, Any], bool]) -> TreeDiff
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Placed:
     """A value on its way back into a tree: a leaf, even if it is a container itself."""
 
@@ -207,8 +207,9 @@ def _only_leaves(tree: Tree) -> Tree:
     if isinstance(tree, dict | list | tuple) and not tree:
         return tree
     if is_dict(tree):
-        kept = {key: _only_leaves(value) for key, value in tree.items()}
-        kept = {key: value for key, value in kept.items() if value is not DROPPED}
+        # Most values are leaves, and stay.
+        found = {key: value if type(value) is Placed else _only_leaves(value) for key, value in tree.items()}
+        kept = {key: value for key, value in found.items() if value is not DROPPED}
         if not kept:
             return DROPPED
         return OrderedDict(kept) if isinstance(tree, OrderedDict) else kept
