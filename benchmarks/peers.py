@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from measure import Started
 from methods import Method, Part, Plain, Waits, installed
 from raw_io import flush_files
@@ -73,6 +74,8 @@ class TorchCheckpointing(Plain):
 
     def __init__(self) -> None:
         self._managers: dict[bool, Any] = {}
+        # By default every tensor that is shared with the process keeps a file open: thousands are too many.
+        torch.multiprocessing.set_sharing_strategy("file_system")
 
     def _manager(self, *, blocking: bool) -> Any:
         from torch_checkpointing import CheckpointManager

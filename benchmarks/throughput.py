@@ -67,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gib", type=float, default=0.5, help="size of the large state, all ranks together (default: 0.5)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--patience", type=float, default=10, help="no more rounds for what needs more seconds (default: 10)")
-    parser.add_argument("--full", action="store_true", help=f"many tensors not only on {_SMALL_RANKS} ranks, and resharded too")
+    parser.add_argument("--full", action="store_true", help="many tensors on all ranks and places, and resharded")
     parser.add_argument("--quick", action="store_true", help="small states, 2 ranks, one round: to see that it runs")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--plot", type=Path, help="also draw the speeds to this SVG file (needs matplotlib)")
@@ -96,8 +96,14 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
         for place in arguments.places
         for state in arguments.states
         for ranks in arguments.ranks
-        if state == _LARGE or arguments.full or ranks == _SMALL_RANKS or _SMALL_RANKS not in arguments.ranks
+        if state == _LARGE or arguments.full or _is_typical(place, ranks, arguments)
     ]
+
+
+def _is_typical(place: str, ranks: int, arguments: argparse.Namespace) -> bool:
+    """Many tensors take some libraries minutes: one number of ranks, and no disk, unless nothing else is asked for."""
+    in_memory = place == _PLACES[1] or _PLACES[1] not in arguments.places
+    return in_memory and (ranks == _SMALL_RANKS or _SMALL_RANKS not in arguments.ranks)
 
 
 def _measure(case: Case, arguments: argparse.Namespace, console: Console) -> list[dict[str, object]]:
