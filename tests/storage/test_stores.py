@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 import giantstep as gs
-from giantstep.storage.base import Store, read_all
+from giantstep.storage.base import Access, Store, read_all
+from giantstep.storage.buffers import device_buffer
 from giantstep.storage.local import LocalStore
 from giantstep.storage.locate import store_at
+from giantstep.storage.medium import is_memory_backed
 from giantstep.storage.memory import MemoryStore
 from giantstep.storage.record_file import files_of_ours
 from giantstep.testing import store_contract
@@ -122,6 +124,47 @@ def test_flushes_reach_the_files_and_their_directories(tmp_path: Path, monkeypat
     assert names[-1] == "new/step"
 
 
+def test_file_systems_in_memory_are_known_and_not_allocated_beforehand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(fd: int, offset: int, size: int) -> None:
+        raise OSError(errno.EIO, "posix_fallocate was called")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    mounts = tmp_path / "mountinfo"
+    device = tmp_path.stat().st_dev
+    place = f"{os.major(device)}:{os.minor(device)}"
+    for kind, known in (("ext4", False), ("tmpfs", True)):
+        mounts.write_text(f"1 0 9:9 / / rw - tmpfs x rw\n2 1 {place} / /a rw shared:1 - {kind} x rw\n")
+        monkeypatch.setattr("giantstep.storage.medium._MOUNTS", mounts)
+        store = LocalStore(tmp_path / kind)
+        store.prepare("")
+        if known:
+            handle = store.create("f", 5000, direct=True)
+            assert handle.direct_bytes == 0
+            handle.close()
+            assert store.size("f") == 5000
+            assert store.open_read("f", direct=True).access_at(0) == Access(nearby=True)
+        else:
+            with pytest.raises(OSError, match="posix_fallocate was called"):
+                store.create("f", 5000, direct=True)
+    monkeypatch.setattr("giantstep.storage.medium._MOUNTS", tmp_path / "absent")
+    assert not is_memory_backed(os.major(device), os.minor(device))
+
+
+def test_looking_whether_bytes_are_cached_does_not_make_them_look_so(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(os.urandom(1 << 20))
+    with (tmp_path / "f").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    handle = LocalStore(tmp_path).open_read("f", direct=True)
+    buffer = device_buffer(1 << 20)
+    first = handle.access_at(0)
+    if first.nearby:
+        pytest.skip("no reads past the page cache here")
+    handle.read_parts(0, [buffer.data], first)
+    assert handle.access_at(0) == first
+    handle.close()
+
+
 def test_write_errors_name_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -137,8 +180,8 @@ def test_write_errors_name_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_short_writes_and_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    pwrite, preadv = os.pwrite, os.preadv
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, memoryview(data)[:1000], offset))
+    pwritev, preadv = os.pwritev, os.preadv
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, offset: pwritev(fd, [memoryview(views[0])[:1000]], offset))
     monkeypatch.setattr(os, "preadv", lambda fd, views, *where: preadv(fd, [memoryview(views[0])[:777]], *where))
     value = torch.arange(20_000)
     gs.save({"w": value}, tmp_path)

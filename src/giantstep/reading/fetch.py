@@ -23,10 +23,10 @@ from giantstep.planning.load_plan import LoadPlan, Read
 from giantstep.planning.load_tables import ChunkTable
 from giantstep.reading.data_files import DataFiles
 from giantstep.reading.placing import WORDS, Bits, Bytes, Placing, Sink, bits
-from giantstep.storage.base import ReadHandle, Store
+from giantstep.storage.base import Access, ReadHandle, Store
 from giantstep.storage.buffers import device_buffer
 
-__all__ = ["WORDS", "Bits", "ChecksumsOf", "Fetched", "Sink", "Source", "bits", "fetch", "read_parts_verified", "read_verified"]
+__all__ = ["WORDS", "Bits", "ChecksumsOf", "Fetched", "Sink", "Source", "bits", "fetch", "read_verified"]
 
 # About as much as the cache of one processor core holds of what was just read.
 _CACHE_BYTES = 1 << 20
@@ -99,11 +99,12 @@ def fetch(source: Source, plan: LoadPlan, sinks: Sequence[Sink] | None, threads:
             try:
                 length = min(read.stop, sizes[read.file]) - read.start
                 handle = files.get(read.file)
+                access = handle.access_at(read.start)
                 if placing is None:
-                    read_parts_verified(source, handle, read.file, read.start, [buffer.data[:length]])
+                    _read_parts(source, handle, read.file, read.start, [buffer.data[:length]], access)
                 else:
-                    placed = placing.place(read, length, buffer, handle.access_at(read.start).alignment_bytes)
-                    read_parts_verified(source, handle, read.file, read.start, placed.parts)
+                    placed = placing.place(read, length, buffer, access.alignment_bytes)
+                    _read_parts(source, handle, read.file, read.start, placed.parts, access)
                     placing.finish(read, placed, buffer)
             except Exception:
                 failed.set()
@@ -123,22 +124,23 @@ def read_verified(source: Source, files: DataFiles, file: int, start: int, stop:
     Raises: as `fetch`.
     """
     data = buffer[: min(stop, source.record.files[file].bytes) - start]
-    read_parts_verified(source, files.get(file), file, start, [data.data])
+    handle = files.get(file)
+    _read_parts(source, handle, file, start, [data.data], handle.access_at(start))
     return data
 
 
-def read_parts_verified(source: Source, handle: ReadHandle, file: int, start: int, parts: Sequence[memoryview]) -> None:
+def _read_parts(source: Source, handle: ReadHandle, file: int, start: int, parts: Sequence[memoryview], access: Access) -> None:
     """Fill all parts, one after another, with whole blocks that begin at byte `start` of a file.
 
     Raises: as `fetch`.
     """
     size, length = source.record.block_bytes, sum(map(len, parts))
     # What comes from memory is checked while it is in the processor's cache; others are asked for much at a time.
-    step = max(1, _CACHE_BYTES // size) * size if handle.access_at(start).nearby else length
+    step = max(1, _CACHE_BYTES // size) * size if access.nearby else length
     found: list[int] = []
     offset = start
     for group in cut_parts(parts, step):
-        handle.read_parts(offset, group)
+        handle.read_parts(offset, group, access)
         offset += step
         if source.checksums is not None:
             found += digests_of_parts(group, size)

@@ -89,8 +89,11 @@ class ReadHandle(Protocol):
         """
         ...
 
-    def read_parts(self, offset: int, targets: Sequence[memoryview]) -> None:
-        """Fill all targets, one after another, as `read_into` does: in one operation, whoever implements it."""
+    def read_parts(self, offset: int, targets: Sequence[memoryview], access: Access) -> None:
+        """Fill all targets, one after another, as `read_into` does: in one operation, whoever implements it.
+
+        `access` is what `access_at` said of these bytes, or of bytes just before them.
+        """
         if len(targets) == 1:
             self.read_into(offset, targets[0])
             return
@@ -101,7 +104,10 @@ class ReadHandle(Protocol):
             data = data[target.nbytes :]
 
     def access_at(self, offset: int) -> Access:
-        """How bytes from `offset` on are read fastest. They are read all the same another way."""
+        """How bytes from `offset` on are read fastest. They are read all the same another way.
+
+        To be asked once before bytes are read, since asking may change the answer.
+        """
         return Access()
 
     def close(self) -> None:

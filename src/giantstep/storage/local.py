@@ -258,15 +258,16 @@ class LocalReadHandle(ReadHandle):
         self._direct = _open_direct(path, os.O_RDONLY)
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        self.read_parts(offset, [target])
+        self.read_parts(offset, [target], self.access_at(offset))
 
-    def read_parts(self, offset: int, targets: Sequence[memoryview]) -> None:
+    def read_parts(self, offset: int, targets: Sequence[memoryview], access: Access) -> None:
         left = [target.cast("B") for target in targets if target.nbytes]
         while left:
             batch = left[:_MOST_PARTS]
-            aligned = 0 if self._direct is None else _aligned_bytes(offset, batch)
-            if self._direct is not None and aligned >= _DIRECT_FROM_BYTES and not self._is_cached(offset):
+            aligned = _aligned_bytes(offset, batch) if self._direct is not None and access.alignment_bytes > 1 else 0
+            if self._direct is not None and aligned >= _DIRECT_FROM_BYTES:
                 count = os.preadv(self._direct, _before(batch, aligned), offset)
+                self._forget_look(offset)
             else:
                 count = os.preadv(self._descriptor, batch, offset)
             if count == 0:
@@ -276,14 +277,21 @@ class LocalReadHandle(ReadHandle):
             left = _after(left, count)
 
     def access_at(self, offset: int) -> Access:
-        if self._is_cached(offset):
-            return Access(nearby=True)
-        return Access() if self._direct is None else Access(_DIRECT_ALIGNMENT)
+        # Without a way past the page cache everything goes through this machine's memory, and is read ahead.
+        return Access(nearby=True) if self._is_cached(offset) else Access(_DIRECT_ALIGNMENT)
+
+    def _forget_look(self, offset: int) -> None:
+        """Drop the page that `_is_cached` had the system read: it would let the bytes look cached next time."""
+        with contextlib.suppress(OSError):
+            # Only a hint, which may be refused.
+            os.posix_fadvise(self._descriptor, offset, _DIRECT_ALIGNMENT, os.POSIX_FADV_DONTNEED)
 
     def _is_cached(self, offset: int) -> bool:
         """Whether the byte at `offset` is in the page cache: bytes behind it are then likely to be, too."""
+        if self._direct is None:
+            return True
         try:
-            # Reads a byte only if that needs no device.
+            # Reads a byte only if it is there. If not, the system begins to read its page, in the background.
             return os.preadv(self._descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
         except BlockingIOError:
             return False

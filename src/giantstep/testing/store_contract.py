@@ -5,6 +5,7 @@ Run all of `CHECKS` on a store of your own, each on a new and empty one.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -88,6 +89,26 @@ def check_ranges(store: Store) -> None:
         _raises(OSError, lambda: found.read_into(len(data) - 10, memoryview(target)), "reading past the end is OSError")
 
 
+def check_parts(store: Store) -> None:
+    """Parts of memory are written and read one after another, however many and however small they are."""
+    store.prepare("")
+    data = bytes(range(251)) * 80
+    sizes = [0, 1, 4096, 3000, *[3] * 1500]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    ranges = [*itertools.pairwise(starts), (starts[-1], len(data))]
+    handle = store.create("parts", len(data), direct=True)
+    handle.write_parts(0, [memoryview(data)[start:stop] for start, stop in ranges])
+    handle.sync()
+    handle.close()
+    with reading(store, "parts") as found:
+        target = bytearray(len(data))
+        parts = [memoryview(target)[start:stop] for start, stop in ranges]
+        found.read_parts(0, parts, found.access_at(0))
+        _require(bytes(target) == data, "parts hold the bytes of their ranges")
+        late = len(data) - 100
+        _raises(OSError, lambda: found.read_parts(late, parts, found.access_at(late)), "parts past the end are OSError")
+
+
 def check_concurrent_writes(store: Store) -> None:
     """Several threads write parts of one file."""
     store.prepare("")
@@ -139,6 +160,7 @@ CHECKS: tuple[Callable[[Store], None], ...] = (
     check_absent_place,
     check_files,
     check_ranges,
+    check_parts,
     check_concurrent_writes,
     check_publish,
     check_publish_under_readers,
