@@ -364,3 +364,35 @@ def test_ctrl_c_while_the_end_waits_leaves_at_once_and_the_checkpoint_before_in_
     assert time.monotonic() - begin < 40
     assert "not committed" in stderr
     assert value_at(tmp_path) == 1
+
+
+def _one_sleeps_over_several_saves(rank: int, path: str) -> list[str]:
+    """Rank 2's writer sleeps in the second save for longer than the others wait for it in that and in the next."""
+    import giantstep.saving
+
+    real, written = giantstep.saving.write, 0
+
+    def write(*arguments: Any) -> Any:
+        nonlocal written
+        written += 1
+        if (rank, written) == (2, 2):
+            time.sleep(7)
+        return real(*arguments)
+
+    giantstep.saving.write = write
+    options = gs.SaveOptions(timeout_secs=1.5, max_pending=8, on_error="warn")
+    pending = []
+    for step in range(6):
+        pending.append(gs.async_save(state_of(rank, step), path, options=options))
+        dist.barrier()
+    return [str(found.exception(90)) for found in pending]
+
+
+def test_a_rank_that_is_late_by_a_whole_save_does_not_put_it_together_with_the_next_one_of_the_others(tmp_path: Path) -> None:
+    told = results(run_processes(RANKS, _one_sleeps_over_several_saves, str(tmp_path)))
+    assert told[0] == told[1] == told[2]
+    assert told[0][0] == told[0][-1] == "None"
+    assert all(message == "None" or "rank 2 did not report" in message for message in told[0])
+    assert sum(message != "None" for message in told[0]) >= 2
+    stored = gs.open_checkpoint(tmp_path)["w"][...]
+    assert set(stored.reshape(-1).tolist()) == {5.0}

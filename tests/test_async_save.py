@@ -293,11 +293,38 @@ def test_the_guard_makes_the_next_step_wait_until_the_save_is_staged_and_later_s
     stepping.join(30)
     assert pending.staged()
     assert weight.tolist() == [0.0] * 4
-    assert not optimizer._optimizer_step_pre_hooks
     pending.result()
     assert gs.open_checkpoint(store)["w"][...].tolist() == [1.0] * 4
     with pytest.raises(BadArgumentError, match="staging_guard"):
         pending.guard(object())
+
+
+def test_guards_of_several_saves_and_hooks_of_the_users_own_get_along() -> None:
+    store, calls = SlowStore(), []
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.ones(4)
+    pending = [gs.async_save({"w": weight}, store).guard(optimizer) for _ in range(3)]
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        optimizer.step()
+    assert weight.tolist() == [-2.0] * 4
+    assert len(calls) == 3
+    assert all(found.staged() for found in pending)
+    pending[-1].result()
+
+
+def test_modes_of_torch_that_the_caller_is_in_make_no_difference() -> None:
+    store = SlowStore()
+    weight = torch.ones(5)
+    with torch.inference_mode():
+        made_here = torch.full((3,), 2.0)
+    for options in (SMALL, BACKGROUND):
+        for number in range(4):
+            with torch.inference_mode(mode=number % 2 == 0):
+                gs.async_save({"w": weight, "i": made_here, "n": number}, store, options=options).result()
+            assert gs.open_checkpoint(store)["i"][...].tolist() == [2.0] * 3
+            assert gs.open_checkpoint(store).common["n"] == number
 
 
 def test_the_block_of_a_guard_begins_when_the_save_is_staged() -> None:

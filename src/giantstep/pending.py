@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -93,7 +95,11 @@ class PendingSave:
                     f"{type(optimizer).__name__} has no register_step_pre_hook, so its steps cannot be made to wait: use "
                     "`with staging_guard(pending):` around what changes tensors"
                 )
-            _wait_once(self, register)
+            guard = _GUARDS.get(optimizer)
+            if guard is None:
+                guard = _GUARDS[optimizer] = _Guard()
+                register(guard)
+            guard.add(self)
         return self
 
     # For the thread that carries the save out.
@@ -123,12 +129,23 @@ class PendingSave:
         return f"PendingSave({self.location!r}, {state})"
 
 
-def _wait_once(pending: PendingSave, register: Callable[[Callable[..., None]], Any]) -> None:
-    def wait(*_arguments: Any) -> None:
-        pending.wait_staged()
-        handle.remove()
+class _Guard:
+    """Has steps of one optimizer wait. It stays with the optimizer: its hooks must not be taken away while they run."""
 
-    handle = register(wait)
+    def __init__(self) -> None:
+        self._awaited: deque[PendingSave] = deque()
+
+    def add(self, pending: PendingSave) -> None:
+        """The next step waits for this one too."""
+        self._awaited.append(pending)
+
+    def __call__(self, *_arguments: Any) -> None:
+        while self._awaited:
+            self._awaited.popleft().wait_staged()
+
+
+# By optimizer, and forgotten with it.
+_GUARDS: weakref.WeakKeyDictionary[Any, _Guard] = weakref.WeakKeyDictionary()
 
 
 @contextmanager

@@ -91,6 +91,8 @@ class TorchGroup:
         self._turn = threading.RLock()
         self._connected: tuple[Connections, Board] | None = None
         self._made_beside = 0
+        # How often this rank has tried to connect, or has withdrawn when it was not connected.
+        self._attempts = 0
 
     def beside(self) -> TorchGroup:
         # Not by way of the process group, which may be destroyed by now.
@@ -127,7 +129,8 @@ class TorchGroup:
         if self._size > 1:
             with self._turn:
                 if self._connected is None:
-                    withdraw(self._store, self._rank, self._size, error)
+                    self._attempts += 1
+                    withdraw(self._store, self._rank, self._size, self._attempts, error)
                 else:
                     told = self._tell(error)
                     self._close(error)
@@ -174,7 +177,8 @@ class TorchGroup:
 
     def _connect(self, phase: str, timeout_secs: float) -> tuple[Connections, Board]:
         if self._connected is None:
-            place = meet(self._store, self._rank, self._size, phase, timeout_secs)
+            self._attempts += 1
+            place = meet(self._store, self._rank, self._size, self._attempts, phase, timeout_secs)
             store = c10d.PrefixStore(place, self._store)
             try:
                 connections = Connections(store, self._rank, self._size, max(_CONNECT_SECS, timeout_secs))

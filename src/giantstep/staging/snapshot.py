@@ -116,7 +116,7 @@ class StagingMemory:
 
 
 def _locked_memory(size_bytes: int) -> Arena:
-    array: Arena = torch.empty(max(1, size_bytes), dtype=torch.uint8, pin_memory=True).numpy()
+    array: Arena = torch.empty(max(1, size_bytes), dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
     return array[:size_bytes]
 
 
@@ -146,8 +146,10 @@ class Snapshot:
         self._events: list[torch.cuda.Event] = []
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            self.copies = memory.views(self._arena, tensors, layout.place)
-            self._copy(layout.first, later=later)
+            # Copies outlive the mode in which the caller happens to be.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self.copies = memory.views(self._arena, tensors, layout.place)
+                self._copy(layout.first, later=later)
         except BaseException:
             self.release()
             raise
@@ -208,7 +210,7 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 def _views(arena: Arena, shapes: Sequence[torch.Size], sizes: Sequence[int], place: Sequence[int]) -> list[torch.Tensor]:
-    whole = torch.from_numpy(arena[: arena.size // 16 * 16]) if arena.size else torch.empty(0, dtype=torch.uint8)
+    whole = torch.from_numpy(arena[: arena.size // 16 * 16]) if arena.size else torch.empty(0, dtype=torch.uint8, device="cpu")
     kinds = {size: whole.view(_WORDS[size]) for size in set(sizes)}
     strides = {shape: _row_major(shape) for shape in set(shapes)}
     return [
