@@ -48,15 +48,19 @@ _LEGEND = (
 def run(setting: Setting, loop: str, arguments: argparse.Namespace) -> list[Flight]:
     """All rounds with one loop; the contenders take turns, in another order in every round."""
     iterate, found = _LOOPS[loop](), []
+    order = setting.contenders
     with Ticker() as ticker:
-        for contender in setting.contenders:
+        for contender in order:
             # The first save allocates memory that later ones use again.
             observe(setting, contender, iterate, ticker, 0)
         for repetition in range(arguments.repeat):
-            order = setting.contenders
             random.Random(repetition).shuffle(order)  # noqa: S311 - an order, not a secret
-            for contender in order:
-                found += [observe(setting, contender, iterate, ticker, repetition) for _ in range(arguments.saves)]
+            for contender in list(order):
+                for _ in range(arguments.saves):
+                    found.append(observe(setting, contender, iterate, ticker, repetition))
+                    if found[-1].blocked_secs + found[-1].flight_secs > arguments.patience:
+                        order.remove(contender)
+                        break
     return found
 
 
@@ -153,6 +157,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--loops", nargs="+", choices=list(_LOOPS), default=list(_LOOPS), help="default: all")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--saves", type=int, default=2, help="saves of each contender per round (default: 2)")
+    parser.add_argument("--patience", type=float, default=5, help="no more saves of who needs more seconds (default: 5)")
     parser.add_argument("--quick", action="store_true", help="small states, one round of one save: to see that it runs")
     parser.add_argument("--json", type=Path, help="also write all flights and results to this file")
     arguments = parser.parse_args()
