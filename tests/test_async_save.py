@@ -20,6 +20,8 @@ from conftest import Commits
 from giantstep.errors import BadArgumentError, ChangedTooSoonError
 from giantstep.group.base import Answer, Parts
 from giantstep.group.threads import ThreadGroup
+from giantstep.group.torch_group import group_of
+from giantstep.saver import saver_of
 from giantstep.storage.memory import _MEDIA
 from giantstep.testing.ranks import run_ranks
 from slow_store import GatedStore, SlowStore
@@ -395,8 +397,10 @@ def test_two_hundred_saves_leak_nothing(tmp_path: Path, committed: Commits) -> N
             committed.clear()
 
     rounds(20)
+    assert saver_of(group_of()).wait(60)
     memory, files, threads = _used()
     rounds(200)
+    assert saver_of(group_of()).wait(60), "its thread ends when there is nothing to do"
     gc.collect()
     now_memory, now_files, now_threads = _used()
     assert now_memory - memory < 200 * 1024 / 4, "a quarter of the megabyte per save that is allowed"
