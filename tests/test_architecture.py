@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"format"},
     {"shards"},
     {"options"},
-    {"plan_cache"},
+    {"plan_cache", "collection"},
     {"errors"},
 ]
 PURE = {"shards", "format", "planning"}

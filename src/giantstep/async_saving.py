@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from giantstep.codecs import OBJECT_CODEC
+from giantstep.collection import uncollected
 from giantstep.errors import BadArgumentError, CancelledError, GiantstepError, error_from_wire, error_to_wire
 from giantstep.format.record import Json
 from giantstep.group.base import Group, Parts, consult_parts
@@ -99,9 +100,9 @@ class _AsyncSave:
         watch = self._save.watch
         with watch.phase("wait"):
             self._saver.wait_for(lambda unfinished: unfinished < self._options.max_pending)
-        with watch.phase("describe"):
+        with uncollected(), watch.phase("describe"):
             self._agree()
-        with watch.phase("stage"):
+        with uncollected(), watch.phase("stage"):
             return self._saver.submit(self._save.location, self._stage, self._failed, warns=self._options.on_error == "warn")
 
     def _agree(self) -> None:
@@ -194,7 +195,7 @@ class _AsyncSave:
 
     def _carry_out(self, group: Group, subject: Callable[[], Subject], check: Callable[[], None]) -> SaveReport:
         save = self._save
-        with save.watch.phase("plan"):
+        with uncollected(), save.watch.phase("plan"):
             save.plan(group, subject)
         with save.watch.phase("write"):
             save.write_and_commit(check)
