@@ -18,9 +18,12 @@ import torch
 import torch.distributed as dist
 
 import giantstep as gs
+import giantstep.async_saving
+import giantstep.saving
 from giantstep.errors import CancelledError, GiantstepError, PeerFailureError, PhaseTimeoutError, StoreError
 from giantstep.group.threads import ThreadGroup
-from giantstep.saver import saver_of
+from giantstep.group.torch_group import group_of
+from giantstep.saver import Saver, saver_of
 from giantstep.storage.memory import _MEDIA
 from giantstep.testing.ranks import run_ranks, run_ranks_collecting
 from processes import DIED, results, run_processes
@@ -180,6 +183,117 @@ def test_one_rank_cancels_and_nobody_commits(when: str) -> None:
         assert _MEDIA[first.location.removeprefix("memory://")] == {}
 
 
+def test_a_cancelled_save_is_no_failure_for_the_next_one_to_tell_of() -> None:
+    gated, store = GatedStore(), SlowStore()
+    options = gs.SaveOptions(max_pending=3, staging="background")
+    gs.async_save({"w": torch.ones(3)}, gated, options=options)
+    changed = torch.ones(3)
+    cancelled = gs.async_save({"w": changed}, store, options=options)
+    cancelled.cancel()
+    changed.add_(1)
+    gated.gate.set()
+    assert saver_of(group_of()).wait(30)
+    gs.async_save({"w": torch.ones(3), "step": 3}, store, options=options).result()
+    assert isinstance(cancelled.exception(), CancelledError)
+    gs.finish_saves()
+    assert value_at(store) == 3
+
+
+@pytest.mark.parametrize("after", ["the agreement", "the agreement is taken note of"])
+def test_a_rank_that_is_interrupted_before_it_hands_off_never_mixes_two_saves(
+    after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, interrupted = SlowStore(), threading.Event()
+    owner, name = (
+        (Saver, "submit") if after == "the agreement is taken note of" else (giantstep.async_saving._AsyncSave, "_agree")
+    )
+    real = getattr(owner, name)
+
+    def interrupting(self: Any, *arguments: Any, **settings: Any) -> Any:
+        hit = threading.current_thread().name == "rank-2" and not interrupted.is_set()
+        if owner is Saver and hit:
+            interrupted.set()
+            raise KeyboardInterrupt
+        found = real(self, *arguments, **settings)
+        if hit:
+            interrupted.set()
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(owner, name, interrupting)
+    options = gs.SaveOptions(max_pending=4, on_error="warn")
+
+    def run(group: ThreadGroup) -> list[str]:
+        pending = []
+        for step in range(3):
+            try:
+                pending.append(gs.async_save(state_of(group.rank, step), store, process_group=group, options=options))
+            except KeyboardInterrupt:
+                continue
+        return [str(found.exception(60)) for found in pending]
+
+    first, second, third = run_ranks(RANKS, run)
+    assert third == ["None", "None"]
+    assert first == second
+    assert first[1:] == third
+    expected = "KeyboardInterrupt ended the call" if after == "the agreement" else "rank 2 has no part in this save"
+    assert first[0].startswith(f"[rank 2, phase describe] {expected}")
+    assert set(gs.open_checkpoint(store)["w"][...].reshape(-1).tolist()) == {2.0}
+
+
+def test_an_interrupt_while_a_call_waits_for_earlier_saves_is_told_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated, store = GatedStore(), SlowStore()
+    real = Saver.wait_for
+
+    def wait_for(self: Any, ready: Any) -> None:
+        if threading.current_thread().name == "rank-1" and self._jobs and not gated.gate.is_set():
+            gated.gate.set()
+            raise KeyboardInterrupt
+        real(self, ready)
+
+    monkeypatch.setattr(Saver, "wait_for", wait_for)
+
+    def run(group: ThreadGroup) -> str:
+        gs.async_save(state_of(group.rank), gated, process_group=group)
+        try:
+            gs.async_save(state_of(group.rank, 2), store, process_group=group)
+        except KeyboardInterrupt:
+            told = "interrupted"
+        except PeerFailureError as error:
+            told = str(error)
+        gs.async_save(state_of(group.rank, 3), store, process_group=group).result()
+        return told
+
+    found = run_ranks(RANKS, run)
+    assert found.pop(1) == "interrupted"
+    assert set(found) == {"[rank 1, phase describe] KeyboardInterrupt ended the call"}
+    assert value_at(gated) == 1
+    assert value_at(store) == 3
+
+
+def test_a_process_that_can_start_no_thread_fails_the_save_on_all_ranks_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, refused = SlowStore(), threading.Event()
+    real = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        if self.name == "giantstep-save" and threading.current_thread().name == "rank-1" and not refused.is_set():
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+    def run(group: ThreadGroup) -> str:
+        error = gs.async_save(state_of(group.rank), store, process_group=group).exception(60)
+        gs.async_save(state_of(group.rank, 2), store, process_group=group).result()
+        return str(error)
+
+    (message,) = set(run_ranks(RANKS, run))
+    assert message.startswith("[rank 1, phase stage] ")
+    assert "can't start new thread" in message
+    assert value_at(store) == 2
+
+
 def test_to_cancel_a_save_that_is_committed_does_nothing() -> None:
     store = SlowStore()
     pending = gs.async_save({"w": torch.ones(3), "step": 1}, store)
@@ -248,7 +362,6 @@ def test_a_rank_that_does_not_call_is_named_in_time() -> None:
 
 def _die_in_the_background(rank: int, path: str, what: str) -> tuple[str, str]:
     """Save once; then rank 2's writer dies or sleeps, while all main threads go on."""
-    import giantstep.saving
 
     options = gs.SaveOptions(timeout_secs=3.0 if what == "sleep" else 60.0)
     gs.async_save(state_of(rank), path, options=options).result()
@@ -319,6 +432,8 @@ class Slow(LocalStore):
                 raise OSError(5, "the disk is gone")
         return super().create(name, size, direct=direct)
 
+import atexit
+atexit.register(lambda: print("atexit of the user ran once"))
 pending = gs.async_save({"w": torch.arange(1000.0), "step": 9}, Slow(path))
 if ending == "exception":
     raise RuntimeError("training went wrong")
@@ -344,7 +459,9 @@ def test_a_failure_that_nobody_was_told_is_logged_at_the_end_of_the_interpreter(
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path), "failing"], capture_output=True, text=True, timeout=120, check=False
     )
+    assert done.returncode == 1
     assert "an asynchronous save failed: [rank 0, phase write]" in done.stderr
+    assert "atexit of the user ran once" in done.stdout
     assert "the disk is gone" in done.stderr
 
 
@@ -368,7 +485,6 @@ def test_ctrl_c_while_the_end_waits_leaves_at_once_and_the_checkpoint_before_in_
 
 def _one_sleeps_over_several_saves(rank: int, path: str) -> list[str]:
     """Rank 2's writer sleeps in the second save for longer than the others wait for it in that and in the next."""
-    import giantstep.saving
 
     real, written = giantstep.saving.write, 0
 
@@ -376,7 +492,7 @@ def _one_sleeps_over_several_saves(rank: int, path: str) -> list[str]:
         nonlocal written
         written += 1
         if (rank, written) == (2, 2):
-            time.sleep(7)
+            time.sleep(12)
         return real(*arguments)
 
     giantstep.saving.write = write
@@ -396,3 +512,29 @@ def test_a_rank_that_is_late_by_a_whole_save_does_not_put_it_together_with_the_n
     assert sum(message != "None" for message in told[0]) >= 2
     stored = gs.open_checkpoint(tmp_path)["w"][...]
     assert set(stored.reshape(-1).tolist()) == {5.0}
+
+
+def test_an_agreement_of_which_one_rank_does_not_hear_is_no_save_for_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is lost on one rank after rank 0 has decided and others have begun."""
+    store, lost = SlowStore(), threading.Event()
+    real = giantstep.async_saving.consult_parts
+
+    def consult_parts(group: Any, phase: str, *arguments: Any) -> Any:
+        answer = real(group, phase, *arguments)
+        if group.rank == 2 and not lost.is_set():
+            lost.set()
+            raise PeerFailureError("the connection broke", rank=0, phase=phase)
+        return answer
+
+    monkeypatch.setattr(giantstep.async_saving, "consult_parts", consult_parts)
+
+    def run(group: ThreadGroup) -> str:
+        try:
+            error = gs.async_save(state_of(group.rank), store, process_group=group).exception(60)
+        except PeerFailureError as fault:
+            error = fault
+        gs.async_save(state_of(group.rank, 2), store, process_group=group).result()
+        return str(error)
+
+    assert set(run_ranks(RANKS, run)) == {"[rank 0, phase describe] the connection broke"}
+    assert value_at(store) == 2

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import giantstep as gs
+import giantstep.async_saving
 import giantstep.saving
 from conftest import Commits
 from giantstep.errors import BadArgumentError, ChangedTooSoonError
@@ -24,6 +26,7 @@ from giantstep.group.torch_group import group_of
 from giantstep.saver import saver_of
 from giantstep.storage.memory import _MEDIA
 from giantstep.testing.ranks import run_ranks
+from processes import results, run_processes
 from slow_store import GatedStore, SlowStore
 
 IGNORE = gs.StrictHandling.IGNORE_ALL
@@ -421,3 +424,113 @@ def test_saves_that_refuse_their_arguments_begin_nothing_and_say_so_on_all_ranks
 
     assert len(set(run_ranks(3, run))) == 1
     assert store.location.removeprefix("memory://") in _MEDIA
+
+
+def test_saves_in_flight_at_once_and_of_changing_shapes_keep_their_own_copies() -> None:
+    options = gs.SaveOptions(max_pending=4)
+    gated, stores = GatedStore(), [SlowStore() for _ in range(3)]
+    states = [
+        {"w": torch.full((100,), 1.0), "v": torch.full((7,), 1.0)},
+        {"w": torch.full((100,), 2.0), "v": torch.full((7,), 2.0)},
+        {"w": torch.full((7,), 3.0), "v": torch.full((100,), 3.0)},
+        {"w": torch.full((200,), 4, dtype=torch.int16), "v": torch.full((14,), 4, dtype=torch.int16)},
+    ]
+    for _ in range(3):
+        gated.gate.clear()
+        pending = [gs.async_save(state, store, options=options) for state, store in zip(states, [gated, *stores], strict=True)]
+        gated.gate.set()
+        for state, store, found in zip(states, [gated, *stores], pending, strict=True):
+            found.result()
+            for key, value in state.items():
+                assert np.array_equal(gs.open_checkpoint(store)[key][...], value.numpy())
+        states = states[1:] + states[:1]
+
+
+def test_many_bytes_are_copied_whole() -> None:
+    store = SlowStore()
+    state = {f"w{number}": torch.arange(1 << 20, dtype=torch.float32) + number for number in range(9)}
+    pending = gs.async_save(state, store)
+    expected = {key: value.clone() for key, value in state.items()}
+    for value in state.values():
+        value.zero_()
+    pending.result()
+    checkpoint = gs.open_checkpoint(store)
+    assert all(np.array_equal(checkpoint[key][...], value.numpy()) for key, value in expected.items())
+
+
+def test_views_that_begin_at_the_same_element_are_told_apart() -> None:
+    store = SlowStore()
+    base = torch.arange(24.0)
+    state = {"all": base, "some": base[:7], "matrix": base.view(4, 6), "column": base.view(4, 6)[:, 0], "tied": base.view(4, 6)}
+    gs.async_save(state, store).result()
+    checkpoint = gs.open_checkpoint(store)
+    for key, value in state.items():
+        assert np.array_equal(checkpoint[key][...], value.numpy()), key
+
+
+def test_content_metadata_may_change_after_the_call() -> None:
+    store, metadata = GatedStore(), {"tags": ["a"]}
+    pending = gs.async_save({"w": torch.ones(2)}, store, content_metadata=metadata)
+    metadata["tags"].append("b")
+    store.gate.set()
+    pending.result()
+    assert gs.open_checkpoint(store).content_metadata == {"tags": ["a"]}
+
+
+def test_memory_of_copies_is_given_back_by_saves_that_fail_too_and_freed_by_finish_saves() -> None:
+    store = SlowStore()
+    memory = saver_of(group_of()).memory
+    gs.finish_saves()
+    assert (memory.held_bytes, memory.taken_bytes) == (0, 0)
+    store.fail = lambda name: (_ for _ in ()).throw(OSError(5, "gone"))
+    for _ in range(3):
+        gs.async_save({"w": torch.ones(10_000)}, store).exception()
+        assert saver_of(group_of()).wait(30)
+        assert memory.taken_bytes == 0
+        assert 40_000 <= memory.held_bytes < 41_000
+    store.fail = lambda name: None
+    limit = gs.SaveOptions(staging_bytes=45_000)
+    gs.async_save({"w": torch.ones(11_000)}, store, options=limit).result()
+    assert memory.held_bytes <= 45_000
+    gs.finish_saves()
+    assert memory.held_bytes == 0
+
+
+def test_a_tensor_whose_memory_was_freed_before_it_is_staged_fails_the_save() -> None:
+    gated, store = GatedStore(), SlowStore()
+    options = gs.SaveOptions(staging="background", max_pending=2)
+    gs.async_save({"x": torch.ones(1)}, gated, options=options)
+    freed = torch.ones(1 << 16)
+    pending = gs.async_save({"w": freed}, store, options=options)
+    freed.untyped_storage().resize_(0)
+    gated.gate.set()
+    assert isinstance(pending.exception(), ChangedTooSoonError)
+
+
+def _change_a_dtensor(rank: int, path: str) -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    value = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    parameter = torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    parameter.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    options = gs.SaveOptions(staging="background")
+    told = []
+    real = giantstep.async_saving.line_up
+
+    def line_up(*arguments: Any) -> None:
+        changed.wait(30)
+        real(*arguments)
+
+    giantstep.async_saving.line_up = line_up
+    for change in (lambda: value.add_(1), optimizer.step, lambda: None):
+        changed = threading.Event()
+        pending = gs.async_save({"value": value, "parameter": parameter}, path, options=options)
+        change()
+        changed.set()
+        told.append(type(pending.exception(60)).__name__)
+    return told
+
+
+def test_a_dtensor_changed_before_it_is_staged_is_noticed(tmp_path: Path) -> None:
+    found = results(run_processes(2, _change_a_dtensor, str(tmp_path)))
+    assert found == [["ChangedTooSoonError", "ChangedTooSoonError", "NoneType"]] * 2

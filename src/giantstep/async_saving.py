@@ -21,6 +21,7 @@ from giantstep.collection import uncollected
 from giantstep.errors import BadArgumentError, CancelledError, GiantstepError, error_from_wire, error_to_wire
 from giantstep.format.record import Json
 from giantstep.group.base import Group, Parts, consult_parts
+from giantstep.group.faults import ended
 from giantstep.group.torch_group import group_of
 from giantstep.mapping.describe import Described, StoredObject
 from giantstep.mapping.leaves import TensorLeaf
@@ -31,8 +32,9 @@ from giantstep.pending import PendingSave
 from giantstep.phases import same_call, settings, with_call
 from giantstep.planned_save import Subject
 from giantstep.reports import SaveReport
-from giantstep.saver import Saver, Work, saver_of
+from giantstep.saver import Saver, Work, line_up, saver_of
 from giantstep.saving import Save
+from giantstep.shards.paths import dotted
 from giantstep.staging.snapshot import Layout, Snapshot, lay_out
 from giantstep.storage.locate import StoreLike
 
@@ -98,25 +100,50 @@ class _AsyncSave:
     def begin(self) -> PendingSave:
         """Hand off."""
         watch = self._save.watch
-        with watch.phase("wait"):
-            self._saver.wait_for(lambda unfinished: unfinished < self._options.max_pending)
-        with uncollected(), watch.phase("describe"):
-            self._agree()
-        with uncollected(), watch.phase("stage"):
-            return self._saver.submit(self._save.location, self._stage, self._failed, warns=self._options.on_error == "warn")
-
-    def _agree(self) -> None:
-        """The one agreement in the caller's thread: all ranks can begin, and no earlier save failed unnoticed."""
-        (kind, *rest) = consult_parts(self._group, "describe", self._options.timeout_secs, self._describe, self._decide)
+        try:
+            with watch.phase("wait"):
+                self._wait()
+            with uncollected(), watch.phase("describe"):
+                (kind, answer) = self._agree()
+        except GiantstepError as fault:
+            if not fault.agreed:
+                # Other ranks may have heard that all can begin.
+                self._saver.give_up(fault)
+            raise
+        except BaseException as error:
+            self._saver.give_up(ended(error, self._group.rank, "describe"))
+            raise
         if kind == _FAILED:
-            failure = json.loads(rest[0])
-            self._saver.tell_until(failure["number"])
-            error = error_from_wire(failure["error"])
-            error.add_note(
-                f"This is what an earlier asynchronous save failed with, that to {failure['location']}: it was not committed. "
-                "The save that was to begin now was not begun."
-            )
-            raise error
+            self._raise_failure(answer)
+        self._number = int(answer)
+        with uncollected(), watch.phase("stage"):
+            warns = self._options.on_error == "warn"
+            return self._saver.submit(self._number, self._save.location, self._stage, self._failed, warns=warns)
+
+    def _wait(self) -> None:
+        try:
+            self._saver.wait_for(lambda unfinished: unfinished < self._options.max_pending)
+        except BaseException as error:
+            # An interrupt: the others must not wait for this rank.
+            self._group.withdraw(ended(error, self._group.rank, "describe"))
+            raise
+
+    def _agree(self) -> Parts:
+        """The one agreement in the caller's thread: all ranks can begin, and no earlier save failed unnoticed.
+
+        Returns whether it is so, and the number of this save or the failure.
+        """
+        return consult_parts(self._group, "describe", self._options.timeout_secs, self._describe, self._decide)
+
+    def _raise_failure(self, wire: bytes) -> None:
+        failure = json.loads(wire)
+        self._saver.tell_until(failure["number"])
+        error = error_from_wire(failure["error"])
+        error.add_note(
+            f"This is what an earlier asynchronous save failed with, that to {failure['location']}: it was not committed. "
+            "The save that was to begin now was not begun."
+        )
+        raise error
 
     def _describe(self) -> Parts:
         self._save.describe(self._group.rank, self._group.size)
@@ -137,7 +164,8 @@ class _AsyncSave:
     def _decide(self, reports: Sequence[Parts]) -> list[Parts]:
         failures = [report[0] for report in same_call(reports) if report]
         if not failures:
-            return [(_GO,)] * len(reports)
+            self._saver.number += 1
+            return [(_GO, str(self._saver.number).encode("ascii"))] * len(reports)
         first = min(failures, key=lambda failure: int(json.loads(failure)["number"]))
         return [(_FAILED, first)] * len(reports)
 
@@ -147,6 +175,10 @@ class _AsyncSave:
         self._names = [name for name, _ in held]
         self._tensors = [view for _, view in held]
         self._layout: Layout = lay_out(self._tensors, memory_of)
+        # Their changes are counted by themselves, not by the parts that are copied.
+        outer = [(leaf.key, leaf.source) for leaf in described.leaves if isinstance(leaf.source, torch.Tensor)]
+        outer += [(dotted(joint.path), joint.value) for joint in described.joints if isinstance(joint.value, torch.Tensor)]
+        self._outer = [(name, tensor) for name, tensor in outer if type(tensor) not in (torch.Tensor, torch.nn.Parameter)]
         self._encoded = {
             name: self._save.objects.get(name) or OBJECT_CODEC.encode(item.value, item.path)
             for name, item in described.stored.items()
@@ -159,11 +191,15 @@ class _AsyncSave:
     def _stage(self, pending: PendingSave) -> Work:
         """Copy, or begin to; what is to be done in the background."""
         self._saver.wait_for(self._has_memory)
+        memory, limit = self._saver.memory, self._options.staging_bytes
+        if limit is not None and memory.held_bytes + self._layout.bytes > limit:
+            # What is free but too small would come on top.
+            memory.clear()
+        tensors, outer, self._tensors, self._outer = self._tensors, self._outer, [], []
         later = self._options.staging == "background"
-        snapshot = Snapshot(self._tensors, self._names, self._layout, self._saver.memory, later=later)
-        self._tensors = []
+        snapshot = Snapshot(tensors, self._names, self._layout, memory, outer=outer, later=later)
+        del tensors, outer
         if not snapshot.is_on_its_way:
-            snapshot.finish()
             pending.mark_staged()
 
         def work(group: Group) -> SaveReport:
@@ -177,6 +213,8 @@ class _AsyncSave:
 
     def _failed(self, error: GiantstepError) -> Work:
         """The others are in the background already, or will be."""
+        self._tensors, self._outer = [], []
+        self._forget()
 
         def subject() -> Subject:
             raise error
@@ -186,6 +224,8 @@ class _AsyncSave:
     # In the background.
 
     def _staged(self, snapshot: Snapshot, pending: PendingSave) -> Subject:
+        # Of what is cancelled nobody needs to know whether it was changed.
+        _stop_if_cancelled(pending)
         with self._save.watch.phase("stage"):
             snapshot.finish()
         pending.mark_staged()
@@ -195,6 +235,8 @@ class _AsyncSave:
 
     def _carry_out(self, group: Group, subject: Callable[[], Subject], check: Callable[[], None]) -> SaveReport:
         save = self._save
+        with save.watch.phase("line up"):
+            line_up(group, self._number, self._options.timeout_secs)
         with uncollected(), save.watch.phase("plan"):
             save.plan(group, subject)
         with save.watch.phase("write"):

@@ -12,11 +12,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from giantstep.errors import GiantstepError, PhaseTimeoutError, located
-from giantstep.group.base import Group
+from giantstep.ending import before_the_end, end_as_failed
+from giantstep.errors import CancelledError, GiantstepError, PeerFailureError, PhaseTimeoutError, located
+from giantstep.group.base import Group, consult
 from giantstep.group.faults import ended
 from giantstep.pending import PendingSave
 from giantstep.reports import SaveReport
@@ -39,9 +40,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
+    """Something to be done in the background. The number is 0 if it is no save."""
+
     number: int
     pending: PendingSave
     work: Work
+    fail: Callable[[GiantstepError], Work]
     warns: bool
 
 
@@ -53,22 +57,23 @@ class Saver:
 
     Attributes:
         memory: of snapshots.
+        number: on rank 0, that of the last save.
     """
 
     def __init__(self, group: Group) -> None:
         self.memory = StagingMemory()
+        self.number = 0
         self._rank = group.rank
         self._group = group.beside()
         self._changed = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._thread: threading.Thread | None = None
-        self._number = 0
         # Failures by number; and numbers of unfinished saves of whose failure a call has told already.
         self._failures: dict[int, Failure] = {}
         self._told: set[int] = set()
         with _REGISTRY_LOCK:
             _watch_the_end()
-            _SAVERS.add(self)
+            _SAVERS.append(weakref.ref(self, _SAVERS.remove))
 
     def wait_for(self, ready: Callable[[int], bool]) -> None:
         """Wait until `ready(number of unfinished saves)`, or none is unfinished."""
@@ -76,20 +81,24 @@ class Saver:
             self._changed.wait_for(lambda: not self._jobs or ready(len(self._jobs)))
 
     def submit(
-        self, location: str, make: Callable[[PendingSave], Work], fail: Callable[[GiantstepError], Work], *, warns: bool
+        self,
+        number: int,
+        location: str,
+        make: Callable[[PendingSave], Work],
+        fail: Callable[[GiantstepError], Work],
+        *,
+        warns: bool,
     ) -> PendingSave:
         """Queue a save.
 
         Args:
+            number: the same on all ranks, and larger than that of any save before.
             location: where the checkpoint will be.
             make: makes the work, once there is a handle.
             fail: makes the work of telling the other ranks, which will wait for this one, that `make` failed here. Of
                 that the handle tells; an interrupt is raised too.
             warns: a failure is logged and then forgotten.
         """
-        with self._changed:
-            self._number += 1
-            number = self._number
         pending = PendingSave(location, lambda: self._tell(number))
         interrupt: BaseException | None = None
         try:
@@ -99,15 +108,37 @@ class Saver:
         except BaseException as error:  # noqa: BLE001 - raised below, once the others can hear of it
             interrupt = error
             work = fail(ended(error, self._rank, "stage"))
-        with self._changed:
-            self._jobs.append(_Job(number, pending, work, warns))
-            if self._thread is None:
-                # A daemon, so that nothing but `_at_end` decides how long the end of the interpreter waits.
-                self._thread = threading.Thread(target=self._run, name="giantstep-save", daemon=True)
-                self._thread.start()
+        self._queue(_Job(number, pending, work, fail, warns))
         if interrupt is not None:
             raise interrupt
         return pending
+
+    def give_up(self, error: GiantstepError) -> None:
+        """This rank has no part in the save that others may have queued now: tell them when it is that save's turn."""
+
+        def work(group: Group) -> SaveReport:
+            group.withdraw(error)
+            raise error
+
+        # Nobody has a handle of it, and the call tells of the error.
+        self._queue(_Job(0, PendingSave("", lambda: None), work, lambda _error: work, warns=False))
+
+    def _queue(self, job: _Job) -> None:
+        with self._changed:
+            self._jobs.append(job)
+            if self._thread is not None:
+                return
+            # A daemon, so that nothing but `_at_end` decides how long the end of the interpreter waits.
+            thread = self._thread = threading.Thread(target=self._run, name="giantstep-save", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # None can be had. The others are in the background, so this thread joins them, to tell them.
+                self._thread = None
+                self._jobs[-1] = replace(job, work=job.fail(located(error, self._rank, "stage")))
+            else:
+                return
+        self._run()
 
     def first_failure(self) -> Failure | None:
         """The earliest of which no call has told."""
@@ -160,19 +191,47 @@ class Saver:
         except BaseException as error:  # noqa: BLE001 - whatever it is, the handle must tell of it
             outcome = located(error if isinstance(error, Exception) else RuntimeError(repr(error)), self._rank, "save")
         with self._changed:
-            if isinstance(outcome, GiantstepError) and job.number not in self._told and not job.warns:
+            untold = isinstance(outcome, GiantstepError) and not isinstance(outcome, CancelledError)
+            if isinstance(outcome, GiantstepError) and untold and job.number and job.number not in self._told and not job.warns:
                 self._failures[job.number] = Failure(job.number, job.pending.location, outcome)
             self._told.discard(job.number)
             self._jobs.popleft()
             job.pending.finish(outcome)
             self._changed.notify_all()
-        if job.warns and isinstance(outcome, GiantstepError):
+        if job.warns and untold:
             _LOG.warning("%s: the save failed, the checkpoint before it stays the latest: %s", job.pending.location, outcome)
+
+
+def line_up(group: Group, number: int, timeout_secs: float) -> None:
+    """Begin a save in the background together with all ranks.
+
+    A rank that was interrupted when it was to queue a save has none of that number. The others must not put their part of it
+    together with its part of the next one: who has the lower number gives up, and the rest line up again.
+
+    Raises:
+        PeerFailureError: some rank is at a later save; the same error on all that are not.
+    """
+
+    def compare(reports: Sequence[bytes]) -> list[bytes]:
+        numbers = [int(report) for report in reports]
+        return [f"{max(numbers)} {numbers.index(max(numbers))} {min(numbers)}".encode("ascii")] * len(reports)
+
+    while True:
+        answer = consult(group, "describe", timeout_secs, lambda: str(number).encode("ascii"), compare)
+        latest, rank, earliest = map(int, answer.split())
+        if number < latest:
+            raise PeerFailureError(
+                f"rank {rank} has no part in this save, since it was interrupted when it began. Its next save is not affected.",
+                rank=rank,
+                phase="describe",
+            )
+        if earliest == latest:
+            return
 
 
 # One saver for each group, forgotten with it. All savers, for the end of the interpreter.
 _OF_GROUP: weakref.WeakKeyDictionary[Group, Saver] = weakref.WeakKeyDictionary()
-_SAVERS: weakref.WeakSet[Saver] = weakref.WeakSet()
+_SAVERS: list[weakref.ref[Saver]] = []
 _REGISTRY_LOCK = threading.RLock()
 _watched = False
 
@@ -190,7 +249,7 @@ def finish_saves(timeout: float | None = None) -> None:
     """Wait until all asynchronous saves of this process are finished, and give their memory back.
 
     To be called before ranks end, best before process groups are destroyed; the end of the interpreter does it too, but can
-    only log failures.
+    only log failures, and end with exit code 1.
 
     Args:
         timeout: seconds to wait; None: as long as it takes.
@@ -200,8 +259,7 @@ def finish_saves(timeout: float | None = None) -> None:
         GiantstepError: what the first save failed with of which no call has told.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    with _REGISTRY_LOCK:
-        savers = list(_SAVERS)
+    savers = _all_savers()
     for saver in savers:
         if not saver.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
             raise PhaseTimeoutError(f"asynchronous saves have not finished within {timeout:g} s; they go on")
@@ -213,22 +271,22 @@ def finish_saves(timeout: float | None = None) -> None:
             raise failure.error
 
 
-def _watch_the_end() -> None:
-    """Have the end of the interpreter wait for saves.
+def _all_savers() -> list[Saver]:
+    """In the order in which they were made, which is the same on all ranks."""
+    with _REGISTRY_LOCK:
+        found = [reference() for reference in _SAVERS]
+    return [saver for saver in found if saver is not None]
 
-    Functions given to `atexit` run when threads can no longer be started, and saves start some; this earlier hook is the one
-    by which `concurrent.futures` ends its own.
-    """
+
+def _watch_the_end() -> None:
     global _watched  # noqa: PLW0603 - once per process, whatever the number of savers
     if not _watched:
-        register: Callable[[Callable[[], None]], None] = getattr(threading, "_register_atexit")  # noqa: B009 - no stub has it
-        register(_at_end)
+        before_the_end(_at_end)
         _watched = True
 
 
 def _at_end() -> None:
-    with _REGISTRY_LOCK:
-        savers = list(_SAVERS)
+    savers = _all_savers()
     try:
         for saver in savers:
             saver.wait(None)
@@ -238,3 +296,5 @@ def _at_end() -> None:
         while (failure := saver.first_failure()) is not None:
             saver.tell_until(failure.number)
             _LOG.error("%s: an asynchronous save failed: %s", failure.location, failure.error, exc_info=failure.error)
+            # A run whose last save failed must not look as if all were well.
+            end_as_failed()

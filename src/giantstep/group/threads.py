@@ -187,7 +187,12 @@ class ThreadGroup:
             this.reports[self._rank] = report
             self._shared.changed.notify_all()
             while this.answers is None:
-                self._pause(ours, [0], deadline, late, phase, timeout_secs)
+                try:
+                    self._pause(ours, [0], deadline, late, phase, timeout_secs)
+                except GiantstepError:
+                    # What was answered before the fault holds.
+                    if this.answers is None:
+                        raise
             return self._take_answer(ours, this)
 
     def _take_answer(self, ours: _Generation, this: _Round) -> Parts:

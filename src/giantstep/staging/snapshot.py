@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -124,49 +125,66 @@ class Snapshot:
     """Copies of tensors.
 
     Args:
-        tensors: dense, of any device and strides. Not kept once the snapshot is finished.
+        tensors: dense, of any device and strides. Kept only until they are copied.
         names: of each, for errors.
         layout: from `lay_out`.
         memory: where copies are put.
+        outer: tensors, with names, of which `tensors` are parts, and which count changes themselves.
         later: tensors in host memory are copied by `finish`.
 
     Attributes:
         copies: for each tensor its copy, contiguous in host memory, as words of its elements' size (see `words`); valid
             once `finish` has returned, until `release`.
+
+    Raises:
+        ChangedTooSoonError: as `finish`.
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], names: Sequence[str], layout: Layout, memory: StagingMemory, *, later: bool
+        self,
+        tensors: Sequence[torch.Tensor],
+        names: Sequence[str],
+        layout: Layout,
+        memory: StagingMemory,
+        *,
+        outer: Sequence[tuple[str, torch.Tensor]],
+        later: bool,
     ) -> None:
-        self._names = names
-        self._tensors = tensors
-        self._versions = [_version(tensor) for tensor in tensors]
         self._arenas = memory.arenas(locked=any(tensor.is_cuda for tensor in tensors))
         self._arena: Arena | None = self._arenas.take(layout.bytes)
         self._events: list[torch.cuda.Event] = []
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Tensors that must not change yet, with the number of their changes so far.
+        self._watched: list[_Watched] = []
         try:
             # Copies outlive the mode in which the caller happens to be.
             with torch.inference_mode(mode=False), torch.no_grad():
                 self.copies = memory.views(self._arena, tensors, layout.place)
-                self._copy(layout.first, later=later)
+                self._begin(tensors, names, layout.first, [_Watched.of(*found) for found in outer], later=later)
         except BaseException:
             self.release()
             raise
 
-    def _copy(self, rows: Sequence[int], *, later: bool) -> None:
-        pairs = [(self.copies[row], self._tensors[row]) for row in rows]
-        on_cuda = [pair for pair in pairs if pair[1].is_cuda]
-        rest = [pair for pair in pairs if not pair[1].is_cuda] if on_cuda else pairs
+    def _begin(
+        self, tensors: Sequence[torch.Tensor], names: Sequence[str], rows: Sequence[int], outer: list[_Watched], *, later: bool
+    ) -> None:
+        watched = [_Watched.of(names[row], tensors[row]) for row in rows]
+        pairs = [(self.copies[row], tensors[row]) for row in rows]
+        on_cuda = [tensors[row].is_cuda for row in rows]
         by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for copy, tensor in on_cuda:
-            by_device.setdefault(tensor.device, []).append((copy, tensor))
+        for pair in itertools.compress(pairs, on_cuda):
+            by_device.setdefault(pair[1].device, []).append(pair)
         for device, found in by_device.items():
             self._events.append(_queue_copies(device, found))
+        here = [pair for pair, away in zip(pairs, on_cuda, strict=True) if not away]
         if later:
-            self._left = rest
+            self._left, self._watched = here, watched
         else:
-            _copy_all(rest)
+            _copy_all(here)
+            _check([found for found, away in zip(watched, on_cuda, strict=True) if not away])
+            self._watched = list(itertools.compress(watched, on_cuda))
+        if self.is_on_its_way:
+            self._watched += outer
 
     @property
     def is_on_its_way(self) -> bool:
@@ -179,24 +197,20 @@ class Snapshot:
         Raises:
             ChangedTooSoonError: a tensor was changed since the snapshot was taken, as its version counter shows.
         """
-        left, self._left = self._left, []
-        _copy_all(left)
+        left, watched, self._left, self._watched = self._left, self._watched, [], []
+        # Before: memory that is gone cannot be read. After: what was changed meanwhile.
+        _check(watched)
+        _check_memory(left, watched)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            _copy_all(left)
         for event in self._events:
             event.synchronize()
-        tensors, self._tensors = self._tensors, []
-        changed = [row for row, tensor in enumerate(tensors) if _version(tensor) != self._versions[row]]
-        if changed:
-            raise ChangedTooSoonError(
-                f"tensor {self._names[changed[0]]!r} was changed in place before it was staged, so what would be stored is "
-                "neither its old value nor its new one"
-                + (f" (and so were {len(changed) - 1} more)" if len(changed) > 1 else "")
-                + ". Call PendingSave.wait_staged before tensors change, or PendingSave.guard once with the optimizer."
-            )
+        _check(watched)
 
     def release(self) -> None:
         """Give the memory back. Copies must not be used any more."""
         arena, self._arena = self._arena, None
-        self.copies, self._left, self._tensors = [], [], []
+        self.copies, self._left, self._watched = [], [], []
         if arena is not None:
             # Copies that are still on their way would go into memory of the next snapshot.
             for event in self._events:
@@ -204,9 +218,41 @@ class Snapshot:
             self._arenas.give(arena)
 
 
+class _Watched(NamedTuple):
+    """A tensor that is not to change; `version` is None where torch does not count changes."""
+
+    name: str
+    tensor: torch.Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> _Watched:
+        return cls(name, tensor, _version(tensor))
+
+
 def _version(tensor: torch.Tensor) -> int | None:
-    """How often the memory of a tensor was changed in place; None where torch does not count."""
+    """How often the memory of a tensor was changed in place."""
     return None if tensor.is_inference() else tensor._version
+
+
+def _check(watched: Sequence[_Watched]) -> None:
+    """Raise if a tensor was changed, or has lost its memory."""
+    changed = [name for name, tensor, version in watched if _version(tensor) != version]
+    if changed:
+        raise ChangedTooSoonError(
+            f"tensor {changed[0]!r} was changed in place before it was staged, so what would be stored is neither its old "
+            "value nor its new one"
+            + (f" (and so were {len(changed) - 1} more)" if len(changed) > 1 else "")
+            + ". Call PendingSave.wait_staged before tensors change, or PendingSave.guard once with the optimizer."
+        )
+
+
+def _check_memory(left: Sequence[tuple[torch.Tensor, torch.Tensor]], watched: Sequence[_Watched]) -> None:
+    """Raise if a tensor that is still to be read has lost its memory, as when a storage was resized."""
+    for (_, tensor), found in zip(left, watched, strict=False):
+        reach = sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        if (tensor.storage_offset() + reach) * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ChangedTooSoonError(f"the memory of tensor {found.name!r} was freed before it was staged")
 
 
 def _views(arena: Arena, shapes: Sequence[torch.Size], sizes: Sequence[int], place: Sequence[int]) -> list[torch.Tensor]:
