@@ -492,11 +492,11 @@ def _one_sleeps_over_several_saves(rank: int, path: str) -> list[str]:
         nonlocal written
         written += 1
         if (rank, written) == (2, 2):
-            time.sleep(12)
+            time.sleep(16)
         return real(*arguments)
 
     giantstep.saving.write = write
-    options = gs.SaveOptions(timeout_secs=1.5, max_pending=8, on_error="warn")
+    options = gs.SaveOptions(timeout_secs=3.0, max_pending=8, on_error="warn")
     pending = []
     for step in range(6):
         pending.append(gs.async_save(state_of(rank, step), path, options=options))
@@ -506,9 +506,10 @@ def _one_sleeps_over_several_saves(rank: int, path: str) -> list[str]:
 
 def test_a_rank_that_is_late_by_a_whole_save_does_not_put_it_together_with_the_next_one_of_the_others(tmp_path: Path) -> None:
     told = results(run_processes(RANKS, _one_sleeps_over_several_saves, str(tmp_path)))
-    assert told[0] == told[1] == told[2]
+    # All fail or succeed together, save by save, and they find each other again.
+    assert len({tuple(message == "None" for message in messages) for messages in told}) == 1
     assert told[0][0] == told[0][-1] == "None"
-    assert all(message == "None" or "rank 2 did not report" in message for message in told[0])
+    assert all(message == "None" or "did not report" in message for message in told[0])
     assert sum(message != "None" for message in told[0]) >= 2
     stored = gs.open_checkpoint(tmp_path)["w"][...]
     assert set(stored.reshape(-1).tolist()) == {5.0}
