@@ -36,7 +36,7 @@ class CountingStore(LocalStore):
         return _CountingHandle(super().open_read(name, direct=direct), name, self.read_bytes)
 
 
-class _CountingHandle:
+class _CountingHandle(ReadHandle):
     def __init__(self, handle: ReadHandle, name: str, counts: dict[str, int]) -> None:
         self._handle = handle
         self._name = name

@@ -60,7 +60,7 @@ class KillingStore:
         self._store.delete(name)
 
 
-class _KillingHandle:
+class _KillingHandle(WriteHandle):
     """A `WriteHandle` whose process dies when its store's allowance is used up."""
 
     def __init__(self, handle: WriteHandle, store: KillingStore) -> None:

@@ -23,6 +23,7 @@ from story import Story
 import giantstep as gs
 from giantstep.planning.description import IMPLICIT, MAIN, Description, decode_descriptions
 from giantstep.planning.save_plan import plan_save
+from giantstep.storage.base import ReadHandle
 from giantstep.storage.local import LocalStore
 from giantstep.testing import run_ranks
 from giantstep.testing.ranks import run_ranks_collecting
@@ -55,17 +56,23 @@ class CountingStore:
             self.read_bytes += added
 
 
-class _CountingHandle:
+class _CountingHandle(ReadHandle):
     def __init__(self, store: CountingStore, handle: Any) -> None:
         self._store, self._handle = store, handle
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._handle, name)
+    @property
+    def size(self) -> int:
+        """As the handle's."""
+        return int(self._handle.size)
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Read and count."""
         self._handle.read_into(offset, target)
         self._store.count(len(target))
+
+    def close(self) -> None:
+        """As the handle's."""
+        self._handle.close()
 
 
 EMBEDDING, LAYERS = (8192, 512), [(1024, 512)] * 6

@@ -25,6 +25,7 @@ from giantstep.errors import (
     VersionError,
 )
 from giantstep.reading.checkpoint import Checkpoint, TensorInfo
+from giantstep.storage.base import ReadHandle
 
 from .guard import no_effects
 from .wrapper import wanted_wrapper
@@ -92,11 +93,14 @@ class DictStore:
         raise FindingError(f"reading deleted {name}")
 
 
-class _Handle:
+class _Handle(ReadHandle):
     def __init__(self, store: DictStore, data: bytes) -> None:
         self._store = store
         self._data = data
-        self.size = len(data)
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
 
     def read_into(self, offset: int, target: memoryview) -> None:
         view = target.cast("B")
