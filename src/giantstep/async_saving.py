@@ -146,7 +146,7 @@ class _AsyncSave:
         raise error
 
     def _describe(self) -> Parts:
-        self._save.describe(self._group.rank, self._group.size)
+        self._save.describe(self._group)
         self._take_apart(self._save.described)
         limit = self._options.staging_bytes
         if limit is not None and self._layout.bytes > limit:
@@ -171,14 +171,8 @@ class _AsyncSave:
 
     def _take_apart(self, described: Described) -> None:
         """Note the tensors, and encode all objects, also those that this rank will not write but compare."""
-        held = [(leaf.key, view) for leaf in described.leaves for _, view in leaf.pieces if view is not None]
-        self._names = [name for name, _ in held]
-        self._tensors = [view for _, view in held]
-        self._layout: Layout = lay_out(self._tensors, memory_of)
-        # Their changes are counted by themselves, not by the parts that are copied.
-        outer = [(leaf.key, leaf.source) for leaf in described.leaves if isinstance(leaf.source, torch.Tensor)]
-        outer += [(dotted(joint.path), joint.value) for joint in described.joints if isinstance(joint.value, torch.Tensor)]
-        self._outer = [(name, tensor) for name, tensor in outer if type(tensor) not in (torch.Tensor, torch.nn.Parameter)]
+        self._tensors = [view for view in described.views if view is not None]
+        self._layout: Layout = self._saver.layout_of(described.outline, lambda: lay_out(self._tensors, memory_of))
         self._encoded = {
             name: self._save.objects.get(name) or OBJECT_CODEC.encode(item.value, item.path)
             for name, item in described.stored.items()
@@ -195,10 +189,11 @@ class _AsyncSave:
         if limit is not None and memory.held_bytes + self._layout.bytes > limit:
             # What is free but too small would come on top.
             memory.clear()
-        tensors, outer, self._tensors, self._outer = self._tensors, self._outer, [], []
+        described, tensors, self._tensors = self._save.described, self._tensors, []
         later = self._options.staging == "background"
-        snapshot = Snapshot(tensors, self._names, self._layout, memory, outer=outer, later=later)
-        del tensors, outer
+        outer = [] if self._layout.is_plain and not later else _outer(described)
+        snapshot = Snapshot(tensors, described.names, self._layout, memory, outer=outer, later=later)
+        del described, tensors, outer
         if not snapshot.is_on_its_way:
             pending.mark_staged()
 
@@ -213,7 +208,7 @@ class _AsyncSave:
 
     def _failed(self, error: GiantstepError) -> Work:
         """The others are in the background already, or will be."""
-        self._tensors, self._outer = [], []
+        self._tensors = []
         self._forget()
 
         def subject() -> Subject:
@@ -256,24 +251,42 @@ def _stop_if_cancelled(pending: PendingSave) -> None:
         raise CancelledError(f"the save to {pending.location} was cancelled")
 
 
-def _of_copies(described: Described, copies: Sequence[torch.Tensor], encoded: dict[str, bytes]) -> Described:
+def _outer(described: Described) -> list[tuple[str, torch.Tensor]]:
+    """Tensors whose changes are counted by themselves, not by the parts that are copied."""
+    found = [(name, source) for name, source in described.named_sources() if isinstance(source, torch.Tensor)]
+    found += [(dotted(joint.path), joint.value) for joint in described.joints if isinstance(joint.value, torch.Tensor)]
+    return [(name, tensor) for name, tensor in found if type(tensor) not in (torch.Tensor, torch.nn.Parameter)]
+
+
+def _of_copies(described: Described, copies: list[torch.Tensor], encoded: dict[str, bytes]) -> Described:
     """The same state, with copies in the place of what is the caller's."""
-    left = iter(copies)
-    leaves = [_of_copy(leaf, left.__next__) for leaf in described.leaves]
     stored = {
         name: StoredObject(OBJECT_CODEC.decode(encoded[name], f"object {name!r}"), item.role, item.path)
         for name, item in described.stored.items()
     }
-    return Described(leaves, [], [], stored, None, [])
+    if described.outline is not None:
+        found = Described((described.outline, _without_data(described.sources), copies), [], [], stored, None, [])
+    else:
+        left = iter(copies)
+        found = Described([_of_copy(leaf, left.__next__) for leaf in described.leaves], [], [], stored, None, [])
+    return found
+
+
+def _without_data(sources: Sequence[Any]) -> list[Any]:
+    """What errors about flat ranges need to say where they lie; the tensors are the caller's."""
+    declared = [source if isinstance(source, ShardedTensor) else None for source in sources]
+    if all(source is None or source.flattened_range is None for source in declared):
+        return [None] * len(declared)
+    return [None if source is None else _bare(source) for source in declared]
+
+
+def _bare(source: ShardedTensor) -> ShardedTensor:
+    found = copy.copy(source)
+    found.data = None
+    return found
 
 
 def _of_copy(leaf: TensorLeaf, next_copy: Callable[[], torch.Tensor]) -> TensorLeaf:
     pieces = [(region, None if view is None else next_copy()) for region, view in leaf.pieces]
     source = leaf.source
-    if isinstance(source, ShardedTensor):
-        # Errors about flat ranges say where they lie, but its tensor is the caller's.
-        source = copy.copy(source)
-        source.data = None
-    elif isinstance(source, torch.Tensor):
-        source = None
-    return replace(leaf, pieces=pieces, source=source)
+    return replace(leaf, pieces=pieces, source=_bare(source) if isinstance(source, ShardedTensor) else None)

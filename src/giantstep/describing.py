@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.mapping.describe import Described, StoredObject
 from giantstep.mapping.differences import fingerprint_digest
-from giantstep.mapping.leaves import TensorLeaf
+from giantstep.mapping.leaves import Extent, TensorLeaf
 from giantstep.mapping.overlap import memory_of
 from giantstep.planning.description import IMPLICIT, Description
 from giantstep.staging.host import content_digest
@@ -36,13 +36,29 @@ def description_of(described: Described, ranks: int, buffer_bytes: int) -> Descr
 def with_digests(structure: Description, described: Described, ranks: int, buffer_bytes: int) -> Description:
     """The description with the digests that `structure_of` left out; see `description_of`."""
     objects = [described.stored[key] for key in structure.object_keys]
-    shard_digest = _digests(described.leaves, ranks, buffer_bytes)
+    shard_digest = _digests(described, ranks, buffer_bytes)
     return replace(structure, shard_digest=shard_digest, object_digest=object_digests(objects, ranks))
 
 
 def structure_of(described: Described) -> Description:
     """What there is on this rank, without digests of values and sizes of objects: they are zeros."""
-    leaves = described.leaves
+    keys, outline = list(described.stored), described.outline
+    tensors = outline.structure if outline is not None else None
+    if tensors is None:
+        tensors = _tensors_of(described.leaves)
+        if outline is not None:
+            outline.structure = tensors
+    return replace(
+        tensors,
+        object_keys=keys,
+        object_role=np.array([described.stored[key].role for key in keys], dtype=np.uint8),
+        object_digest=np.zeros((len(keys), 2), dtype=np.uint64),
+        object_bytes=np.zeros(len(keys), dtype=np.int64),
+    )
+
+
+def _tensors_of(leaves: Sequence[TensorLeaf]) -> Description:
+    """The description of tensors alone."""
     first: dict[str, TensorLeaf] = {}
     for leaf in leaves:
         first.setdefault(leaf.key, leaf)
@@ -53,7 +69,7 @@ def structure_of(described: Described) -> Description:
     np.cumsum([len(shape) for shape in shapes], out=dims_ends[1:])
     regions = [region for leaf in leaves for region, _ in leaf.pieces]
     counts = np.array([len(leaf.pieces) for leaf in leaves], dtype=np.int64)
-    keys = list(described.stored)
+    none = np.zeros(0, dtype=np.int64)
     return Description(
         keys=list(first),
         dtype=np.array([extent.dtype.code for extent in extents], dtype=np.uint8),
@@ -66,10 +82,10 @@ def structure_of(described: Described) -> Description:
         shard_size=_ints([region.size for region in regions]),
         shard_digest=np.zeros((len(regions), 2), dtype=np.uint64),
         tied=_ties(leaves, numbers),
-        object_keys=keys,
-        object_role=np.array([described.stored[key].role for key in keys], dtype=np.uint8),
-        object_digest=np.zeros((len(keys), 2), dtype=np.uint64),
-        object_bytes=np.zeros(len(keys), dtype=np.int64),
+        object_keys=[],
+        object_role=none.astype(np.uint8),
+        object_digest=none.astype(np.uint64).reshape(0, 2),
+        object_bytes=none,
     )
 
 
@@ -77,18 +93,19 @@ def _ints(parts: list[tuple[int, ...]]) -> NDArray[np.int64]:
     return np.array(list(itertools.chain.from_iterable(parts)), dtype=np.int64)
 
 
-def _digests(leaves: Sequence[TensorLeaf], ranks: int, buffer_bytes: int) -> NDArray[np.uint64]:
+def _digests(described: Described, ranks: int, buffer_bytes: int) -> NDArray[np.uint64]:
     """[shards, 2] digests of shards whose replicas nobody vouches for; zeros for all others.
 
     A DTensor's mesh vouches for its own ranks; if it spans all ranks, no other can hold the key. Tied tensors are
     digested once.
     """
-    found = np.zeros((sum([len(leaf.pieces) for leaf in leaves]), 2), dtype=np.uint64)
+    found = np.zeros((len(described.views), 2), dtype=np.uint64)
+    if described.outline is not None and all(_is_vouched(extent, ranks) for extent in described.outline.extents):
+        return found
     known: dict[Hashable, tuple[int, int]] = {}
     row = 0
-    for leaf in leaves:
-        extent = leaf.extent
-        if extent.role != IMPLICIT or ranks in (1, extent.mesh_size):
+    for leaf in described.leaves:
+        if _is_vouched(leaf.extent, ranks):
             row += len(leaf.pieces)
             continue
         for _, view in leaf.pieces:
@@ -100,6 +117,10 @@ def _digests(leaves: Sequence[TensorLeaf], ranks: int, buffer_bytes: int) -> NDA
                 found[row] = digest
             row += 1
     return found
+
+
+def _is_vouched(extent: Extent, ranks: int) -> bool:
+    return extent.role != IMPLICIT or ranks in (1, extent.mesh_size)
 
 
 def object_digests(objects: Sequence[StoredObject], ranks: int) -> NDArray[np.uint64]:

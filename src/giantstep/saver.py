@@ -19,9 +19,10 @@ from giantstep.ending import before_the_end, end_as_failed
 from giantstep.errors import CancelledError, GiantstepError, PeerFailureError, PhaseTimeoutError, located
 from giantstep.group.base import Group, consult
 from giantstep.group.faults import ended
+from giantstep.mapping.outline import Outline
 from giantstep.pending import PendingSave
 from giantstep.reports import SaveReport
-from giantstep.staging.snapshot import StagingMemory
+from giantstep.staging.snapshot import Layout, StagingMemory
 
 _LOG = logging.getLogger("giantstep")
 
@@ -64,6 +65,7 @@ class Saver:
         self.memory = StagingMemory()
         self.number = 0
         self._rank = group.rank
+        self._layouts: weakref.WeakKeyDictionary[Outline, Layout] = weakref.WeakKeyDictionary()
         self._group = group.beside()
         self._changed = threading.Condition()
         self._jobs: deque[_Job] = deque()
@@ -74,6 +76,15 @@ class Saver:
         with _REGISTRY_LOCK:
             _watch_the_end()
             _SAVERS.append(weakref.ref(self, _SAVERS.remove))
+
+    def layout_of(self, outline: Outline | None, make: Callable[[], Layout]) -> Layout:
+        """Where copies lie: as in the last save of a state that looks so, or made now."""
+        if outline is None:
+            return make()
+        found = self._layouts.get(outline)
+        if found is None:
+            found = self._layouts[outline] = make()
+        return found
 
     def wait_for(self, ready: Callable[[int], bool]) -> None:
         """Wait until `ready(number of unfinished saves)`, or none is unfinished."""

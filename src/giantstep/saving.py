@@ -20,6 +20,7 @@ from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
 from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.group.torch_group import group_of
+from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import Described, describe
 from giantstep.options import SaveOptions
 from giantstep.phases import Stopwatch, settings
@@ -68,7 +69,7 @@ def save(
     run = Save(state_dict, path, process_group, options, content_metadata)
 
     def describe() -> Subject:
-        run.describe(group.rank, group.size)
+        run.describe(group)
         return run.subject()
 
     with run.watch.phase("plan"):
@@ -117,15 +118,16 @@ class Save:
 
     # Stage 1: describe.
 
-    def describe(self, rank: int, size: int) -> None:
+    def describe(self, group: Group) -> None:
         """Take this rank's state apart, and encode its objects."""
         if not isinstance(self._asked, SaveOptions | None):
             raise BadArgumentError(f"options must be SaveOptions, not {type(self._asked).__name__}")
         self._store: Store = store_at(self._path)
         check_content_metadata(self._metadata)
         self._metadata = copy.deepcopy(self._metadata)
-        self._place = Place.of(rank, size, self._process_group, self.options)
-        self.described = describe(self._state_dict, for_load=False)
+        self._place = Place.of(group.rank, group.size, self._process_group, self.options)
+        self.described = describe(self._state_dict, for_load=False, known=kept_outlines(group))
+        keep_outline(group, self.described.outline)
         self.objects = encoded(self.described.stored)
         # They are the caller's; a save in the background must not keep them alive.
         self._state_dict, self._process_group = {}, None

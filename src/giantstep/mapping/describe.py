@@ -6,18 +6,20 @@ with a view of the memory that holds (or will hold) it. Called by `save` and `lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from giantstep.errors import BadArgumentError
-from giantstep.mapping.expand import Joint, expand
+from giantstep.mapping.expand import Expanded, Joint, expand, stands_for_itself
 from giantstep.mapping.leaves import LeafMaker, TensorLeaf
+from giantstep.mapping.outline import Outline, outline_of
 from giantstep.mapping.replica import is_main_replica
 from giantstep.mapping.sharded_object import LocalNonpersistentObject, ShardedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
+from giantstep.mapping.survey import survey
 from giantstep.mapping.tree import DROPPED, Tree, map_leaves, prune
 from giantstep.planning.description import COPY, IMPLICIT, MAIN
 from giantstep.shards.object_keys import COMMON_KEY
@@ -49,12 +51,17 @@ class StoredObject:
     path: Path = ()
 
 
-@dataclass(frozen=True, slots=True)
 class Described:
     """A state dict taken apart.
 
+    Args:
+        tensors: its tensors in the order of the state dict: as leaves, or, of one that looks as another did, as that one's
+            outline, the tensors themselves and the views of their shards.
+        objects, locals, stored, tree, joints: see attributes.
+
     Attributes:
-        leaves: its tensors, in the order of the state dict.
+        outline: what it looks like; None if that cannot be kept.
+        views: [shards] the views of all leaves' pieces, not detached from how they were computed.
         objects: its sharded objects.
         locals: (path, value) of its local nonpersistent objects.
         stored: what is stored as objects, by name: sharded objects, descriptions of wrapper tensors, and the common
@@ -63,35 +70,105 @@ class Described:
         joints: see `Expanded`.
     """
 
-    leaves: list[TensorLeaf]
-    objects: list[ObjectLeaf]
-    locals: list[tuple[Path, Any]]
-    stored: dict[str, StoredObject]
-    tree: Tree
-    joints: list[Joint]
+    __slots__ = ("_leaves", "_sources", "joints", "locals", "objects", "outline", "stored", "tree", "views")
+
+    def __init__(
+        self,
+        tensors: list[TensorLeaf] | tuple[Outline, Sequence[Any], list[torch.Tensor]],
+        objects: list[ObjectLeaf],
+        locals_: list[tuple[Path, Any]],
+        stored: dict[str, StoredObject],
+        tree: Tree,
+        joints: list[Joint],
+    ) -> None:
+        self.objects, self.locals, self.stored, self.tree, self.joints = objects, locals_, stored, tree, joints
+        self.outline: Outline | None = None
+        self._leaves: list[TensorLeaf] | None = None
+        self._sources: Sequence[Any] = ()
+        self.views: list[torch.Tensor | None] = []
+        if isinstance(tensors, tuple):
+            self.outline, self._sources, views = tensors
+            self.views += views
+        else:
+            self._leaves = tensors
+            self.views = [view for leaf in tensors for _, view in leaf.pieces]
+
+    @property
+    def leaves(self) -> list[TensorLeaf]:
+        """Its tensors, in the order of the state dict; made when they are first asked for."""
+        if self._leaves is None:
+            self._leaves = [] if self.outline is None else self.outline.leaves(self._sources, _given(self.views))
+        return self._leaves
+
+    @property
+    def names(self) -> list[str]:
+        """[shards] keys of their tensors."""
+        if self.outline is not None:
+            return self.outline.keys
+        return [leaf.key for leaf in self.leaves for _ in leaf.pieces]
+
+    @property
+    def sources(self) -> Sequence[Any]:
+        """The user's objects that its tensors are made of."""
+        return self._sources if self._leaves is None else [leaf.source for leaf in self._leaves]
+
+    def named_sources(self) -> Iterable[tuple[str, Any]]:
+        """The same, with the keys of the tensors."""
+        if self.outline is not None:
+            return zip(self.outline.tensor_keys(), self.sources, strict=True)
+        return [(leaf.key, leaf.source) for leaf in self.leaves]
 
 
-def describe(state_dict: Any, *, for_load: bool) -> Described:
+def _given(views: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [view for view in views if view is not None]
+
+
+def describe(state_dict: Any, *, for_load: bool, known: Sequence[Outline] = ()) -> Described:
     """Take a state dict apart.
 
     Args:
         state_dict: nested dicts and lists; see `giantstep.save`.
         for_load: tensors without memory (None, meta) are allowed; `TensorLeaf.allocate` gives it to them.
+        known: outlines of state dicts as they were before; one that looks the same is taken apart much faster.
 
     Raises:
         BadArgumentError: a leaf cannot be described; names its path or key.
     """
     if not isinstance(state_dict, dict):
         raise BadArgumentError(f"state_dict must be a dict, not {type(state_dict).__name__}")
-    expanded = expand(state_dict)
+    found = survey(state_dict)
+    if found is not None and stands_for_itself(found):
+        expanded = Expanded(state_dict)
+    else:
+        expanded = expand(state_dict)
+        found = survey(expanded.tree)
+    for outline in known:
+        seen = None if found is None else outline.views(found, for_load=for_load)
+        if seen is not None:
+            return _described((outline, *seen), outline.remainder(expanded.tree), expanded, for_load=for_load)
     leaves: list[TensorLeaf] = []
+    described = _described(leaves, expanded.tree, expanded, for_load=for_load)
+    if found is not None:
+        described.outline = outline_of(found, expanded.tree, leaves, for_load=for_load)
+    return described
+
+
+def _described(
+    tensors: list[TensorLeaf] | tuple[Outline, Sequence[Any], list[torch.Tensor]],
+    tree: Tree,
+    expanded: Expanded,
+    *,
+    for_load: bool,
+) -> Described:
+    """The whole. Leaves of tensors are made and added to the list; if they are known, tensors in the tree do not count."""
     objects: list[ObjectLeaf] = []
     local: list[tuple[Path, Any]] = []
     maker = LeafMaker(for_load=for_load)
 
     def sort(path: Path, leaf: Any) -> Any:
         if isinstance(leaf, _TENSORS):
-            leaves.append(maker.leaf(path, leaf))
+            if isinstance(tensors, list):
+                tensors.append(maker.leaf(path, leaf))
         elif isinstance(leaf, ShardedObject):
             leaf.validate()
             objects.append(ObjectLeaf(path, leaf))
@@ -101,12 +178,13 @@ def describe(state_dict: Any, *, for_load: bool) -> Described:
             return leaf
         return DROPPED
 
-    common = prune(map_leaves(expanded.tree, sort))
-    _check_keys(leaves)
+    common = prune(map_leaves(tree, sort))
+    if isinstance(tensors, list):
+        _check_keys(tensors)
     stored = _stored(objects, for_load=for_load)
     stored |= {name: StoredObject(value, IMPLICIT, (name,)) for name, value in expanded.wrappers.items()}
     stored[COMMON_KEY] = StoredObject({} if common is DROPPED else common, IMPLICIT)
-    return Described(leaves, objects, local, stored, expanded.tree, expanded.joints)
+    return Described(tensors, objects, local, stored, expanded.tree, expanded.joints)
 
 
 def _stored(objects: Sequence[ObjectLeaf], *, for_load: bool) -> dict[str, StoredObject]:

@@ -8,6 +8,7 @@ Called by `describe`.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.factory import ShardedTensorFactory
 from giantstep.mapping.sharded_tensor import ShardedTensor
+from giantstep.mapping.survey import Survey
 from giantstep.mapping.tree import Tree, map_leaves
 from giantstep.mapping.wrappers import OWN_VALUES, Parts, description_of, following, scalings, take_apart
 from giantstep.shards.object_keys import wrapper_key
@@ -91,6 +93,16 @@ def _expand(tree: Tree, path: Path, found: Expanded) -> Tree:
         return inner
 
     return map_leaves(tree, replace, path)
+
+
+def stands_for_itself(found: Survey) -> bool:
+    """Whether `expand` would change nothing, as far as can be seen at once."""
+    kinds = set(found.kinds)
+    for kind, inside in _AROUND.items():
+        if kind in kinds:
+            held = [leaf_kind is kind for leaf_kind in found.kinds]
+            kinds |= set(map(type, map(inside, itertools.compress(found.leaves, held))))
+    return kinds <= _PLAIN | _AROUND.keys()
 
 
 _PLAIN = {*OWN_VALUES, bool, int, float, str, type(None)}

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from giantstep.errors import ChangedTooSoonError
+from giantstep.staging.unchanged import Watch
 from giantstep.storage.arenas import Arena, Arenas
 from giantstep.words import words_of
 
@@ -25,9 +26,23 @@ _ALIGNMENT = 64
 # Below this a second thread takes longer to start than it saves.
 _SHARED_FROM_BYTES = 16 << 20
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+# What torch copies as it is, bit by bit; all else is copied as words.
+_COPIED = frozenset(
+    (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    )
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """Where copies lie.
 
@@ -35,11 +50,13 @@ class Layout:
         place: for each tensor the first byte of its copy; tensors that are the same elements of the same memory share one.
         first: rows of the tensors that are copied: those with elements, the first of those that share a copy.
         bytes: of all copies.
+        is_plain: whether all lie in host memory, and torch copies them as they are.
     """
 
     place: list[int]
     first: list[int]
     bytes: int
+    is_plain: bool
 
 
 def lay_out(tensors: Sequence[torch.Tensor], memory_of: Callable[[torch.Tensor], Hashable]) -> Layout:
@@ -66,7 +83,11 @@ def lay_out(tensors: Sequence[torch.Tensor], memory_of: Callable[[torch.Tensor],
             others.append(row)
         else:
             place.append(place[same])
-    return Layout(place, first, end)
+    return Layout(place, first, end, all(_is_plain(tensors[row]) for row in first))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype in _COPIED and not tensor.is_neg()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +95,7 @@ class _Views:
     """Copies of one snapshot, kept for the next if that looks the same: to make thousands of them takes a while."""
 
     arena: Arena
-    place: list[int]
-    shapes: list[torch.Size]
-    sizes: list[int]
+    layout: Layout
     views: list[torch.Tensor]
 
 
@@ -107,12 +126,11 @@ class StagingMemory:
         self._plain.clear()
         self._locked.clear()
 
-    def views(self, arena: Arena, tensors: Sequence[torch.Tensor], place: list[int]) -> list[torch.Tensor]:
-        """Where in an arena the copies of tensors are to be, as words."""
-        shapes, sizes = [tensor.shape for tensor in tensors], [tensor.element_size() for tensor in tensors]
+    def views(self, arena: Arena, tensors: Sequence[torch.Tensor], layout: Layout) -> list[torch.Tensor]:
+        """Where in an arena the copies of tensors are to be: as words, if they are not plain."""
         last = self._last
-        if last is None or last.arena is not arena or (last.place, last.sizes, last.shapes) != (place, sizes, shapes):
-            last = self._last = _Views(arena, place, shapes, sizes, _views(arena, shapes, sizes, place))
+        if last is None or last.arena is not arena or last.layout is not layout:
+            last = self._last = _Views(arena, layout, _views(arena, tensors, layout))
         return last.views
 
 
@@ -127,14 +145,14 @@ class Snapshot:
     Args:
         tensors: dense, of any device and strides. Kept only until they are copied.
         names: of each, for errors.
-        layout: from `lay_out`.
+        layout: from `lay_out`, for these tensors or others that look the same.
         memory: where copies are put.
         outer: tensors, with names, of which `tensors` are parts, and which count changes themselves.
         later: tensors in host memory are copied by `finish`.
 
     Attributes:
-        copies: for each tensor its copy, contiguous in host memory, as words of its elements' size (see `words`); valid
-            once `finish` has returned, until `release`.
+        copies: for each tensor its copy, contiguous in host memory, of its dtype or as words of its elements' size (see
+            `words`); valid once `finish` has returned, until `release`.
 
     Raises:
         ChangedTooSoonError: as `finish`.
@@ -150,46 +168,61 @@ class Snapshot:
         outer: Sequence[tuple[str, torch.Tensor]],
         later: bool,
     ) -> None:
-        self._arenas = memory.arenas(locked=any(tensor.is_cuda for tensor in tensors))
+        locked = not layout.is_plain and any(tensor.is_cuda for tensor in tensors)
+        self._arenas = memory.arenas(locked=locked)
         self._arena: Arena | None = self._arenas.take(layout.bytes)
         self._events: list[torch.cuda.Event] = []
-        self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
-        # Tensors that must not change yet, with the number of their changes so far.
-        self._watched: list[_Watched] = []
+        self._left: _Left | None = None
+        # Tensors that must not change yet.
+        self._watched: list[Watch] = []
+        self._is_plain = layout.is_plain
         try:
             # Copies outlive the mode in which the caller happens to be.
             with torch.inference_mode(mode=False), torch.no_grad():
-                self.copies = memory.views(self._arena, tensors, layout.place)
-                self._begin(tensors, names, layout.first, [_Watched.of(*found) for found in outer], later=later)
+                self.copies = memory.views(self._arena, tensors, layout)
+                self._begin(_chosen(tensors, layout), _chosen(names, layout), _chosen(self.copies, layout), outer, later=later)
         except BaseException:
             self.release()
             raise
 
     def _begin(
-        self, tensors: Sequence[torch.Tensor], names: Sequence[str], rows: Sequence[int], outer: list[_Watched], *, later: bool
+        self,
+        tensors: Sequence[torch.Tensor],
+        names: Sequence[str],
+        copies: Sequence[torch.Tensor],
+        outer: Sequence[tuple[str, torch.Tensor]],
+        *,
+        later: bool,
     ) -> None:
-        watched = [_Watched.of(names[row], tensors[row]) for row in rows]
-        pairs = [(self.copies[row], tensors[row]) for row in rows]
-        on_cuda = [tensors[row].is_cuda for row in rows]
-        by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for pair in itertools.compress(pairs, on_cuda):
-            by_device.setdefault(pair[1].device, []).append(pair)
+        # Which of them are on a CUDA device: mostly, where there is one, all.
+        away = [False] * len(tensors) if self._is_plain else [tensor.is_cuda for tensor in tensors]
+        by_device: dict[torch.device, list[_Pair]] = {}
+        for copy, tensor in itertools.compress(zip(copies, tensors, strict=True), away):
+            by_device.setdefault(tensor.device, []).append((copy, tensor))
         for device, found in by_device.items():
             self._events.append(_queue_copies(device, found))
-        here = [pair for pair, away in zip(pairs, on_cuda, strict=True) if not away]
+        if by_device:
+            self._watched.append(Watch.of(_those(names, away), _those(tensors, away)))
+            here = [not cuda for cuda in away]
+            tensors, names, copies = _those(tensors, here), _those(names, here), _those(copies, here)
+        watch = Watch.of(names, tensors)
         if later:
-            self._left, self._watched = here, watched
+            self._left = _Left(copies, watch)
+            self._watched.append(watch)
         else:
-            _copy_all(here)
-            _check([found for found, away in zip(watched, on_cuda, strict=True) if not away])
-            self._watched = list(itertools.compress(watched, on_cuda))
+            _copy_all(copies, self._sources(tensors))
+            watch.check()
         if self.is_on_its_way:
-            self._watched += outer
+            self._watched.append(Watch.of([name for name, _ in outer], [tensor for _, tensor in outer]))
+
+    def _sources(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Tensors as torch can copy them."""
+        return tensors if self._is_plain else list(map(_source, tensors))
 
     @property
     def is_on_its_way(self) -> bool:
         """Whether copies are left that `finish` would wait for or make."""
-        return bool(self._left or self._events)
+        return bool((self._left and self._left.copies) or self._events)
 
     def finish(self) -> None:
         """Wait for, or make, the copies that are not made yet. The tensors may change afterwards.
@@ -197,20 +230,23 @@ class Snapshot:
         Raises:
             ChangedTooSoonError: a tensor was changed since the snapshot was taken, as its version counter shows.
         """
-        left, watched, self._left, self._watched = self._left, self._watched, [], []
+        left, watched, self._left, self._watched = self._left, self._watched, None, []
         # Before: memory that is gone cannot be read. After: what was changed meanwhile.
-        _check(watched)
-        _check_memory(left, watched)
-        with torch.inference_mode(mode=False), torch.no_grad():
-            _copy_all(left)
+        for watch in watched:
+            watch.check()
+        if left is not None:
+            left.watch.check_memory()
+            with torch.inference_mode(mode=False), torch.no_grad():
+                _copy_all(left.copies, self._sources(left.watch.tensors))
         for event in self._events:
             event.synchronize()
-        _check(watched)
+        for watch in watched:
+            watch.check()
 
     def release(self) -> None:
         """Give the memory back. Copies must not be used any more."""
         arena, self._arena = self._arena, None
-        self.copies, self._left, self._watched = [], [], []
+        self.copies, self._left, self._watched = [], None, []
         if arena is not None:
             # Copies that are still on their way would go into memory of the next snapshot.
             for event in self._events:
@@ -218,50 +254,37 @@ class Snapshot:
             self._arenas.give(arena)
 
 
-class _Watched(NamedTuple):
-    """A tensor that is not to change; `version` is None where torch does not count changes."""
+class _Left(NamedTuple):
+    """Tensors that are still to be copied, and where to."""
 
-    name: str
-    tensor: torch.Tensor
-    version: int | None
-
-    @classmethod
-    def of(cls, name: str, tensor: torch.Tensor) -> _Watched:
-        return cls(name, tensor, _version(tensor))
+    copies: Sequence[torch.Tensor]
+    watch: Watch
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    """How often the memory of a tensor was changed in place."""
-    return None if tensor.is_inference() else tensor._version
+_Pair = tuple[torch.Tensor, torch.Tensor]
+_Item = TypeVar("_Item")
 
 
-def _check(watched: Sequence[_Watched]) -> None:
-    """Raise if a tensor was changed, or has lost its memory."""
-    changed = [name for name, tensor, version in watched if _version(tensor) != version]
-    if changed:
-        raise ChangedTooSoonError(
-            f"tensor {changed[0]!r} was changed in place before it was staged, so what would be stored is neither its old "
-            "value nor its new one"
-            + (f" (and so were {len(changed) - 1} more)" if len(changed) > 1 else "")
-            + ". Call PendingSave.wait_staged before tensors change, or PendingSave.guard once with the optimizer."
-        )
+def _chosen(items: Sequence[_Item], layout: Layout) -> Sequence[_Item]:
+    """Those of the tensors that are copied."""
+    return items if len(layout.first) == len(items) else [items[row] for row in layout.first]
 
 
-def _check_memory(left: Sequence[tuple[torch.Tensor, torch.Tensor]], watched: Sequence[_Watched]) -> None:
-    """Raise if a tensor that is still to be read has lost its memory, as when a storage was resized."""
-    for (_, tensor), found in zip(left, watched, strict=False):
-        reach = sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        if (tensor.storage_offset() + reach) * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ChangedTooSoonError(f"the memory of tensor {found.name!r} was freed before it was staged")
+def _those(items: Sequence[_Item], chosen: Sequence[bool]) -> list[_Item]:
+    return list(itertools.compress(items, chosen))
 
 
-def _views(arena: Arena, shapes: Sequence[torch.Size], sizes: Sequence[int], place: Sequence[int]) -> list[torch.Tensor]:
+def _views(arena: Arena, tensors: Sequence[torch.Tensor], layout: Layout) -> list[torch.Tensor]:
     whole = torch.from_numpy(arena[: arena.size // 16 * 16]) if arena.size else torch.empty(0, dtype=torch.uint8, device="cpu")
-    kinds = {size: whole.view(_WORDS[size]) for size in set(sizes)}
+    kinds = [tensor.dtype if layout.is_plain else _WORDS[tensor.element_size()] for tensor in tensors]
+    wholes = {kind: whole.view(kind) for kind in set(kinds)}
+    shapes = [tensor.shape for tensor in tensors]
     strides = {shape: _row_major(shape) for shape in set(shapes)}
     return [
-        kinds[size].as_strided(shape, strides[shape], start // size) if shape.numel() else kinds[size].new_empty(shape)
-        for shape, size, start in zip(shapes, sizes, place, strict=True)
+        wholes[kind].as_strided(shape, strides[shape], start // kind.itemsize)
+        if shape.numel()
+        else wholes[kind].new_empty(shape)
+        for shape, kind, start in zip(shapes, kinds, layout.place, strict=True)
     ]
 
 
@@ -277,10 +300,10 @@ def _source(tensor: torch.Tensor) -> torch.Tensor:
     return words_of(tensor)
 
 
-def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _copy_all(targets: Sequence[torch.Tensor], origins: Sequence[torch.Tensor]) -> None:
     """Copy tensors to host memory, in two threads if that pays. The interpreter's lock is held for none of it."""
-    copies, sources = [copy for copy, _ in pairs], [_source(tensor) for _, tensor in pairs]
-    ends = list(itertools.accumulate(source.numel() * source.element_size() for source in sources))
+    copies, sources = list(targets), list(origins)
+    ends = list(itertools.accumulate(map(_size, sources)))
     if not ends:
         return
     if ends[-1] < _SHARED_FROM_BYTES:
@@ -294,7 +317,10 @@ def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
             second.result()
 
 
-def _queue_copies(device: torch.device, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
+_size = operator.attrgetter("nbytes")
+
+
+def _queue_copies(device: torch.device, pairs: Sequence[_Pair]) -> torch.cuda.Event:
     """Have copies from a CUDA device made on a stream of their own, after what is queued on the current one."""
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
