@@ -188,6 +188,31 @@ def test_whatever_changes_the_result_is_as_without_an_outline(mesh: DeviceMesh, 
     assert apart(describe(state, for_load=False, known=[outline])) == apart(describe(state, for_load=False))
 
 
+@pytest.mark.parametrize(
+    "change", ["another mesh", "other strides of the same shape", "no more conjugated", "negated", "tied no more"]
+)
+def test_what_only_later_steps_ask_for_makes_another_outline(mesh: DeviceMesh, change: str) -> None:
+    """Copies, ties and digests are worked out for an outline, from what its tensors have in memory."""
+    outline = outline_of(rich_state(mesh))
+    state = rich_state(mesh)
+    CHANGES[change](state, mesh)
+    found = describe(state, for_load=False, known=[outline]).outline
+    assert found is not None
+    assert found is not outline
+
+
+def test_meshes_that_change_places_make_another_outline(mesh: DeviceMesh) -> None:
+    other = DeviceMesh("cpu", [0], mesh_dim_names=("other",))
+
+    def state(*meshes: DeviceMesh) -> State:
+        return {str(number): DTensor.from_local(torch.rand(2), mesh, [Shard(0)]) for number, mesh in enumerate(meshes)}
+
+    outline = outline_of(state(mesh, mesh, other))
+    assert describe(state(mesh, mesh, other), for_load=False, known=[outline]).outline is outline
+    assert describe(state(mesh, other, other), for_load=False, known=[outline]).outline is not outline
+    assert describe(state(other, other, mesh), for_load=False, known=[outline]).outline is not outline
+
+
 REFUSED: dict[str, Callable[[State], Any]] = {
     "sparse": lambda s: s["model"].update(a=torch.rand(4, 2).to_sparse()),
     "meta": lambda s: s["model"].update(a=torch.empty(4, 2, device="meta")),
