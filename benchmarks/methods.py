@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import giantstep as gs
 
-GIANTSTEP, KEPT, DCP, RAW = "giantstep", "giantstep, plans kept", "dcp", "raw"
+GIANTSTEP, KEPT, STAGED_LATER, DCP, RAW = "giantstep", "giantstep, plans kept", "giantstep, staged later", "dcp", "raw"
 
 
 class Part:
@@ -60,6 +60,7 @@ class Method(Protocol):
     Attributes:
         name: for tables.
         asynchronous: whether `start` can be called.
+        blocking: whether its blocking saves, and its loads, are of interest.
         reshards: whether it can load into another layout than was saved.
         cached: whether its loads go through the page cache, so that a warm load differs from a cold one.
         primed: whether it is to save and load once before anything is measured.
@@ -67,6 +68,7 @@ class Method(Protocol):
 
     name: str
     asynchronous: bool
+    blocking: bool
     reshards: bool
     cached: bool
     primed: bool
@@ -88,6 +90,7 @@ class Plain:
     """What most methods have in common."""
 
     asynchronous = False
+    blocking = True
     reshards = False
     cached = True
     primed = False
@@ -133,16 +136,25 @@ class Waits:
 
 
 class Giantstep(Plain):
-    """This library: as it is without options, or with plans kept from save to save and from load to load."""
+    """This library: as it is without options, or with plans kept from save to save and from load to load.
 
-    def __init__(self, *, keeps_plans: bool = False) -> None:
+    Args:
+        keeps_plans: see there.
+        stages_later: asynchronous saves, too, copy in the background, which the training loop must wait for.
+    """
+
+    def __init__(self, *, keeps_plans: bool = False, stages_later: bool = False) -> None:
         cache = gs.PlanCache() if keeps_plans else None
-        self.name = KEPT if keeps_plans else GIANTSTEP
+        self.name = STAGED_LATER if stages_later else KEPT if keeps_plans else GIANTSTEP
         self.primed = keeps_plans
         # The first load into a layout finds no plan for it, so that there would be nothing new to see.
         self.reshards = not keeps_plans
-        self.asynchronous = hasattr(gs, "async_save")
-        self._save_options, self._load_options = gs.SaveOptions(plan_cache=cache), gs.LoadOptions(plan_cache=cache)
+        self.asynchronous = True
+        # They are those of the method that keeps plans.
+        self.blocking = not stages_later
+        staging: Literal["auto", "background"] = "background" if stages_later else "auto"
+        self._save_options = gs.SaveOptions(plan_cache=cache, staging=staging)
+        self._load_options = gs.LoadOptions(plan_cache=cache)
 
     def save(self, part: Part, place: Path) -> Any:
         return gs.save(part.state, place, process_group=part.group, options=self._save_options)

@@ -109,7 +109,8 @@ class Rank:
 
     def _methods(self) -> list[Method]:
         raw: list[Method] = [Raw(direct=direct) for direct in ((False, True) if self._direct else (False,))]
-        others: list[Method] = [Giantstep(), Giantstep(keeps_plans=True), Dcp(), *peers()]
+        ours: list[Method] = [Giantstep(), Giantstep(keeps_plans=True), Giantstep(keeps_plans=True, stages_later=True)]
+        others: list[Method] = [*ours, Dcp(), *peers()]
         return raw + [method for method in others if not self._job.methods or method.name in self._job.methods]
 
     def _prepare(self, shape: Shape, *, reshard: bool) -> None:
@@ -155,7 +156,8 @@ class Rank:
     def _round(self, method: Method) -> float:
         """One turn of a method. Returns the seconds that the slowest rank needed for it."""
         before = len(self._results)
-        self._save_and_load(method, self._others if method.reshards else {})
+        if method.blocking:
+            self._save_and_load(method, self._others if method.reshards else {})
         if method.asynchronous:
             self._save_asynchronously(method, first=False)
         spent = torch.tensor(sum(one.end - one.begin for one in self._results[before:] if one.operation != BLOCKED))
