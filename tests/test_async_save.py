@@ -534,3 +534,41 @@ def _change_a_dtensor(rank: int, path: str) -> list[str]:
 def test_a_dtensor_changed_before_it_is_staged_is_noticed(tmp_path: Path) -> None:
     found = results(run_processes(2, _change_a_dtensor, str(tmp_path)))
     assert found == [["ChangedTooSoonError", "ChangedTooSoonError", "NoneType"]] * 2
+
+
+def test_states_of_one_look_or_another_are_stored_as_they_are_in_turn() -> None:
+    """What is kept of one state - its outline, where copies lie, the copies themselves - never serves another."""
+    base, tied = torch.zeros(6, 4), torch.zeros(5)
+    variants: list[dict[str, torch.Tensor]] = [
+        {"a": torch.zeros(6, 4), "b": torch.zeros(5), "c": torch.zeros(5)},
+        {"a": torch.zeros(6, 4), "b": tied, "c": tied},
+        {"a": base, "b": base.view(-1)[:5], "c": torch.zeros(5)},
+        {"a": torch.zeros(4, 6).t(), "b": torch.zeros(10)[::2], "c": torch.zeros(5)},
+        {"a": torch.zeros(6, 4, dtype=torch.float64), "b": torch.zeros(5), "c": torch.zeros(0)},
+        {"a": torch.zeros(6, 4), "b": torch.nn.Parameter(torch.zeros(5)), "c": torch.zeros(5, dtype=torch.bool)},
+    ]
+    options = gs.SaveOptions(block_bytes=4096, buffer_bytes=4096, max_pending=2, plan_cache=gs.PlanCache())
+    waiting: list[tuple[str, gs.PendingSave, dict[str, torch.Tensor]]] = []
+
+    def check() -> None:
+        path, pending, expected = waiting.pop(0)
+        pending.result(60)
+        found = gs.load({key: torch.zeros_like(value) for key, value in expected.items()}, path)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+    for number in range(60):
+        state = variants[(number * number + number // 7) % len(variants)]
+        for place, tensor in enumerate(state.values()):
+            with torch.no_grad():
+                tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + number + 7 * place)
+        path = f"memory://looks-{number % 3}"
+        waiting.append(
+            (path, gs.async_save(state, path, options=options), {key: value.detach().clone() for key, value in state.items()})
+        )
+        with torch.no_grad():
+            for tensor in state.values():
+                tensor.zero_()
+        if len(waiting) == 2:
+            check()
+    while waiting:
+        check()
