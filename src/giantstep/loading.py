@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from giantstep.codecs import OBJECT_CODEC
+from giantstep.collection import uncollected
 from giantstep.errors import BadArgumentError
 from giantstep.filling import compare_sinks, fill_sinks, plan_filling
 from giantstep.format.names import RECORD_NAME
@@ -78,7 +80,12 @@ def load(
             was changed.
         StoreError, PeerError: reading failed, or a rank did; the state must not be used.
     """
-    run = _Load(state_dict, path, strict, process_group, options)
+    # Thousands of objects are made, and gone when the load is through.
+    with uncollected():
+        return _load(_Load(state_dict, path, strict, process_group, options))
+
+
+def _load(run: _Load) -> LoadedState:
     with run.watch.phase("open"):
         run.open()
     with run.watch.phase("match"):
@@ -219,12 +226,12 @@ class _Load:
         filled, compared = self._filling.filled, self._filling.compared
         if isinstance(plan.work, ExchangePart):
             with telling(self._group, "read"):
-                sinks = fill_sinks(filled, self._stored)
+                sinks = [*map(fill_sinks(filled, self._stored).__getitem__, range(len(filled)))]
                 how = Manner(threads, "read", self._options.timeout_secs)
                 self._moved = exchange(source, plan.work, sinks, self._group, how)
         else:
             self._moved = Exchanged(fetch(source, plan.work, fill_sinks(filled, self._stored), threads).bytes_read)
-        if compared:
+        if len(compared):
             fetch(source, self._planner.plan_of(compared), compare_sinks(compared, self._stored), threads)
         for wrapped in self._matched.dequantised:
             self._dequantised += fill_dequantised(wrapped, self._checkpoint)
@@ -257,11 +264,11 @@ class _Load:
 
     def _report(self) -> LoadReport:
         matched = self._matched
-        filled = sum(item.view.numel() * item.view.element_size() for item in self._filling.filled)
+        tensors = set(map(attrgetter("key"), matched.leaves)) | {wrapped.leaf.key for wrapped in matched.dequantised}
         return LoadReport(
             location=self._store.location,
             save_id=self._record.save_id,
-            tensors=len({leaf.key for leaf, _ in matched.tensors} | {wrapped.leaf.key for wrapped in matched.dequantised}),
+            tensors=len(tensors),
             objects=len({source.leaf.source.unique_key for source in matched.objects}),
             missing=self._differences.missing,
             unexpected=self._differences.unexpected,
@@ -269,7 +276,7 @@ class _Load:
             dequantised=tuple(sorted({wrapped.leaf.key for wrapped in matched.dequantised})),
             skipped=tuple(sorted(matched.skipped)),
             dropped=tuple(sorted(matched.dropped)),
-            bytes_filled=filled + self._dequantised.filled,
+            bytes_filled=int(self._filling.filled.bytes.sum()) + self._dequantised.filled,
             bytes_read=self._moved.bytes_read + self._dequantised.read,
             exchange=self._planner.plan.kind,
             plan_reused=self._planner.reused,

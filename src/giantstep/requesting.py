@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from giantstep.errors import CorruptionError, UnsupportedTypeError
 from giantstep.format.index import Index
 from giantstep.mapping.describe import Described, ObjectLeaf, StoredObject
 from giantstep.mapping.differences import fingerprint_digest
-from giantstep.mapping.leaves import TensorLeaf
+from giantstep.mapping.leaves import Extent, TensorLeaf
 from giantstep.mapping.tree import Tree, is_dict
 from giantstep.mapping.wrappers import stored_wrapper
 from giantstep.options import LoadOptions, ObjectsReshard
@@ -29,7 +30,7 @@ from giantstep.reading.checkpoint import Checkpoint
 from giantstep.shards.dtypes import BY_CODE, BY_TORCH_NAME, DType
 from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor, wrapper_key
 from giantstep.shards.paths import Path, dotted
-from giantstep.shards.region import Int64s
+from giantstep.shards.region import Int64s, ragged_to_padded, same_rows
 from giantstep.words import torch_dtype
 
 
@@ -38,7 +39,7 @@ class StoredState:
 
     Attributes:
         checkpoint, index: where they come from.
-        keys, shapes, dtypes, row: tensors by row, rows by key.
+        keys, row: tensors by row, rows by key.
         twin: [tensors] number shared by tensors that share their bytes (tied ones); -1 for those without bytes.
         tied_rows: rows of tensors that share their bytes with another.
         grids: positions of sharded objects, by key and shape.
@@ -49,10 +50,7 @@ class StoredState:
         self.checkpoint = checkpoint
         self.index: Index = checkpoint.index_tables().load_all()
         self.keys = checkpoint.keys()
-        ends, dims = self.index.tensor_dims_ends.tolist(), self.index.tensor_dims.tolist()
-        self.shapes = [tuple(dims[start:stop]) for start, stop in itertools.pairwise(ends)]
-        self.dtypes = [BY_CODE[code] for code in self.index.tensor_dtype.tolist()]
-        self.row = {key: row for row, key in enumerate(self.keys)}
+        self.row: dict[str | None, int] = dict(zip(self.keys, range(len(self.keys)), strict=True))
         self.twin = _twins(self.index)
         numbers, counts = np.unique(self.twin[self.twin >= 0], return_counts=True)
         self.tied_rows = set(np.flatnonzero(np.isin(self.twin, numbers[counts > 1])).tolist())
@@ -70,6 +68,33 @@ class StoredState:
         found = copy.copy(self)
         found.checkpoint = checkpoint
         return found
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """Global shape of a tensor."""
+        start, stop = self.index.tensor_dims_ends[row : row + 2].tolist()
+        return tuple(self.index.tensor_dims[start:stop].tolist())
+
+    def dtype(self, row: int) -> DType:
+        """Dtype of a tensor."""
+        return BY_CODE[int(self.index.tensor_dtype[row])]
+
+    def unlike(self, rows: Sequence[int], extents: Sequence[Extent]) -> list[int]:
+        """Positions of the rows whose tensors have another dtype or global shape than the extents beside them."""
+        distinct = dict.fromkeys(extents)
+        number = dict(zip(distinct, range(len(distinct)), strict=True))
+        wanted = np.fromiter(map(number.__getitem__, extents), np.int64, len(extents))
+        shapes = [extent.global_shape for extent in distinct]
+        dims = np.array(list(map(len, shapes)), dtype=np.int64)
+        found, ends = np.array(rows, dtype=np.int64), self.index.tensor_dims_ends
+        held = np.diff(ends)
+        codes = np.array([extent.dtype.code for extent in distinct], dtype=np.int64)
+        same = (codes[wanted] == self.index.tensor_dtype[found]) & (dims[wanted] == held[found])
+        width = max(1, int(dims.max(initial=0)), int(held.max(initial=0)))
+        flat = np.array(list(itertools.chain.from_iterable(shapes)), dtype=np.int64)
+        ours = ragged_to_padded(flat, np.cumsum(dims) - dims, dims, 1, width)
+        theirs = ragged_to_padded(self.index.tensor_dims, ends[:-1], held, 1, width)
+        differing: list[int] = np.flatnonzero(~(same & same_rows(ours[wanted], theirs[found]))).tolist()
+        return differing
 
     def holdings(self) -> Holdings:
         """The names, for judging requests."""
@@ -129,7 +154,7 @@ class Matched:
     """The leaves of a state dict with what they are filled from.
 
     Attributes:
-        tensors: leaves with their rows.
+        leaves, rows: tensors, and from which row each is filled.
         dequantised: leaves that are filled from wrapper tensors.
         objects: sharded objects that are stored.
         requests: the same for the judge of all ranks.
@@ -139,7 +164,8 @@ class Matched:
         dropped: keys of sharded objects whose stored ones are dropped.
     """
 
-    tensors: list[tuple[TensorLeaf, int]] = field(default_factory=list)
+    leaves: list[TensorLeaf] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     dequantised: list[WrappedSource] = field(default_factory=list)
     objects: list[ObjectSource] = field(default_factory=list)
     requests: Requests = field(default_factory=Requests)
@@ -163,10 +189,13 @@ def match(described: Described, stored: StoredState, common: Tree, options: Load
     """
     matched = Matched()
     leaves = described.leaves
-    keys = [leaf.key for leaf in leaves] if options.rename is None else [options.stored_key(leaf.key) for leaf in leaves]
-    wrapped = {
-        leaf.key if key is None else key for leaf, key in zip(leaves, keys, strict=True) if key is None or options.dequantise
-    }
+    keys: list[str | None] = list(map(attrgetter("key"), leaves))
+    wrapped: set[str] = set()
+    if options.rename is not None:
+        keys = [options.stored_key(leaf.key) for leaf in leaves]
+    if options.rename is not None or options.dequantise:
+        pairs = zip(leaves, keys, strict=True)
+        wrapped = {leaf.key if key is None else key for leaf, key in pairs if key is None or options.dequantise}
     wrapped |= {tensor for tensor in map(wrapped_tensor, described.stored) if tensor is not None}
     with stored.checkpoint.reading_ahead([wrapper_key(key) for key in sorted(wrapped & stored.wrapped)]):
         _match_leaves(leaves, keys, stored, options, matched)
@@ -189,6 +218,14 @@ def _match_leaves(
     options: LoadOptions,
     matched: Matched,
 ) -> None:
+    rows = [stored.row[key] for key in keys if key in stored.row]
+    if len(rows) == len(keys):
+        # All are stored under their keys; what else there is to say concerns few of them.
+        matched.leaves, matched.rows = list(leaves), rows
+        matched.requests.rows.extend(rows)
+        for place in stored.unlike(rows, list(map(attrgetter("extent"), leaves))):
+            _compare(leaves[place], rows[place], stored, options, matched)
+        return
     for leaf, key in zip(leaves, keys, strict=True):
         if key is None:
             # The caller knows of it: it is not missing.
@@ -197,7 +234,10 @@ def _match_leaves(
             if leaf.key in stored.wrapped:
                 matched.requests.rows.extend(_part_rows(leaf.key, _description(leaf.key, stored), stored).values())
         elif key in stored.row:
-            _match_tensor(leaf, stored.row[key], stored, options, matched)
+            matched.leaves.append(leaf)
+            matched.rows.append(stored.row[key])
+            matched.requests.rows.append(stored.row[key])
+            _compare(leaf, stored.row[key], stored, options, matched)
         elif options.dequantise and key in stored.wrapped:
             _match_wrapper(leaf, key, stored, options, matched)
         else:
@@ -254,10 +294,9 @@ def _digest(value: Any) -> tuple[int, int]:
     return fingerprint_digest(StoredObject(value, IMPLICIT), OBJECT_CODEC)
 
 
-def _match_tensor(leaf: TensorLeaf, row: int, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
-    matched.tensors.append((leaf, row))
-    matched.requests.rows.append(row)
-    shape, dtype, extent = stored.shapes[row], stored.dtypes[row], leaf.extent
+def _compare(leaf: TensorLeaf, row: int, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
+    """Note how a leaf's shape and dtype differ from those of its row."""
+    shape, dtype, extent = stored.shape(row), stored.dtype(row), leaf.extent
     wanted = extent.global_shape
     if wanted != shape and not (extent.allow_shape_mismatch and len(shape) == len(wanted)):
         matched.requests.shapes.append((leaf.key, str(shape), str(wanted)))
@@ -311,7 +350,7 @@ def _wrapped_source(leaf: TensorLeaf, key: str, stored: StoredState) -> WrappedS
             "it cannot be dequantised. Load into a tensor of its class."
         )
     parts, shape = _part_rows(key, found, stored), tuple(found["shape"])
-    wrong = [name for name in found["parts"] if name not in parts or len(stored.shapes[parts[name]]) != len(shape)]
+    wrong = [name for name in found["parts"] if name not in parts or len(stored.shape(parts[name])) != len(shape)]
     if wrong or not parts:
         raise CorruptionError(
             f"wrapper tensor {key!r} in {stored.checkpoint.location} has {len(shape)} dimensions: its part "

@@ -18,7 +18,7 @@ from giantstep.format.digests import block_checksums
 from giantstep.planning.in_place import lie_alone
 from giantstep.planning.load_plan import plan_load
 from giantstep.planning.load_tables import ChunkTable, tabulate_wanted
-from giantstep.reading.array_sink import ArraySink
+from giantstep.reading.array_sink import ArraySink, ArraySinks
 from giantstep.reading.fetch import Source, fetch
 from giantstep.shards.region import Region
 from giantstep.storage.base import Access, ReadHandle
@@ -124,7 +124,7 @@ def test_any_regions_are_filled_from_any_chunks_at_any_alignment(data: st.DataOb
     plan = plan_load(
         table, tabulate_wanted([0] * len(wanted), wanted, [False] * len(wanted), 3), block_bytes=BLOCK, buffer_bytes=3 * BLOCK
     )
-    sinks = [ArraySink(target, region.offset) for target, region in zip(targets, wanted, strict=True)]
+    sinks = ArraySinks([ArraySink(target, region.offset) for target, region in zip(targets, wanted, strict=True)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("giantstep.reading.placing._DIRECT_PART_BYTES", 1)
         fetch(_source(store, content, table), plan, sinks, 2)
@@ -141,7 +141,7 @@ def _large(shift: int) -> tuple[AlignedStore, Source, Any, NDArray[np.uint8]]:
     store = AlignedStore(content, Access(4096))
     target = device_buffer(len(whole) + shift)[shift:]
     plan = plan_load(table, tabulate_wanted([0], [region], [False], 1), block_bytes=BLOCK, buffer_bytes=2 << 20)
-    fetch(_source(store, content, table), plan, [ArraySink(target, (0,))], 2)
+    fetch(_source(store, content, table), plan, ArraySinks([ArraySink(target, (0,))]), 2)
     assert np.array_equal(target, whole)
     return store, _source(store, content, table), plan, target
 
@@ -161,7 +161,7 @@ def test_damage_is_found_where_it_was_read_to() -> None:
     handle = MemoryStore.open_read(store, "f")
     handle.write_at(5 << 20, b"\xff" * 16)
     with pytest.raises(CorruptionError, match=f"bytes {5 << 20} to {(5 << 20) + BLOCK} .*written by rank 3"):
-        fetch(source, plan, [ArraySink(target, (0,))], 2)
+        fetch(source, plan, ArraySinks([ArraySink(target, (0,))]), 2)
     store.clear()
 
 

@@ -7,7 +7,7 @@ a leaf. Only structure is handled here; what a leaf means is `describe`'s.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,26 @@ def map_leaves(tree: Tree, function: LeafFunction, path: Path = ()) -> Tree:
         return OrderedDict(mapped) if isinstance(tree, OrderedDict) else mapped
     if type(tree) in (list, tuple):
         return type(tree)([map_leaves(value, function, (*path, position)) for position, value in enumerate(tree)])
+    return function(path, tree)
+
+
+def map_changing(tree: Tree, staying: Collection[int], function: LeafFunction, path: Path = ()) -> Tree:
+    """`map_leaves` where many leaves stay what they are: `function` is not called for those with such an identity.
+
+    No container may have one.
+    """
+    if is_dict(tree):
+        mapped = {
+            key: value if id(value) in staying else map_changing(value, staying, function, (*path, key))
+            for key, value in tree.items()
+        }
+        return OrderedDict(mapped) if isinstance(tree, OrderedDict) else mapped
+    if type(tree) in (list, tuple):
+        items = (
+            value if id(value) in staying else map_changing(value, staying, function, (*path, position))
+            for position, value in enumerate(tree)
+        )
+        return type(tree)(items)
     return function(path, tree)
 
 
@@ -175,11 +195,9 @@ def merge(loaded: Tree, common: Tree) -> Tree:
         return _only_leaves(loaded)
     if is_dict(loaded) and is_dict(common):
         merged = {key: merge(loaded.get(key, DROPPED), value) for key, value in common.items()}
-        for key, value in loaded.items():
-            if key not in common:
-                found = _only_leaves(value)
-                if found is not DROPPED:
-                    merged[key] = found
+        rest = {key: value for key, value in loaded.items() if key not in common}
+        if rest and (found := _only_leaves(rest)) is not DROPPED:
+            merged |= found
         return OrderedDict(merged) if isinstance(common, OrderedDict) else merged
     if type(common) in (list, tuple) and type(loaded) in (list, tuple):
         length = max(len(common), len(_without_tail(loaded)))
@@ -208,7 +226,7 @@ def _only_leaves(tree: Tree) -> Tree:
         return tree
     if is_dict(tree):
         # Most values are leaves, and stay.
-        found = {key: value if type(value) is Placed else _only_leaves(value) for key, value in tree.items()}
+        found = {key: _only_leaves(value) if isinstance(value, _CONTAINERS) else value for key, value in tree.items()}
         kept = {key: value for key, value in found.items() if value is not DROPPED}
         if not kept:
             return DROPPED

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.planning.intersections import Intersections
-from giantstep.planning.load_tables import ChunkTable
+from giantstep.planning.load_tables import ChunkTable, row_strides
 from giantstep.shards.region import Int64s
 
 
@@ -90,11 +90,7 @@ class Runs:
 
 def byte_strides(chunks: ChunkTable, chunk: Int64s, item_bytes: Int64s) -> Int64s:
     """[rows, width] bytes between neighbours along each axis of chunks."""
-    size = chunks.size[chunk]
-    strides = np.ones_like(size)
-    if size.shape[1] > 1:
-        strides[:, :-1] = np.cumprod(size[:, :0:-1], axis=1)[:, ::-1]
-    return strides * item_bytes[:, None]
+    return row_strides(chunks.size[chunk], item_bytes)
 
 
 def cut_pieces(chunks: ChunkTable, found: Intersections, base: Int64s, cuts: Cuts, gap_bytes: int) -> Pieces:
