@@ -85,7 +85,7 @@ def _homes(near: Sequence[Target], stored: StoredState) -> tuple[list[Target], l
 def _allocate(leaves: Sequence[TensorLeaf], rows: Sequence[int], stored: StoredState) -> None:
     """Tensors that are stored as one and are of one kind get one memory; each of several requests of one key its own."""
     # A leaf of one region that has a view has memory: mostly all are.
-    if not any(len(leaf.pieces) != 1 or leaf.pieces[0][1] is None for leaf in leaves):
+    if not [leaf for leaf in leaves if len(leaf.pieces) != 1 or leaf.pieces[0][1] is None]:
         return
     seen: dict[tuple[int, int], int] = {}
     homes: dict[Hashable, tuple[TensorLeaf, int]] = {}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -264,7 +263,7 @@ class _Load:
 
     def _report(self) -> LoadReport:
         matched = self._matched
-        tensors = set(map(attrgetter("key"), matched.leaves)) | {wrapped.leaf.key for wrapped in matched.dequantised}
+        tensors = {leaf.key for leaf in matched.leaves} | {wrapped.leaf.key for wrapped in matched.dequantised}
         return LoadReport(
             location=self._store.location,
             save_id=self._record.save_id,

@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -189,7 +188,7 @@ def match(described: Described, stored: StoredState, common: Tree, options: Load
     """
     matched = Matched()
     leaves = described.leaves
-    keys: list[str | None] = list(map(attrgetter("key"), leaves))
+    keys: list[str | None] = [leaf.key for leaf in leaves]
     wrapped: set[str] = set()
     if options.rename is not None:
         keys = [options.stored_key(leaf.key) for leaf in leaves]
@@ -218,12 +217,12 @@ def _match_leaves(
     options: LoadOptions,
     matched: Matched,
 ) -> None:
-    rows = [stored.row[key] for key in keys if key in stored.row]
-    if len(rows) == len(keys):
+    rows = list(map(stored.row.get, keys, itertools.repeat(-1)))
+    if -1 not in rows:
         # All are stored under their keys; what else there is to say concerns few of them.
         matched.leaves, matched.rows = list(leaves), rows
         matched.requests.rows.extend(rows)
-        for place in stored.unlike(rows, list(map(attrgetter("extent"), leaves))):
+        for place in stored.unlike(rows, [leaf.extent for leaf in leaves]):
             _compare(leaves[place], rows[place], stored, options, matched)
         return
     for leaf, key in zip(leaves, keys, strict=True):

@@ -53,7 +53,10 @@ def _results(described: Described) -> dict[Path, torch.Tensor | None]:
 def _with_results(described: Described, values: Mapping[Path, Any]) -> Tree:
     """The caller's tree with loaded tensors and `values` in their places, and `DROPPED` in all others."""
     # Most tensors are what stands in their places already. One that got memory is no leaf's source any more.
-    staying = {id(source) for leaf in described.leaves if not isinstance(source := leaf.source, ShardedTensor)}
+    sources = [leaf.source for leaf in described.leaves]
+    if any(issubclass(kind, ShardedTensor) for kind in set(map(type, sources))):
+        sources = [source for source in sources if not isinstance(source, ShardedTensor)]
+    staying = set(map(id, sources))
     results: dict[Path, torch.Tensor | None] = {}
 
     def place(path: Path, leaf: Any) -> Any:

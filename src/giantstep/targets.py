@@ -6,9 +6,8 @@ Made by `filling`; read by `sharing` and `planned_load`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.leaves import TensorLeaf
+from giantstep.planning.load_tables import numbered
 from giantstep.shards.region import Int64s, Region
 from giantstep.words import torch_dtype
 
@@ -75,7 +75,7 @@ class Targets:
         Raises:
             BadArgumentError: one has no memory.
         """
-        pieces = list(map(attrgetter("pieces"), leaves))
+        pieces = [leaf.pieces for leaf in leaves]
         holders, counts = list(leaves), list(map(len, pieces))
         if counts.count(1) < len(counts):
             leaf_of = np.repeat(np.arange(len(counts)), counts).tolist()
@@ -93,8 +93,8 @@ class Targets:
             list(rows),
             [region for region, _ in flat],
             views,
-            np.fromiter(map(torch.Tensor.data_ptr, views), np.int64, len(views)),
-            _flags(map(torch.Tensor.is_contiguous, views), len(views)),
+            np.array([view.data_ptr() for view in views], dtype=np.int64),
+            np.array([view.is_contiguous() for view in views], dtype=bool),
             _on_host(views, lazy),
             codes,
             sizes,
@@ -135,10 +135,9 @@ class Targets:
 
 
 def _elements(regions: Sequence[Region]) -> Int64s:
-    """Elements of each region. Regions of tensors that are alike are one object, and counted once."""
-    numbers = list(map(id, regions))
-    counts = {number: region.elements for number, region in dict(zip(numbers, regions, strict=True)).items()}
-    return np.fromiter(map(counts.__getitem__, numbers), np.int64, len(numbers))
+    """Elements of each region."""
+    distinct, number = numbered(regions)
+    return np.array([region.elements for region in distinct], dtype=np.int64)[number]
 
 
 def _views(leaves: Sequence[TensorLeaf], views: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -151,7 +150,7 @@ def _views(leaves: Sequence[TensorLeaf], views: Sequence[torch.Tensor | None]) -
 
 def _extents(leaves: Sequence[TensorLeaf]) -> tuple[Int64s, Int64s, Flags, Flags]:
     """Dtype codes, bytes per element, whether elements may not be stored, and whether values may be conjugated lazily."""
-    extents = list(map(attrgetter("extent"), leaves))
+    extents = [leaf.extent for leaf in leaves]
     distinct = dict.fromkeys(extents)
     number = dict(zip(distinct, range(len(distinct)), strict=True))
     rows = np.fromiter(map(number.__getitem__, extents), np.int64, len(extents))
@@ -163,12 +162,8 @@ def _extents(leaves: Sequence[TensorLeaf]) -> tuple[Int64s, Int64s, Flags, Flags
 
 
 def _on_host(views: Sequence[torch.Tensor], lazy: Flags) -> Flags:
-    found = _flags(map(attrgetter("is_cpu"), views), len(views))
-    found &= ~_flags(map(torch.Tensor.is_neg, views), len(views))
+    found = np.array([view.is_cpu for view in views], dtype=bool)
+    found &= ~np.array([view.is_neg() for view in views], dtype=bool)
     for number in np.flatnonzero(lazy).tolist():
         found[number] &= not views[number].is_conj()
     return found
-
-
-def _flags(found: Iterable[bool], count: int) -> Flags:
-    return np.fromiter(found, np.bool_, count)

@@ -226,8 +226,11 @@ def _only_leaves(tree: Tree) -> Tree:
         return tree
     if is_dict(tree):
         # Most values are leaves, and stay.
-        found = {key: _only_leaves(value) if isinstance(value, _CONTAINERS) else value for key, value in tree.items()}
-        kept = {key: value for key, value in found.items() if value is not DROPPED}
+        kept = {
+            key: found
+            for key, value in tree.items()
+            if (found := _only_leaves(value) if isinstance(value, _CONTAINERS) else value) is not DROPPED
+        }
         if not kept:
             return DROPPED
         return OrderedDict(kept) if isinstance(tree, OrderedDict) else kept

@@ -108,23 +108,22 @@ def tabulate_wanted(
     tensors: Sequence[int], regions: Sequence[Region], partial: Sequence[bool] | NDArray[np.bool_], width: int
 ) -> WantedTable:
     """Regions of tensors (rows of the chunk table), padded to `width` columns."""
-    # Tensors that are alike share one object, which is taken apart once.
-    numbers = list(map(id, regions))
-    distinct = dict(zip(numbers, regions, strict=True))
-    dims = np.array([len(region.size) for region in distinct.values()], dtype=np.int64)
+    distinct, number = numbered(regions)
+    dims = np.array([len(region.size) for region in distinct], dtype=np.int64)
     starts = np.cumsum(dims) - dims
     offset, size = (
         ragged_to_padded(np.array(list(itertools.chain.from_iterable(parts)), dtype=np.int64), starts, dims, pad, width)
-        for parts, pad in (
-            ([region.offset for region in distinct.values()], 0),
-            ([region.size for region in distinct.values()], 1),
-        )
+        for parts, pad in (([region.offset for region in distinct], 0), ([region.size for region in distinct], 1))
     )
-    if len(distinct) < len(numbers):
-        place = dict(zip(distinct, range(len(distinct)), strict=True))
-        rows = np.fromiter(map(place.__getitem__, numbers), dtype=np.int64, count=len(numbers))
-        offset, size = offset[rows], size[rows]
-    return WantedTable(np.array(tensors, dtype=np.int64), offset, size, np.array(partial, dtype=bool))
+    rows = np.fromiter(tensors, np.int64, len(tensors))
+    return WantedTable(rows, np.take(offset, number, axis=0), np.take(size, number, axis=0), np.array(partial, dtype=bool))
+
+
+def numbered(regions: Sequence[Region]) -> tuple[list[Region], Int64s]:
+    """The regions without repetitions of one object, and the number of each among them. Regions alike are mostly one object."""
+    identity = np.fromiter(map(id, regions), np.int64, len(regions))
+    _, first, number = np.unique(identity, return_index=True, return_inverse=True)
+    return [regions[row] for row in first.tolist()], number
 
 
 def tabulate_spans(file: Sequence[int], start: Sequence[int], length: Sequence[int]) -> tuple[ChunkTable, WantedTable]:
