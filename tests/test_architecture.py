@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"planned_save", "planned_load"},
     {"filling", "unwrapping", "kept_index"},
     {"describing", "requesting", "restoring", "sources", "pending", "sharing"},
-    {"codecs", "reports", "phases", "writers", "stored_plans", "targets"},
+    {"codecs", "reports", "phases", "writers", "stored_plans", "targets", "stored_state"},
     {"mapping", "staging", "writing", "reading", "commit"},
     {"words"},
     {"planning", "storage", "group"},

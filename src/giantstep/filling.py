@@ -20,8 +20,9 @@ from giantstep.planning.load_tables import WantedTable, row_strides
 from giantstep.reading.fetch import Sink, Sinks
 from giantstep.reading.placing import SinkList
 from giantstep.reading.tensor_sink import CompareSink, sink_for
-from giantstep.requesting import Matched, StoredState
+from giantstep.requesting import Matched
 from giantstep.sharing import meeting, overlapping
+from giantstep.stored_state import StoredState
 from giantstep.targets import Target, Targets
 from giantstep.words import words_of
 
@@ -46,7 +47,7 @@ def plan_filling(matched: Matched, stored: StoredState) -> Filling:
         BadArgumentError: tensors that cannot be compared with what is stored for them share memory with others.
     """
     _allocate(matched.leaves, matched.rows, stored)
-    targets = Targets.of(matched.leaves, matched.rows)
+    targets = Targets.of(matched.leaves, matched.rows, matched.extents, matched.extent_of)
     made = [view for source in matched.dequantised for _, view in source.leaf.pieces if view is not None and view.numel()]
     # Few regions meet others, and only those are looked at one by one.
     near = [targets[number] for number in meeting(targets, made)]

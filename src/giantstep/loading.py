@@ -33,11 +33,12 @@ from giantstep.reading.data_files import check_data_files
 from giantstep.reading.exchange import Exchanged, Manner, exchange, telling, verify_part
 from giantstep.reading.fetch import Source, fetch
 from giantstep.reports import LoadedState, LoadReport
-from giantstep.requesting import StoredState, match
+from giantstep.requesting import match
 from giantstep.restoring import restore
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
+from giantstep.stored_state import StoredState
 from giantstep.unwrapping import Moved, fill_dequantised, read_objects, verify_parts
 
 _LOG = logging.getLogger("giantstep")
@@ -263,16 +264,19 @@ class _Load:
 
     def _report(self) -> LoadReport:
         matched = self._matched
-        tensors = {leaf.key for leaf in matched.leaves} | {wrapped.leaf.key for wrapped in matched.dequantised}
+        dequantised = {wrapped.leaf.key for wrapped in matched.dequantised}
+        # Leaves that are not renamed have one key where they have one row; and what is dequantised has no row.
+        renamed = self._options.rename is not None
+        filled = {leaf.key for leaf in matched.leaves} - dequantised if renamed else set(matched.rows)
         return LoadReport(
             location=self._store.location,
             save_id=self._record.save_id,
-            tensors=len(tensors),
+            tensors=len(filled) + len(dequantised),
             objects=len({source.leaf.source.unique_key for source in matched.objects}),
             missing=self._differences.missing,
             unexpected=self._differences.unexpected,
             cast=tuple(sorted(matched.cast)),
-            dequantised=tuple(sorted({wrapped.leaf.key for wrapped in matched.dequantised})),
+            dequantised=tuple(sorted(dequantised)),
             skipped=tuple(sorted(matched.skipped)),
             dropped=tuple(sorted(matched.dropped)),
             bytes_filled=int(self._filling.filled.bytes.sum()) + self._dequantised.filled,

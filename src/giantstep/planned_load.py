@@ -25,7 +25,7 @@ from giantstep.planning.load_tables import ChunkTable, WantedTable, tabulate_chu
 from giantstep.planning.reuse import PLAN_ID_BYTES
 from giantstep.reading.arrange import Arrangement, Cell, Limits
 from giantstep.reading.exchange import telling
-from giantstep.requesting import StoredState
+from giantstep.stored_state import StoredState
 from giantstep.targets import Targets
 
 # First part of a report, and of an answer.

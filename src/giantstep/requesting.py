@@ -5,7 +5,6 @@ Pure matching of names, shapes and dtypes; reads the index and descriptions, no 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ import numpy as np
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.errors import CorruptionError, UnsupportedTypeError
-from giantstep.format.index import Index
 from giantstep.mapping.describe import Described, ObjectLeaf, StoredObject
 from giantstep.mapping.differences import fingerprint_digest
 from giantstep.mapping.leaves import Extent, TensorLeaf
@@ -24,94 +22,13 @@ from giantstep.mapping.tree import Tree, is_dict
 from giantstep.mapping.wrappers import stored_wrapper
 from giantstep.options import LoadOptions, ObjectsReshard
 from giantstep.planning.description import IMPLICIT
-from giantstep.planning.matching import Holdings, Requests
-from giantstep.reading.checkpoint import Checkpoint
-from giantstep.shards.dtypes import BY_CODE, BY_TORCH_NAME, DType
-from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor, wrapper_key
+from giantstep.planning.matching import Requests
+from giantstep.shards.dtypes import BY_TORCH_NAME, DType
+from giantstep.shards.object_keys import ObjectPosition, wrapped_tensor, wrapper_key
 from giantstep.shards.paths import Path, dotted
-from giantstep.shards.region import Int64s, ragged_to_padded, same_rows
+from giantstep.shards.region import Int64s
+from giantstep.stored_state import StoredState
 from giantstep.words import torch_dtype
-
-
-class StoredState:
-    """The names of a checkpoint, prepared for matching.
-
-    Attributes:
-        checkpoint, index: where they come from.
-        keys, row: tensors by row, rows by key.
-        twin: [tensors] number shared by tensors that share their bytes (tied ones); -1 for those without bytes.
-        tied_rows: rows of tensors that share their bytes with another.
-        grids: positions of sharded objects, by key and shape.
-        wrapped: keys of wrapper tensors.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.index: Index = checkpoint.index_tables().load_all()
-        self.keys = checkpoint.keys()
-        self.row: dict[str | None, int] = dict(zip(self.keys, range(len(self.keys)), strict=True))
-        self.twin = _twins(self.index)
-        numbers, counts = np.unique(self.twin[self.twin >= 0], return_counts=True)
-        self.tied_rows = set(np.flatnonzero(np.isin(self.twin, numbers[counts > 1])).tolist())
-        self.grids: dict[str, dict[tuple[int, ...], dict[tuple[int, ...], ObjectPosition]]] = {}
-        self.wrapped: set[str] = set()
-        for name in checkpoint.object_keys():
-            position, tensor = position_of(name), wrapped_tensor(name)
-            if position is not None:
-                self.grids.setdefault(position.key, {}).setdefault(position.shape, {})[position.offset] = position
-            elif tensor is not None:
-                self.wrapped.add(tensor)
-
-    def of(self, checkpoint: Checkpoint) -> StoredState:
-        """The same names for another `Checkpoint` of the same save."""
-        found = copy.copy(self)
-        found.checkpoint = checkpoint
-        return found
-
-    def shape(self, row: int) -> tuple[int, ...]:
-        """Global shape of a tensor."""
-        start, stop = self.index.tensor_dims_ends[row : row + 2].tolist()
-        return tuple(self.index.tensor_dims[start:stop].tolist())
-
-    def dtype(self, row: int) -> DType:
-        """Dtype of a tensor."""
-        return BY_CODE[int(self.index.tensor_dtype[row])]
-
-    def unlike(self, rows: Sequence[int], extents: Sequence[Extent]) -> list[int]:
-        """Positions of the rows whose tensors have another dtype or global shape than the extents beside them."""
-        distinct = dict.fromkeys(extents)
-        number = dict(zip(distinct, range(len(distinct)), strict=True))
-        wanted = np.fromiter(map(number.__getitem__, extents), np.int64, len(extents))
-        shapes = [extent.global_shape for extent in distinct]
-        dims = np.array(list(map(len, shapes)), dtype=np.int64)
-        found, ends = np.array(rows, dtype=np.int64), self.index.tensor_dims_ends
-        held = np.diff(ends)
-        codes = np.array([extent.dtype.code for extent in distinct], dtype=np.int64)
-        same = (codes[wanted] == self.index.tensor_dtype[found]) & (dims[wanted] == held[found])
-        width = max(1, int(dims.max(initial=0)), int(held.max(initial=0)))
-        flat = np.array(list(itertools.chain.from_iterable(shapes)), dtype=np.int64)
-        ours = ragged_to_padded(flat, np.cumsum(dims) - dims, dims, 1, width)
-        theirs = ragged_to_padded(self.index.tensor_dims, ends[:-1], held, 1, width)
-        differing: list[int] = np.flatnonzero(~(same & same_rows(ours[wanted], theirs[found]))).tolist()
-        return differing
-
-    def holdings(self) -> Holdings:
-        """The names, for judging requests."""
-        return Holdings(self.checkpoint.location, self.keys, self.grids.keys(), self.wrapped)
-
-
-def _twins(index: Index) -> Int64s:
-    first = index.tensor_chunk_ends[:-1]
-    filled = np.diff(index.tensor_chunk_ends) > 0
-    twin = np.full(len(filled), -1, dtype=np.int64)
-    file, start = index.chunk_file[first[filled]], index.chunk_start[first[filled]]
-    order = np.lexsort((start, file))
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (np.diff(file[order]) != 0) | (np.diff(start[order]) != 0)
-    number = np.empty(len(order), dtype=np.int64)
-    number[order] = np.cumsum(new) - 1
-    twin[filled] = number
-    return twin
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +71,7 @@ class Matched:
 
     Attributes:
         leaves, rows: tensors, and from which row each is filled.
+        extents, extent_of: of these leaves, without repetitions, and the number of each leaf's.
         dequantised: leaves that are filled from wrapper tensors.
         objects: sharded objects that are stored.
         requests: the same for the judge of all ranks.
@@ -165,6 +83,8 @@ class Matched:
 
     leaves: list[TensorLeaf] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    extents: list[Extent] = field(default_factory=list)
+    extent_of: Int64s = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     dequantised: list[WrappedSource] = field(default_factory=list)
     objects: list[ObjectSource] = field(default_factory=list)
     requests: Requests = field(default_factory=Requests)
@@ -198,6 +118,7 @@ def match(described: Described, stored: StoredState, common: Tree, options: Load
     wrapped |= {tensor for tensor in map(wrapped_tensor, described.stored) if tensor is not None}
     with stored.checkpoint.reading_ahead([wrapper_key(key) for key in sorted(wrapped & stored.wrapped)]):
         _match_leaves(leaves, keys, stored, options, matched)
+        _compare_extents(stored, options, matched)
         _match_descriptions(described, stored, options, matched)
     for item in described.objects:
         key = options.stored_key(item.source.key)
@@ -219,11 +140,9 @@ def _match_leaves(
 ) -> None:
     rows = list(map(stored.row.get, keys, itertools.repeat(-1)))
     if -1 not in rows:
-        # All are stored under their keys; what else there is to say concerns few of them.
+        # All are stored under their keys.
         matched.leaves, matched.rows = list(leaves), rows
         matched.requests.rows.extend(rows)
-        for place in stored.unlike(rows, [leaf.extent for leaf in leaves]):
-            _compare(leaves[place], rows[place], stored, options, matched)
         return
     for leaf, key in zip(leaves, keys, strict=True):
         if key is None:
@@ -236,11 +155,20 @@ def _match_leaves(
             matched.leaves.append(leaf)
             matched.rows.append(stored.row[key])
             matched.requests.rows.append(stored.row[key])
-            _compare(leaf, stored.row[key], stored, options, matched)
         elif options.dequantise and key in stored.wrapped:
             _match_wrapper(leaf, key, stored, options, matched)
         else:
             matched.requests.unexpected.append(leaf.key)
+
+
+def _compare_extents(stored: StoredState, options: LoadOptions, matched: Matched) -> None:
+    """Note which leaves have another shape or dtype than what they are filled from."""
+    extents = [leaf.extent for leaf in matched.leaves]
+    matched.extents = list(dict.fromkeys(extents))
+    number = dict(zip(matched.extents, range(len(matched.extents)), strict=True))
+    matched.extent_of = np.fromiter(map(number.__getitem__, extents), np.int64, len(extents))
+    for place in stored.unlike(matched.rows, matched.extents, matched.extent_of):
+        _compare(matched.leaves[place], matched.rows[place], stored, options, matched)
 
 
 def _match_statefuls(described: Described, common: Tree, matched: Matched) -> None:

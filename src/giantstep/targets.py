@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from giantstep.errors import BadArgumentError
-from giantstep.mapping.leaves import TensorLeaf
+from giantstep.mapping.leaves import Extent, TensorLeaf
 from giantstep.planning.load_tables import numbered
 from giantstep.shards.region import Int64s, Region
 from giantstep.words import torch_dtype
@@ -65,42 +65,43 @@ class Targets:
     overlaps: Flags
 
     @classmethod
-    def of(cls, leaves: Sequence[TensorLeaf], rows: Sequence[int]) -> Targets:
+    def of(cls, leaves: Sequence[TensorLeaf], rows: Sequence[int], extents: Sequence[Extent], extent_of: Int64s) -> Targets:
         """All regions of some leaves that have elements.
 
         Args:
             leaves: all have memory.
             rows: of each leaf.
+            extents, extent_of: of the leaves: without repetitions, and the number of each leaf's.
 
         Raises:
             BadArgumentError: one has no memory.
         """
         pieces = [leaf.pieces for leaf in leaves]
-        holders, counts = list(leaves), list(map(len, pieces))
-        if counts.count(1) < len(counts):
-            leaf_of = np.repeat(np.arange(len(counts)), counts).tolist()
-            holders, rows = [leaves[n] for n in leaf_of], [rows[n] for n in leaf_of]
+        holders, rows = list(leaves), list(rows)
         flat = list(itertools.chain.from_iterable(pieces))
         elements = _elements([region for region, _ in flat])
-        if not elements.all():
-            filled = np.flatnonzero(elements).tolist()
-            elements = elements[filled]
-            holders, rows, flat = [holders[n] for n in filled], [rows[n] for n in filled], [flat[n] for n in filled]
+        counts = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        if not (elements.all() and (counts == 1).all()):
+            filled = np.flatnonzero(elements)
+            leaf_of = np.repeat(np.arange(len(counts)), counts)[filled]
+            flat, elements, extent_of = [flat[n] for n in filled.tolist()], elements[filled], extent_of[leaf_of]
+            holders, rows = [holders[n] for n in leaf_of.tolist()], [rows[n] for n in leaf_of.tolist()]
         views = _views(holders, [view for _, view in flat])
-        codes, sizes, partial, lazy = _extents(holders)
+        lazy = np.array([torch_dtype(extent.dtype).is_complex for extent in extents], dtype=bool)[extent_of]
+        item_bytes = np.array([extent.dtype.item_bytes for extent in extents], dtype=np.int64)[extent_of]
         return cls(
-            holders,
-            list(rows),
-            [region for region, _ in flat],
-            views,
-            np.array([view.data_ptr() for view in views], dtype=np.int64),
-            np.array([view.is_contiguous() for view in views], dtype=bool),
-            _on_host(views, lazy),
-            codes,
-            sizes,
-            elements * sizes,
-            partial,
-            np.zeros(len(views), dtype=bool),
+            leaves=holders,
+            rows=rows,
+            regions=[region for region, _ in flat],
+            views=views,
+            address=np.array([view.data_ptr() for view in views], dtype=np.int64),
+            contiguous=np.array([view.is_contiguous() for view in views], dtype=bool),
+            on_host=_on_host(views, lazy),
+            dtype_code=np.array([extent.dtype.code for extent in extents], dtype=np.int64)[extent_of],
+            item_bytes=item_bytes,
+            bytes=elements * item_bytes,
+            partial=np.array([extent.allow_shape_mismatch for extent in extents], dtype=bool)[extent_of],
+            overlaps=np.zeros(len(views), dtype=bool),
         )
 
     def __len__(self) -> int:
@@ -148,20 +149,8 @@ def _views(leaves: Sequence[TensorLeaf], views: Sequence[torch.Tensor | None]) -
     return held
 
 
-def _extents(leaves: Sequence[TensorLeaf]) -> tuple[Int64s, Int64s, Flags, Flags]:
-    """Dtype codes, bytes per element, whether elements may not be stored, and whether values may be conjugated lazily."""
-    extents = [leaf.extent for leaf in leaves]
-    distinct = dict.fromkeys(extents)
-    number = dict(zip(distinct, range(len(distinct)), strict=True))
-    rows = np.fromiter(map(number.__getitem__, extents), np.int64, len(extents))
-    codes = np.array([extent.dtype.code for extent in distinct], dtype=np.int64)
-    sizes = np.array([extent.dtype.item_bytes for extent in distinct], dtype=np.int64)
-    partial = np.array([extent.allow_shape_mismatch for extent in distinct], dtype=bool)
-    lazy = np.array([torch_dtype(extent.dtype).is_complex for extent in distinct], dtype=bool)
-    return codes[rows], sizes[rows], partial[rows], lazy[rows]
-
-
 def _on_host(views: Sequence[torch.Tensor], lazy: Flags) -> Flags:
+    """Which views have their values in host memory; `lazy` ones may be conjugated."""
     found = np.array([view.is_cpu for view in views], dtype=bool)
     found &= ~np.array([view.is_neg() for view in views], dtype=bool)
     for number in np.flatnonzero(lazy).tolist():

@@ -151,6 +151,7 @@ class _Dropped:
 
 
 DROPPED = _Dropped()
+_NO_LEAVES = (*_CONTAINERS, _Dropped)
 
 
 def prune(tree: Tree, path: Path = ()) -> Tree:
@@ -217,15 +218,19 @@ def _holds_leaf(tree: Tree) -> bool:
     return tree is not DROPPED
 
 
+def _holds_leaves_alone(tree: Tree) -> bool:
+    """Whether a tree is a dict of nothing but leaves: there may be thousands, which are not looked at one by one."""
+    return type(tree) is dict and not any(issubclass(kind, _NO_LEAVES) for kind in set(map(type, tree.values())))
+
+
 def _only_leaves(tree: Tree) -> Tree:
     """The tree without `DROPPED` places; None in their stead in lists and tuples; `DROPPED` if nothing is left.
 
     Containers that are empty to begin with stay: a rank may hold no tensor where others do.
     """
-    if isinstance(tree, dict | list | tuple) and not tree:
+    if isinstance(tree, _CONTAINERS) and (not tree or _holds_leaves_alone(tree)):
         return tree
     if is_dict(tree):
-        # Most values are leaves, and stay.
         kept = {
             key: found
             for key, value in tree.items()
