@@ -17,12 +17,14 @@ from giantstep.mapping.tree import (
     TreeDifference,
     diff,
     flatten,
+    map_changing,
     map_leaves,
     merge,
     prune,
     replace_at,
     unplaced,
 )
+from giantstep.shards.paths import dotted
 
 keys = st.one_of(st.text(max_size=3), st.integers(-3, 3), st.booleans(), st.none())
 trees = st.recursive(
@@ -104,3 +106,15 @@ def test_a_tree_that_contains_itself_is_refused() -> None:
     tree["again"] = [tree]
     with pytest.raises(BadArgumentError, match="contains itself"):
         flatten(tree)
+
+
+@given(trees.filter(lambda tree: isinstance(tree, dict | list | tuple)))
+def test_leaves_that_stay_are_not_asked_for(tree: Any) -> None:
+    class Leaf:
+        """Has an identity of its own."""
+
+    leaves = map_leaves(tree, lambda path, leaf: Leaf())
+    every = flatten(leaves)
+    staying = dict(list(every.items())[::2])
+    mapped = map_changing(leaves, set(map(id, staying.values())), lambda path, leaf: dotted(path))
+    assert flatten(mapped) == {path: leaf if path in staying else dotted(path) for path, leaf in every.items()}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from giantstep.errors import CorruptionError
 from giantstep.format.digests import block_checksums
-from giantstep.planning.in_place import lie_alone
+from giantstep.planning.in_place import Memory, lie_alone, runs_in_place
 from giantstep.planning.load_plan import plan_load
 from giantstep.planning.load_tables import ChunkTable, tabulate_wanted
 from giantstep.reading.array_sink import ArraySink, ArraySinks
@@ -179,3 +179,39 @@ def test_pieces_lie_alone_if_they_are_whole_and_nobody_else_wants_their_bytes() 
     assert alone(column) == [False]
     assert alone(first, whole) == [False, False]
     assert alone(Region((0, 0), (1, 4)), Region((0, 2), (1, 4)), last) == [False, False, True]
+
+
+def test_neighbours_in_the_file_and_in_memory_are_read_as_one_part() -> None:
+    whole = tensor((4, 2, 300))
+    rows = [Region((row, 0, 0), (1, 2, 300)) for row in range(4)]
+    content, table = stored(whole, rows)
+    store = AlignedStore(content, Access(nearby=True))
+    # The third row lies elsewhere; a fifth region lies nowhere in one row.
+    memory, elsewhere = np.zeros((4, 2, 300), np.int16), np.zeros((1, 2, 300), np.int16)
+    targets = [memory[0:1], memory[1:2], elsewhere, memory[3:4]]
+    plan = plan_load(table, tabulate_wanted([0] * 4, rows, [False] * 4, 3), block_bytes=BLOCK, buffer_bytes=3 * BLOCK)
+    sinks = [ArraySink(target, region.offset) for target, region in zip(targets, rows, strict=True)]
+    fetch(_source(store, content, table), plan, ArraySinks(sinks), 1)
+    assert np.array_equal(np.concatenate(targets), whole)
+    row_bytes = whole[0].nbytes
+    inside = [
+        (address_of(array), size) for array, size in ((memory, 2 * row_bytes), (elsewhere, row_bytes), (targets[3], row_bytes))
+    ]
+    # Parts are cut at the borders of what is read at a time, where nothing is cut here.
+    assert [(address, size) for _, address, size in store.notes if size % row_bytes == 0] == inside
+    store.clear()
+
+
+def test_regions_are_filled_in_place_only_where_they_lie_as_they_are_stored() -> None:
+    region = Region.whole((4, 8))
+    _, table = stored(np.zeros((4, 8), dtype=np.int16), [region])
+    plan = plan_load(table, tabulate_wanted([0], [region], [False], 2), block_bytes=BLOCK, buffer_bytes=BLOCK)
+
+    def in_place(start: int, strides: tuple[int, int]) -> bool:
+        found = runs_in_place(plan, Memory(np.array([start]), np.array([strides])))
+        return (found.address.tolist(), found.left.tolist()) == ([start], [])
+
+    assert in_place(64, (16, 2))
+    assert not in_place(64, (2, 8)), "transposed"
+    assert not in_place(64, (32, 2)), "rows of a wider array"
+    assert not in_place(0, (16, 2)), "nowhere"
