@@ -186,7 +186,7 @@ def test_neighbours_in_the_file_and_in_memory_are_read_as_one_part() -> None:
     rows = [Region((row, 0, 0), (1, 2, 300)) for row in range(4)]
     content, table = stored(whole, rows)
     store = AlignedStore(content, Access(nearby=True))
-    # The third row lies elsewhere; a fifth region lies nowhere in one row.
+    # The third row lies elsewhere.
     memory, elsewhere = np.zeros((4, 2, 300), np.int16), np.zeros((1, 2, 300), np.int16)
     targets = [memory[0:1], memory[1:2], elsewhere, memory[3:4]]
     plan = plan_load(table, tabulate_wanted([0] * 4, rows, [False] * 4, 3), block_bytes=BLOCK, buffer_bytes=3 * BLOCK)
@@ -194,10 +194,8 @@ def test_neighbours_in_the_file_and_in_memory_are_read_as_one_part() -> None:
     fetch(_source(store, content, table), plan, ArraySinks(sinks), 1)
     assert np.array_equal(np.concatenate(targets), whole)
     row_bytes = whole[0].nbytes
-    inside = [
-        (address_of(array), size) for array, size in ((memory, 2 * row_bytes), (elsewhere, row_bytes), (targets[3], row_bytes))
-    ]
-    # Parts are cut at the borders of what is read at a time, where nothing is cut here.
+    first, apart, last = address_of(memory), address_of(elsewhere), address_of(targets[3])
+    inside = [(first, 2 * row_bytes), (apart, row_bytes), (last, row_bytes)]
     assert [(address, size) for _, address, size in store.notes if size % row_bytes == 0] == inside
     store.clear()
 
