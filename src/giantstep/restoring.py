@@ -17,7 +17,7 @@ from giantstep.mapping.describe import Described
 from giantstep.mapping.expand import Joint
 from giantstep.mapping.overlap import memory_of
 from giantstep.mapping.sharded_tensor import ShardedTensor
-from giantstep.mapping.tree import DROPPED, Placed, Tree, map_changing, merge, replace_at, unplaced
+from giantstep.mapping.tree import DROPPED, Placed, Tree, map_known, merge, replace_at, unplaced
 from giantstep.shards.paths import Path
 from giantstep.words import words_of
 
@@ -52,11 +52,10 @@ def _results(described: Described) -> dict[Path, torch.Tensor | None]:
 
 def _with_results(described: Described, values: Mapping[Path, Any]) -> Tree:
     """The caller's tree with loaded tensors and `values` in their places, and `DROPPED` in all others."""
-    # Most tensors are what stands in their places already. One that got memory is no leaf's source any more.
-    sources = [leaf.source for leaf in described.leaves]
-    if any(issubclass(kind, ShardedTensor) for kind in set(map(type, sources))):
-        sources = [source for source in sources if not isinstance(source, ShardedTensor)]
-    staying = set(map(id, sources))
+    # A leaf that got memory has another source than what stands in the caller's tree.
+    known = {id(source): source for source in [leaf.source for leaf in described.leaves]}
+    if any(issubclass(kind, ShardedTensor) for kind in set(map(type, known.values()))):
+        known = {number: source.data if isinstance(source, ShardedTensor) else source for number, source in known.items()}
     results: dict[Path, torch.Tensor | None] = {}
 
     def place(path: Path, leaf: Any) -> Any:
@@ -66,7 +65,7 @@ def _with_results(described: Described, values: Mapping[Path, Any]) -> Tree:
             results.update(_results(described))
         return results[path]
 
-    return map_changing(described.tree, staying, place)
+    return map_known(described.tree, known, place)
 
 
 def _joined(joint: Joint, hollow: list[Path], absent: bool, loaded: Tree) -> Any:

@@ -88,6 +88,7 @@ class Targets:
             holders, rows = [holders[n] for n in leaf_of.tolist()], [rows[n] for n in leaf_of.tolist()]
         views = _views(holders, [view for _, view in flat])
         lazy = np.array([torch_dtype(extent.dtype).is_complex for extent in extents], dtype=bool)[extent_of]
+        contiguous, on_host = _kinds(views, lazy)
         item_bytes = np.array([extent.dtype.item_bytes for extent in extents], dtype=np.int64)[extent_of]
         return cls(
             leaves=holders,
@@ -95,8 +96,8 @@ class Targets:
             regions=[region for region, _ in flat],
             views=views,
             address=np.array([view.data_ptr() for view in views], dtype=np.int64),
-            contiguous=np.array([view.is_contiguous() for view in views], dtype=bool),
-            on_host=_on_host(views, lazy),
+            contiguous=contiguous,
+            on_host=on_host,
             dtype_code=np.array([extent.dtype.code for extent in extents], dtype=np.int64)[extent_of],
             item_bytes=item_bytes,
             bytes=elements * item_bytes,
@@ -149,10 +150,12 @@ def _views(leaves: Sequence[TensorLeaf], views: Sequence[torch.Tensor | None]) -
     return held
 
 
-def _on_host(views: Sequence[torch.Tensor], lazy: Flags) -> Flags:
-    """Which views have their values in host memory; `lazy` ones may be conjugated."""
-    found = np.array([view.is_cpu for view in views], dtype=bool)
-    found &= ~np.array([view.is_neg() for view in views], dtype=bool)
-    for number in np.flatnonzero(lazy).tolist():
-        found[number] &= not views[number].is_conj()
-    return found
+def _kinds(views: Sequence[torch.Tensor], lazy: Flags) -> tuple[Flags, Flags]:
+    """Which views lie in one row, and which have their values in host memory; `lazy` ones may be conjugated."""
+    contiguous, on_host = np.ones(len(views), dtype=bool), np.ones(len(views), dtype=bool)
+    odd = [n for n, view in enumerate(views) if not view.is_contiguous() or not view.is_cpu or view.is_neg()]
+    for number in dict.fromkeys([*odd, *np.flatnonzero(lazy).tolist()]):
+        view = views[number]
+        contiguous[number] = view.is_contiguous()
+        on_host[number] = view.is_cpu and not view.is_neg() and not view.is_conj()
+    return contiguous, on_host

@@ -7,7 +7,7 @@ a leaf. Only structure is handled here; what a leaf means is `describe`'s.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,22 +55,28 @@ def map_leaves(tree: Tree, function: LeafFunction, path: Path = ()) -> Tree:
     return function(path, tree)
 
 
-def map_changing(tree: Tree, staying: Collection[int], function: LeafFunction, path: Path = ()) -> Tree:
-    """`map_leaves` where many leaves stay what they are: `function` is not called for those with such an identity.
+def map_known(tree: Tree, known: Mapping[int, Any], function: LeafFunction, path: Path = ()) -> Tree:
+    """`map_leaves` where `known` says of most leaves, by identity, what takes their places; `function` is asked of others.
 
-    No container may have one.
+    Args:
+        tree: was walked before, so it is not nested too deeply.
+        known: of no container.
+        function: as for `map_leaves`.
+        path: where the tree stands.
     """
     if is_dict(tree):
         mapped = {
-            key: value if id(value) in staying else map_changing(value, staying, function, (*path, key))
+            key: map_known(value, known, function, (*path, key))
+            if (found := known.get(id(value), DROPPED)) is DROPPED
+            else found
             for key, value in tree.items()
         }
         return OrderedDict(mapped) if isinstance(tree, OrderedDict) else mapped
     if type(tree) in (list, tuple):
-        items = (
-            value if id(value) in staying else map_changing(value, staying, function, (*path, position))
-            for position, value in enumerate(tree)
-        )
+        items = [
+            map_known(value, known, function, (*path, place)) if (found := known.get(id(value), DROPPED)) is DROPPED else found
+            for place, value in enumerate(tree)
+        ]
         return type(tree)(items)
     return function(path, tree)
 

@@ -201,6 +201,8 @@ def _hinted(unexpected: Sequence[str], holdings: Holdings, missing: Collection[s
 
     Keys that nobody requested come first.
     """
+    if not unexpected:
+        return []
     stored = [*holdings.tensors, *holdings.objects]
     candidates = [key for key in stored if key in missing] or stored
     tensors = set(holdings.tensors)
