@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from giantstep.format.digests import block_checksums, cut_parts, digests_of_parts
@@ -19,6 +19,7 @@ def _parts(lengths: list[int]) -> tuple[bytes, list[memoryview]]:
     return data, parts
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 30))
 @example([], 1)
 @example([8, 8, 8], 8)
@@ -29,6 +30,7 @@ def test_parts_are_cut_at_every_multiple_of_a_size(lengths: list[int], size: int
     assert cuts == [data[start : start + size] for start in range(0, len(data), size)]
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 30))
 def test_blocks_of_parts_have_the_checksums_of_one_row(lengths: list[int], size: int) -> None:
     data, parts = _parts(lengths)

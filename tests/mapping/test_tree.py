@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giantstep.errors import BadArgumentError
@@ -108,6 +108,7 @@ def test_a_tree_that_contains_itself_is_refused() -> None:
         flatten(tree)
 
 
+@settings(deadline=None)
 @given(trees.filter(lambda tree: isinstance(tree, dict | list | tuple)))
 def test_leaves_whose_values_are_known_are_not_asked_for(tree: Any) -> None:
     class Leaf:

@@ -123,7 +123,7 @@ def test_an_index_that_lacks_part_of_a_wanted_region_is_corrupt_unless_partial_i
     assert int((plan.pieces.stop - plan.pieces.start).sum()) == 16
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_few_and_many_chunks_of_a_tensor_meet_the_same_regions(data: st.DataObject) -> None:
     shape = (6, 5, 4)
