@@ -280,3 +280,9 @@ def test_a_state_that_was_stored_empty_is_stored(stored: Path) -> None:
     schedule.load_state_dict = given.append  # type: ignore[method-assign]
     gs.load({"s": schedule}, stored)
     assert ["epoch" in state for state in given] == [False]
+
+
+@pytest.mark.parametrize("rows", [[], [4], [5, 3, 4, 9, 4, 0, 1], list(range(100))])
+def test_requested_rows_travel_as_runs(rows: list[int]) -> None:
+    assert Requests.decode(Requests(rows=rows).encode()).rows == sorted(set(rows))
+    assert len(Requests(rows=list(range(10_000))).encode()) < 100

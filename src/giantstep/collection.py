@@ -1,7 +1,7 @@
 """`uncollected`: no collection of cyclic garbage while many objects are made that live for a moment.
 
 Thousands of tensors are thousands of small objects, which would have the interpreter walk over everything that the
-program holds, for a large model some hundred milliseconds, in which no thread runs. Called by `saving` and `async_saving`.
+program holds, for a large model some hundred milliseconds, in which no thread runs. Called by `async_saving` and `loading`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from giantstep.plan_cache import PlanCache
 from giantstep.reading.checkpoint import Preface
-from giantstep.requesting import StoredState
 from giantstep.storage.base import Store
+from giantstep.stored_state import StoredState
 
 # One index alone: it may be large, and mostly the same checkpoint is loaded again or never.
 _KEY = ("index",)

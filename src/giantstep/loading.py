@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from giantstep.codecs import OBJECT_CODEC
+from giantstep.collection import uncollected
 from giantstep.errors import BadArgumentError
 from giantstep.filling import compare_sinks, fill_sinks, plan_filling
 from giantstep.format.names import RECORD_NAME
@@ -32,11 +33,12 @@ from giantstep.reading.data_files import check_data_files
 from giantstep.reading.exchange import Exchanged, Manner, exchange, telling, verify_part
 from giantstep.reading.fetch import Source, fetch
 from giantstep.reports import LoadedState, LoadReport
-from giantstep.requesting import StoredState, match
+from giantstep.requesting import match
 from giantstep.restoring import restore
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
+from giantstep.stored_state import StoredState
 from giantstep.unwrapping import Moved, fill_dequantised, read_objects, verify_parts
 
 _LOG = logging.getLogger("giantstep")
@@ -78,7 +80,12 @@ def load(
             was changed.
         StoreError, PeerError: reading failed, or a rank did; the state must not be used.
     """
-    run = _Load(state_dict, path, strict, process_group, options)
+    # Thousands of objects are made, and gone when the load is through.
+    with uncollected():
+        return _load(_Load(state_dict, path, strict, process_group, options))
+
+
+def _load(run: _Load) -> LoadedState:
     with run.watch.phase("open"):
         run.open()
     with run.watch.phase("match"):
@@ -219,12 +226,12 @@ class _Load:
         filled, compared = self._filling.filled, self._filling.compared
         if isinstance(plan.work, ExchangePart):
             with telling(self._group, "read"):
-                sinks = fill_sinks(filled, self._stored)
+                sinks = [*map(fill_sinks(filled, self._stored).__getitem__, range(len(filled)))]
                 how = Manner(threads, "read", self._options.timeout_secs)
                 self._moved = exchange(source, plan.work, sinks, self._group, how)
         else:
             self._moved = Exchanged(fetch(source, plan.work, fill_sinks(filled, self._stored), threads).bytes_read)
-        if compared:
+        if len(compared):
             fetch(source, self._planner.plan_of(compared), compare_sinks(compared, self._stored), threads)
         for wrapped in self._matched.dequantised:
             self._dequantised += fill_dequantised(wrapped, self._checkpoint)
@@ -257,19 +264,22 @@ class _Load:
 
     def _report(self) -> LoadReport:
         matched = self._matched
-        filled = sum(item.view.numel() * item.view.element_size() for item in self._filling.filled)
+        dequantised = {wrapped.leaf.key for wrapped in matched.dequantised}
+        # Leaves that are not renamed have one key where they have one row; and what is dequantised has no row.
+        renamed = self._options.rename is not None
+        filled = {leaf.key for leaf in matched.leaves} - dequantised if renamed else set(matched.rows)
         return LoadReport(
             location=self._store.location,
             save_id=self._record.save_id,
-            tensors=len({leaf.key for leaf, _ in matched.tensors} | {wrapped.leaf.key for wrapped in matched.dequantised}),
+            tensors=len(filled) + len(dequantised),
             objects=len({source.leaf.source.unique_key for source in matched.objects}),
             missing=self._differences.missing,
             unexpected=self._differences.unexpected,
             cast=tuple(sorted(matched.cast)),
-            dequantised=tuple(sorted({wrapped.leaf.key for wrapped in matched.dequantised})),
+            dequantised=tuple(sorted(dequantised)),
             skipped=tuple(sorted(matched.skipped)),
             dropped=tuple(sorted(matched.dropped)),
-            bytes_filled=filled + self._dequantised.filled,
+            bytes_filled=int(self._filling.filled.bytes.sum()) + self._dequantised.filled,
             bytes_read=self._moved.bytes_read + self._dequantised.read,
             exchange=self._planner.plan.kind,
             plan_reused=self._planner.reused,

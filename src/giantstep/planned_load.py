@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from giantstep.filling import Wanted
 from giantstep.format.digests import ContentDigest
 from giantstep.format.record import CommitRecord
 from giantstep.group.base import Group, Parts, consult, consult_parts
@@ -26,7 +25,8 @@ from giantstep.planning.load_tables import ChunkTable, WantedTable, tabulate_chu
 from giantstep.planning.reuse import PLAN_ID_BYTES
 from giantstep.reading.arrange import Arrangement, Cell, Limits
 from giantstep.reading.exchange import telling
-from giantstep.requesting import StoredState
+from giantstep.stored_state import StoredState
+from giantstep.targets import Targets
 
 # First part of a report, and of an answer.
 _AS_BEFORE, _NEW = b"T", b"D"
@@ -39,7 +39,7 @@ class Subject:
 
     record: CommitRecord
     stored: StoredState
-    filled: Sequence[Wanted]
+    filled: Targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +96,12 @@ class LoadPlanner:
         else:
             self._adopt(answer[1], answer[2:])
 
-    def plan_of(self, wanted: Sequence[Wanted]) -> LoadPlan:
+    def plan_of(self, targets: Targets) -> LoadPlan:
         """Reads of this rank for some regions."""
-        return self._planned(self._tabulated(wanted))
+        return self._planned(self._tabulated(targets))
 
-    def _tabulated(self, wanted: Sequence[Wanted]) -> WantedTable:
-        rows, regions = [item.row for item in wanted], [item.region for item in wanted]
-        partial = [item.leaf.allow_shape_mismatch for item in wanted]
-        return tabulate_wanted(rows, regions, partial, self.chunks.width)
+    def _tabulated(self, targets: Targets) -> WantedTable:
+        return tabulate_wanted(targets.rows, targets.regions, targets.partial, self.chunks.width)
 
     def _planned(self, wanted: WantedTable) -> LoadPlan:
         block_bytes = self._subject.record.block_bytes

@@ -5,7 +5,6 @@ Pure matching of names, shapes and dtypes; reads the index and descriptions, no 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -16,78 +15,20 @@ import numpy as np
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.errors import CorruptionError, UnsupportedTypeError
-from giantstep.format.index import Index
 from giantstep.mapping.describe import Described, ObjectLeaf, StoredObject
 from giantstep.mapping.differences import fingerprint_digest
-from giantstep.mapping.leaves import TensorLeaf
+from giantstep.mapping.leaves import Extent, TensorLeaf
 from giantstep.mapping.tree import Tree, is_dict
 from giantstep.mapping.wrappers import stored_wrapper
 from giantstep.options import LoadOptions, ObjectsReshard
 from giantstep.planning.description import IMPLICIT
-from giantstep.planning.matching import Holdings, Requests
-from giantstep.reading.checkpoint import Checkpoint
-from giantstep.shards.dtypes import BY_CODE, BY_TORCH_NAME, DType
-from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor, wrapper_key
+from giantstep.planning.matching import Requests
+from giantstep.shards.dtypes import BY_TORCH_NAME, DType
+from giantstep.shards.object_keys import ObjectPosition, wrapped_tensor, wrapper_key
 from giantstep.shards.paths import Path, dotted
 from giantstep.shards.region import Int64s
+from giantstep.stored_state import StoredState
 from giantstep.words import torch_dtype
-
-
-class StoredState:
-    """The names of a checkpoint, prepared for matching.
-
-    Attributes:
-        checkpoint, index: where they come from.
-        keys, shapes, dtypes, row: tensors by row, rows by key.
-        twin: [tensors] number shared by tensors that share their bytes (tied ones); -1 for those without bytes.
-        tied_rows: rows of tensors that share their bytes with another.
-        grids: positions of sharded objects, by key and shape.
-        wrapped: keys of wrapper tensors.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.index: Index = checkpoint.index_tables().load_all()
-        self.keys = checkpoint.keys()
-        ends, dims = self.index.tensor_dims_ends.tolist(), self.index.tensor_dims.tolist()
-        self.shapes = [tuple(dims[start:stop]) for start, stop in itertools.pairwise(ends)]
-        self.dtypes = [BY_CODE[code] for code in self.index.tensor_dtype.tolist()]
-        self.row = {key: row for row, key in enumerate(self.keys)}
-        self.twin = _twins(self.index)
-        numbers, counts = np.unique(self.twin[self.twin >= 0], return_counts=True)
-        self.tied_rows = set(np.flatnonzero(np.isin(self.twin, numbers[counts > 1])).tolist())
-        self.grids: dict[str, dict[tuple[int, ...], dict[tuple[int, ...], ObjectPosition]]] = {}
-        self.wrapped: set[str] = set()
-        for name in checkpoint.object_keys():
-            position, tensor = position_of(name), wrapped_tensor(name)
-            if position is not None:
-                self.grids.setdefault(position.key, {}).setdefault(position.shape, {})[position.offset] = position
-            elif tensor is not None:
-                self.wrapped.add(tensor)
-
-    def of(self, checkpoint: Checkpoint) -> StoredState:
-        """The same names for another `Checkpoint` of the same save."""
-        found = copy.copy(self)
-        found.checkpoint = checkpoint
-        return found
-
-    def holdings(self) -> Holdings:
-        """The names, for judging requests."""
-        return Holdings(self.checkpoint.location, self.keys, self.grids.keys(), self.wrapped)
-
-
-def _twins(index: Index) -> Int64s:
-    first = index.tensor_chunk_ends[:-1]
-    filled = np.diff(index.tensor_chunk_ends) > 0
-    twin = np.full(len(filled), -1, dtype=np.int64)
-    file, start = index.chunk_file[first[filled]], index.chunk_start[first[filled]]
-    order = np.lexsort((start, file))
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (np.diff(file[order]) != 0) | (np.diff(start[order]) != 0)
-    number = np.empty(len(order), dtype=np.int64)
-    number[order] = np.cumsum(new) - 1
-    twin[filled] = number
-    return twin
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +70,8 @@ class Matched:
     """The leaves of a state dict with what they are filled from.
 
     Attributes:
-        tensors: leaves with their rows.
+        leaves, rows: tensors, and from which row each is filled.
+        extents, extent_of: of these leaves, without repetitions, and the number of each leaf's.
         dequantised: leaves that are filled from wrapper tensors.
         objects: sharded objects that are stored.
         requests: the same for the judge of all ranks.
@@ -139,7 +81,10 @@ class Matched:
         dropped: keys of sharded objects whose stored ones are dropped.
     """
 
-    tensors: list[tuple[TensorLeaf, int]] = field(default_factory=list)
+    leaves: list[TensorLeaf] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    extents: list[Extent] = field(default_factory=list)
+    extent_of: Int64s = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     dequantised: list[WrappedSource] = field(default_factory=list)
     objects: list[ObjectSource] = field(default_factory=list)
     requests: Requests = field(default_factory=Requests)
@@ -163,13 +108,17 @@ def match(described: Described, stored: StoredState, common: Tree, options: Load
     """
     matched = Matched()
     leaves = described.leaves
-    keys = [leaf.key for leaf in leaves] if options.rename is None else [options.stored_key(leaf.key) for leaf in leaves]
-    wrapped = {
-        leaf.key if key is None else key for leaf, key in zip(leaves, keys, strict=True) if key is None or options.dequantise
-    }
+    keys: list[str | None] = [leaf.key for leaf in leaves]
+    wrapped: set[str] = set()
+    if options.rename is not None:
+        keys = [options.stored_key(leaf.key) for leaf in leaves]
+    if options.rename is not None or options.dequantise:
+        pairs = zip(leaves, keys, strict=True)
+        wrapped = {leaf.key if key is None else key for leaf, key in pairs if key is None or options.dequantise}
     wrapped |= {tensor for tensor in map(wrapped_tensor, described.stored) if tensor is not None}
     with stored.checkpoint.reading_ahead([wrapper_key(key) for key in sorted(wrapped & stored.wrapped)]):
         _match_leaves(leaves, keys, stored, options, matched)
+        _compare_extents(stored, options, matched)
         _match_descriptions(described, stored, options, matched)
     for item in described.objects:
         key = options.stored_key(item.source.key)
@@ -189,6 +138,12 @@ def _match_leaves(
     options: LoadOptions,
     matched: Matched,
 ) -> None:
+    rows = list(map(stored.row.get, keys, itertools.repeat(-1)))
+    if -1 not in rows:
+        # All are stored under their keys.
+        matched.leaves, matched.rows = list(leaves), rows
+        matched.requests.rows.extend(rows)
+        return
     for leaf, key in zip(leaves, keys, strict=True):
         if key is None:
             # The caller knows of it: it is not missing.
@@ -197,11 +152,23 @@ def _match_leaves(
             if leaf.key in stored.wrapped:
                 matched.requests.rows.extend(_part_rows(leaf.key, _description(leaf.key, stored), stored).values())
         elif key in stored.row:
-            _match_tensor(leaf, stored.row[key], stored, options, matched)
+            matched.leaves.append(leaf)
+            matched.rows.append(stored.row[key])
+            matched.requests.rows.append(stored.row[key])
         elif options.dequantise and key in stored.wrapped:
             _match_wrapper(leaf, key, stored, options, matched)
         else:
             matched.requests.unexpected.append(leaf.key)
+
+
+def _compare_extents(stored: StoredState, options: LoadOptions, matched: Matched) -> None:
+    """Note which leaves have another shape or dtype than what they are filled from."""
+    extents = [leaf.extent for leaf in matched.leaves]
+    matched.extents = list(dict.fromkeys(extents))
+    number = dict(zip(matched.extents, range(len(matched.extents)), strict=True))
+    matched.extent_of = np.fromiter(map(number.__getitem__, extents), np.int64, len(extents))
+    for place in stored.unlike(matched.rows, matched.extents, matched.extent_of):
+        _compare(matched.leaves[place], matched.rows[place], stored, options, matched)
 
 
 def _match_statefuls(described: Described, common: Tree, matched: Matched) -> None:
@@ -254,10 +221,9 @@ def _digest(value: Any) -> tuple[int, int]:
     return fingerprint_digest(StoredObject(value, IMPLICIT), OBJECT_CODEC)
 
 
-def _match_tensor(leaf: TensorLeaf, row: int, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
-    matched.tensors.append((leaf, row))
-    matched.requests.rows.append(row)
-    shape, dtype, extent = stored.shapes[row], stored.dtypes[row], leaf.extent
+def _compare(leaf: TensorLeaf, row: int, stored: StoredState, options: LoadOptions, matched: Matched) -> None:
+    """Note how a leaf's shape and dtype differ from those of its row."""
+    shape, dtype, extent = stored.shape(row), stored.dtype(row), leaf.extent
     wanted = extent.global_shape
     if wanted != shape and not (extent.allow_shape_mismatch and len(shape) == len(wanted)):
         matched.requests.shapes.append((leaf.key, str(shape), str(wanted)))
@@ -311,7 +277,7 @@ def _wrapped_source(leaf: TensorLeaf, key: str, stored: StoredState) -> WrappedS
             "it cannot be dequantised. Load into a tensor of its class."
         )
     parts, shape = _part_rows(key, found, stored), tuple(found["shape"])
-    wrong = [name for name in found["parts"] if name not in parts or len(stored.shapes[parts[name]]) != len(shape)]
+    wrong = [name for name in found["parts"] if name not in parts or len(stored.shape(parts[name])) != len(shape)]
     if wrong or not parts:
         raise CorruptionError(
             f"wrapper tensor {key!r} in {stored.checkpoint.location} has {len(shape)} dimensions: its part "

@@ -16,7 +16,8 @@ from giantstep.errors import MismatchError
 from giantstep.mapping.describe import Described
 from giantstep.mapping.expand import Joint
 from giantstep.mapping.overlap import memory_of
-from giantstep.mapping.tree import DROPPED, Placed, Tree, map_leaves, merge, replace_at, unplaced
+from giantstep.mapping.sharded_tensor import ShardedTensor
+from giantstep.mapping.tree import DROPPED, Placed, Tree, map_known, merge, replace_at, unplaced
 from giantstep.shards.paths import Path
 from giantstep.words import words_of
 
@@ -33,22 +34,38 @@ def restore(described: Described, objects: Mapping[Path, Any], common: Tree, abs
     Raises:
         MismatchError: parameters that a module ties have different stored values.
     """
-    places = {leaf.path: leaf.result for leaf in described.leaves}
-    hollow = [path for path, result in places.items() if result is None or result.is_meta] if described.joints else []
-    places |= {leaf.path: objects.get(leaf.path, leaf.source.data) for leaf in described.objects}
-    places |= dict(described.locals)
-
-    def place(path: Path, _leaf: Any) -> Any:
-        found = places.get(path, DROPPED)
-        return found if found is DROPPED else Placed(found)
-
-    merged = merge(map_leaves(described.tree, place), common)
-    tree = {} if merged is DROPPED else unplaced(merged)
+    values = {leaf.path: objects.get(leaf.path, leaf.source.data) for leaf in described.objects} | dict(described.locals)
+    merged = merge(_with_results(described, values), common)
+    tree = {} if merged is DROPPED else unplaced(merged) if values else merged
+    hollow = [path for path, found in _results(described).items() if found is None or found.is_meta] if described.joints else []
     left = set(absent)
     for joint in described.joints:
         tree = replace_at(tree, joint.path, partial(_joined, joint, hollow, joint.path in left))
     result: dict[Any, Any] = tree
     return result
+
+
+def _results(described: Described) -> dict[Path, torch.Tensor | None]:
+    """By path, what stands in the place of each tensor after loading."""
+    return {leaf.path: leaf.result for leaf in described.leaves}
+
+
+def _with_results(described: Described, values: Mapping[Path, Any]) -> Tree:
+    """The caller's tree with loaded tensors and `values` in their places, and `DROPPED` in all others."""
+    # A leaf that got memory has another source than what stands in the caller's tree.
+    known = {id(source): source for source in [leaf.source for leaf in described.leaves]}
+    if any(issubclass(kind, ShardedTensor) for kind in set(map(type, known.values()))):
+        known = {number: source.data if isinstance(source, ShardedTensor) else source for number, source in known.items()}
+    results: dict[Path, torch.Tensor | None] = {}
+
+    def place(path: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor | ShardedTensor):
+            return Placed(values[path]) if path in values else DROPPED
+        if not results:
+            results.update(_results(described))
+        return results[path]
+
+    return map_known(described.tree, known, place)
 
 
 def _joined(joint: Joint, hollow: list[Path], absent: bool, loaded: Tree) -> Any:

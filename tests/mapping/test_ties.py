@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import giantstep as gs
-from giantstep import filling
+from giantstep import sharing
 from giantstep.errors import BadArgumentError, MismatchError
 from giantstep.mapping.overlap import disjoint, shares_elements
 from giantstep.testing.ranks import run_ranks
@@ -286,18 +286,18 @@ def test_very_many_columns_of_one_matrix_are_loaded_without_looking_at_all_pairs
     whole = torch.arange(4.0 * count).reshape(4, count)
     gs.save({f"c{n}": whole[:, n] for n in range(count)}, tmp_path)
     tests = 0
-    original = filling.disjoint
+    original = sharing.disjoint
 
     def counted(a: torch.Tensor, b: torch.Tensor) -> bool:
         nonlocal tests
         tests += 1
         return original(a, b)
 
-    monkeypatch.setattr(filling, "disjoint", counted)
+    monkeypatch.setattr(sharing, "disjoint", counted)
     target = torch.zeros(4, count)
     gs.load({f"c{n}": target[:, n] for n in range(count)}, tmp_path)
     assert torch.equal(target, whole)
-    assert tests < filling._MOST_TESTS + count
+    assert tests < sharing._MOST_TESTS + count
 
 
 def test_overlaps_are_seen_among_very_many_columns_too(tmp_path: Path) -> None:

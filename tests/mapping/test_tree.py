@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giantstep.errors import BadArgumentError
@@ -17,12 +17,14 @@ from giantstep.mapping.tree import (
     TreeDifference,
     diff,
     flatten,
+    map_known,
     map_leaves,
     merge,
     prune,
     replace_at,
     unplaced,
 )
+from giantstep.shards.paths import dotted
 
 keys = st.one_of(st.text(max_size=3), st.integers(-3, 3), st.booleans(), st.none())
 trees = st.recursive(
@@ -104,3 +106,23 @@ def test_a_tree_that_contains_itself_is_refused() -> None:
     tree["again"] = [tree]
     with pytest.raises(BadArgumentError, match="contains itself"):
         flatten(tree)
+
+
+@settings(deadline=None)
+@given(trees.filter(lambda tree: isinstance(tree, dict | list | tuple)))
+def test_leaves_whose_values_are_known_are_not_asked_for(tree: Any) -> None:
+    class Leaf:
+        """Has an identity of its own."""
+
+    leaves = map_leaves(tree, lambda path, leaf: Leaf())
+    every = flatten(leaves)
+    known = {path: f"value of {dotted(path)}" for path in list(every)[::2]}
+    mapped = map_known(leaves, {id(every[path]): value for path, value in known.items()}, lambda path, leaf: path)
+    flat = {path: _at(mapped, path) for path in every}
+    assert flat == {path: known.get(path, path) for path in every}
+
+
+def _at(tree: Any, path: Any) -> Any:
+    for step in path:
+        tree = tree[step]
+    return tree

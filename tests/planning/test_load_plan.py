@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giantstep.errors import CorruptionError
+from giantstep.planning import intersections
 from giantstep.planning.load_plan import LoadPlan, plan_load
 from giantstep.planning.load_tables import ChunkTable, WantedTable, tabulate_wanted
 from giantstep.shards.region import Region
@@ -120,3 +121,29 @@ def test_an_index_that_lacks_part_of_a_wanted_region_is_corrupt_unless_partial_i
         plan_load(table, wanted_table(wanted), block_bytes=16, buffer_bytes=64)
     plan = plan_load(table, wanted_table(wanted, partial=True), block_bytes=16, buffer_bytes=64)
     assert int((plan.pieces.stop - plan.pieces.start).sum()) == 16
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_few_and_many_chunks_of_a_tensor_meet_the_same_regions(data: st.DataObject) -> None:
+    shape = (6, 5, 4)
+    chunks = chunk_table([chunk for chunk in data.draw(partitions(shape)) if chunk.elements], 2)
+    wanted = wanted_table(*data.draw(st.lists(regions(shape), min_size=1, max_size=4)))
+    found = []
+    # With 0, chunks are sorted and swept, however few there are.
+    for few in (1_000, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(intersections, "_FEW_CANDIDATES", few)
+            met = intersections.intersections(chunks, wanted)
+        rows = zip(met.wanted.tolist(), met.chunk.tolist(), met.offset.tolist(), met.size.tolist(), strict=True)
+        found.append(sorted(rows))
+    assert found[0] == found[1]
+
+
+def test_regions_of_one_object_are_tabulated_as_others_are() -> None:
+    shared, own = Region((2, 3), (4, 5)), Region((7,), (8,))
+    table = tabulate_wanted([3, 1, 2], [shared, own, shared], [False, True, False], 3)
+    assert table.tensor.tolist() == [3, 1, 2]
+    assert table.offset.tolist() == [[0, 2, 3], [0, 0, 7], [0, 2, 3]]
+    assert table.size.tolist() == [[1, 4, 5], [1, 1, 8], [1, 4, 5]]
+    assert table.partial.tolist() == [False, True, False]

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from giantstep.errors import CorruptionError
 from giantstep.format.digests import block_checksums
-from giantstep.planning.in_place import lie_alone
+from giantstep.planning.in_place import Memory, lie_alone, runs_in_place
 from giantstep.planning.load_plan import plan_load
 from giantstep.planning.load_tables import ChunkTable, tabulate_wanted
-from giantstep.reading.array_sink import ArraySink
+from giantstep.reading.array_sink import ArraySink, ArraySinks
 from giantstep.reading.fetch import Source, fetch
 from giantstep.shards.region import Region
 from giantstep.storage.base import Access, ReadHandle
@@ -124,7 +124,7 @@ def test_any_regions_are_filled_from_any_chunks_at_any_alignment(data: st.DataOb
     plan = plan_load(
         table, tabulate_wanted([0] * len(wanted), wanted, [False] * len(wanted), 3), block_bytes=BLOCK, buffer_bytes=3 * BLOCK
     )
-    sinks = [ArraySink(target, region.offset) for target, region in zip(targets, wanted, strict=True)]
+    sinks = ArraySinks([ArraySink(target, region.offset) for target, region in zip(targets, wanted, strict=True)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("giantstep.reading.placing._DIRECT_PART_BYTES", 1)
         fetch(_source(store, content, table), plan, sinks, 2)
@@ -141,7 +141,7 @@ def _large(shift: int) -> tuple[AlignedStore, Source, Any, NDArray[np.uint8]]:
     store = AlignedStore(content, Access(4096))
     target = device_buffer(len(whole) + shift)[shift:]
     plan = plan_load(table, tabulate_wanted([0], [region], [False], 1), block_bytes=BLOCK, buffer_bytes=2 << 20)
-    fetch(_source(store, content, table), plan, [ArraySink(target, (0,))], 2)
+    fetch(_source(store, content, table), plan, ArraySinks([ArraySink(target, (0,))]), 2)
     assert np.array_equal(target, whole)
     return store, _source(store, content, table), plan, target
 
@@ -161,7 +161,7 @@ def test_damage_is_found_where_it_was_read_to() -> None:
     handle = MemoryStore.open_read(store, "f")
     handle.write_at(5 << 20, b"\xff" * 16)
     with pytest.raises(CorruptionError, match=f"bytes {5 << 20} to {(5 << 20) + BLOCK} .*written by rank 3"):
-        fetch(source, plan, [ArraySink(target, (0,))], 2)
+        fetch(source, plan, ArraySinks([ArraySink(target, (0,))]), 2)
     store.clear()
 
 
@@ -179,3 +179,37 @@ def test_pieces_lie_alone_if_they_are_whole_and_nobody_else_wants_their_bytes() 
     assert alone(column) == [False]
     assert alone(first, whole) == [False, False]
     assert alone(Region((0, 0), (1, 4)), Region((0, 2), (1, 4)), last) == [False, False, True]
+
+
+def test_neighbours_in_the_file_and_in_memory_are_read_as_one_part() -> None:
+    whole = tensor((4, 2, 300))
+    rows = [Region((row, 0, 0), (1, 2, 300)) for row in range(4)]
+    content, table = stored(whole, rows)
+    store = AlignedStore(content, Access(nearby=True))
+    # The third row lies elsewhere.
+    memory, elsewhere = np.zeros((4, 2, 300), np.int16), np.zeros((1, 2, 300), np.int16)
+    targets = [memory[0:1], memory[1:2], elsewhere, memory[3:4]]
+    plan = plan_load(table, tabulate_wanted([0] * 4, rows, [False] * 4, 3), block_bytes=BLOCK, buffer_bytes=3 * BLOCK)
+    sinks = [ArraySink(target, region.offset) for target, region in zip(targets, rows, strict=True)]
+    fetch(_source(store, content, table), plan, ArraySinks(sinks), 1)
+    assert np.array_equal(np.concatenate(targets), whole)
+    row_bytes = whole[0].nbytes
+    first, apart, last = address_of(memory), address_of(elsewhere), address_of(targets[3])
+    inside = [(first, 2 * row_bytes), (apart, row_bytes), (last, row_bytes)]
+    assert [(address, size) for _, address, size in store.notes if size % row_bytes == 0] == inside
+    store.clear()
+
+
+def test_regions_are_filled_in_place_only_where_they_lie_as_they_are_stored() -> None:
+    region = Region.whole((4, 8))
+    _, table = stored(np.zeros((4, 8), dtype=np.int16), [region])
+    plan = plan_load(table, tabulate_wanted([0], [region], [False], 2), block_bytes=BLOCK, buffer_bytes=BLOCK)
+
+    def in_place(start: int, strides: tuple[int, int]) -> bool:
+        found = runs_in_place(plan, Memory(np.array([start]), np.array([strides])))
+        return (found.address.tolist(), found.left.tolist()) == ([start], [])
+
+    assert in_place(64, (16, 2))
+    assert not in_place(64, (2, 8)), "transposed"
+    assert not in_place(64, (32, 2)), "rows of a wider array"
+    assert not in_place(0, (16, 2)), "nowhere"

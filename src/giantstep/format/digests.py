@@ -6,8 +6,10 @@ stranger's reader can check a commit record with nothing else. Neither defends a
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -26,7 +28,7 @@ def block_checksums(data: memoryview, block_bytes: int) -> Checksums:
     )
 
 
-def digests_of_parts(parts: Iterable[memoryview], block_bytes: int) -> list[int]:
+def digests_of_parts(parts: Sequence[memoryview], block_bytes: int) -> list[int]:
     """xxh3-64 of each block of the bytes of all parts, one after another; the last block may be short."""
     found = []
     for block in cut_parts(parts, block_bytes):
@@ -40,21 +42,27 @@ def digests_of_parts(parts: Iterable[memoryview], block_bytes: int) -> list[int]
     return found
 
 
-def cut_parts(parts: Iterable[memoryview], size: int) -> Iterator[list[memoryview]]:
+def cut_parts(parts: Sequence[memoryview], size: int) -> Iterator[Sequence[memoryview]]:
     """The bytes of all parts, one after another, as lists of parts of `size` bytes each; the last one may have fewer."""
-    found: list[memoryview] = []
-    room = size
-    for part in parts:
-        rest = part
-        while len(rest) >= room:
-            found.append(rest[:room])
-            yield found
-            rest, found, room = rest[room:], [], size
-        if rest:
-            found.append(rest)
-            room -= len(rest)
-    if found:
+    # There may be thousands of parts: only those that are cut are looked at one by one.
+    ends = list(itertools.accumulate(map(len, parts)))
+    total = ends[-1] if ends else 0
+    if total <= size:
+        if total:
+            yield parts
+        return
+    first = 0
+    for start in range(0, total, size):
+        stop = min(start + size, total)
+        last = bisect.bisect_left(ends, stop, first)
+        found = [*parts[first : last + 1]]
+        if ends[last] > stop:
+            found[-1] = found[-1][: stop - ends[last]]
+        begin = ends[first] - len(parts[first])
+        if start > begin:
+            found[0] = found[0][start - begin :]
         yield found
+        first = last + (ends[last] == stop)
 
 
 def anchor_digest(data: Buffer) -> str:

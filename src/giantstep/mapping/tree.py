@@ -7,7 +7,7 @@ a leaf. Only structure is handled here; what a leaf means is `describe`'s.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,32 @@ def map_leaves(tree: Tree, function: LeafFunction, path: Path = ()) -> Tree:
         return OrderedDict(mapped) if isinstance(tree, OrderedDict) else mapped
     if type(tree) in (list, tuple):
         return type(tree)([map_leaves(value, function, (*path, position)) for position, value in enumerate(tree)])
+    return function(path, tree)
+
+
+def map_known(tree: Tree, known: Mapping[int, Any], function: LeafFunction, path: Path = ()) -> Tree:
+    """`map_leaves` where `known` says of most leaves, by identity, what takes their places; `function` is asked of others.
+
+    Args:
+        tree: was walked before, so it is not nested too deeply.
+        known: of no container.
+        function: as for `map_leaves`.
+        path: where the tree stands.
+    """
+    if is_dict(tree):
+        mapped = {
+            key: map_known(value, known, function, (*path, key))
+            if (found := known.get(id(value), DROPPED)) is DROPPED
+            else found
+            for key, value in tree.items()
+        }
+        return OrderedDict(mapped) if isinstance(tree, OrderedDict) else mapped
+    if type(tree) in (list, tuple):
+        items = [
+            map_known(value, known, function, (*path, place)) if (found := known.get(id(value), DROPPED)) is DROPPED else found
+            for place, value in enumerate(tree)
+        ]
+        return type(tree)(items)
     return function(path, tree)
 
 
@@ -131,6 +157,7 @@ class _Dropped:
 
 
 DROPPED = _Dropped()
+_NO_LEAVES = (*_CONTAINERS, _Dropped)
 
 
 def prune(tree: Tree, path: Path = ()) -> Tree:
@@ -175,11 +202,9 @@ def merge(loaded: Tree, common: Tree) -> Tree:
         return _only_leaves(loaded)
     if is_dict(loaded) and is_dict(common):
         merged = {key: merge(loaded.get(key, DROPPED), value) for key, value in common.items()}
-        for key, value in loaded.items():
-            if key not in common:
-                found = _only_leaves(value)
-                if found is not DROPPED:
-                    merged[key] = found
+        rest = {key: value for key, value in loaded.items() if key not in common}
+        if rest and (found := _only_leaves(rest)) is not DROPPED:
+            merged |= found
         return OrderedDict(merged) if isinstance(common, OrderedDict) else merged
     if type(common) in (list, tuple) and type(loaded) in (list, tuple):
         length = max(len(common), len(_without_tail(loaded)))
@@ -199,17 +224,24 @@ def _holds_leaf(tree: Tree) -> bool:
     return tree is not DROPPED
 
 
+def _holds_leaves_alone(tree: Tree) -> bool:
+    """Whether a tree is a dict of nothing but leaves: there may be thousands, which are not looked at one by one."""
+    return type(tree) is dict and not any(issubclass(kind, _NO_LEAVES) for kind in set(map(type, tree.values())))
+
+
 def _only_leaves(tree: Tree) -> Tree:
     """The tree without `DROPPED` places; None in their stead in lists and tuples; `DROPPED` if nothing is left.
 
     Containers that are empty to begin with stay: a rank may hold no tensor where others do.
     """
-    if isinstance(tree, dict | list | tuple) and not tree:
+    if isinstance(tree, _CONTAINERS) and (not tree or _holds_leaves_alone(tree)):
         return tree
     if is_dict(tree):
-        # Most values are leaves, and stay.
-        found = {key: value if type(value) is Placed else _only_leaves(value) for key, value in tree.items()}
-        kept = {key: value for key, value in found.items() if value is not DROPPED}
+        kept = {
+            key: found
+            for key, value in tree.items()
+            if (found := _only_leaves(value) if isinstance(value, _CONTAINERS) else value) is not DROPPED
+        }
         if not kept:
             return DROPPED
         return OrderedDict(kept) if isinstance(tree, OrderedDict) else kept

@@ -8,7 +8,7 @@ import numpy as np
 
 from giantstep.errors import CorruptionError
 from giantstep.planning.load_tables import ChunkTable, WantedTable
-from giantstep.shards.region import Int64s, sweep_axis
+from giantstep.shards.region import Int64s, sweep_axis, volumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class Intersections:
 
 
 _PAIRS_PER_BATCH = 1 << 19
+# Chunks per wanted region, on average, up to which all chunks of its tensor are met with it.
+_FEW_CANDIDATES = 8
 
 
 def intersections(chunks: ChunkTable, wanted: WantedTable) -> Intersections:
@@ -48,8 +50,8 @@ def intersections(chunks: ChunkTable, wanted: WantedTable) -> Intersections:
         )
     )
     held = np.zeros(len(counts), dtype=np.int64)
-    np.add.at(held, found.wanted, found.size.prod(axis=1))
-    lacking = np.flatnonzero((held != wanted.size.prod(axis=1)) & ~wanted.partial)
+    np.add.at(held, found.wanted, volumes(found.size))
+    lacking = np.flatnonzero((held != volumes(wanted.size)) & ~wanted.partial)
     if len(lacking):
         raise CorruptionError(
             f"the index holds {int(held[lacking[0]])} of the {int(wanted.size[lacking[0]].prod())} elements of wanted "
@@ -70,10 +72,15 @@ def _matching_pairs(
     row = np.repeat(np.arange(len(counts)), counts)
     chunk = order[np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)]
     row = row + base
-    low = np.maximum(wanted.offset[row], chunks.offset[chunk])
-    high = np.minimum(wanted.offset[row] + wanted.size[row], chunks.offset[chunk] + chunks.size[chunk])
-    hit = np.flatnonzero((low < high).all(axis=1))
-    return Intersections(row[hit], chunk[hit], low[hit], high[hit] - low[hit])
+    first_wanted, first_held = np.take(wanted.offset, row, axis=0), np.take(chunks.offset, chunk, axis=0)
+    low = np.maximum(first_wanted, first_held)
+    high = np.minimum(first_wanted + np.take(wanted.size, row, axis=0), first_held + np.take(chunks.size, chunk, axis=0))
+    hits = low[:, 0] < high[:, 0]
+    for axis in range(1, low.shape[1]):
+        hits &= low[:, axis] < high[:, axis]
+    hit = np.flatnonzero(hits)
+    low = np.take(low, hit, axis=0)
+    return Intersections(row[hit], chunk[hit], low, np.take(high, hit, axis=0) - low)
 
 
 def _candidates(chunks: ChunkTable, wanted: WantedTable) -> tuple[Int64s, Int64s, Int64s]:
@@ -82,10 +89,11 @@ def _candidates(chunks: ChunkTable, wanted: WantedTable) -> tuple[Int64s, Int64s
     Per tensor, chunks are sorted by where they begin along the axis with most distinct beginnings. Those that begin
     before a wanted region ends are a prefix; those that end before it begins are left out by the largest end so far.
     """
+    first, stop = chunks.ends[wanted.tensor], chunks.ends[wanted.tensor + 1]
+    if int((stop - first).sum()) <= _FEW_CANDIDATES * (len(wanted.tensor) + 1):
+        # To look at all chunks of all tensors takes less time than to sort them.
+        return np.arange(len(chunks.file)), first, stop
     tensor = chunks.tensors()
-    if not len(tensor) or not len(wanted.tensor):
-        zeros = np.zeros(len(wanted.tensor), dtype=np.int64)
-        return np.zeros(0, dtype=np.int64), zeros, zeros
     axis = np.zeros(len(chunks.ends) - 1, dtype=np.int64)
     axis[tensor] = sweep_axis(tensor, chunks.offset)
     rows, asked = np.arange(len(tensor)), np.arange(len(wanted.tensor))

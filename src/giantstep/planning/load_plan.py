@@ -17,7 +17,7 @@ from giantstep.errors import CorruptionError
 from giantstep.planning.intersections import Intersections, intersections
 from giantstep.planning.load_tables import ChunkTable, WantedTable
 from giantstep.planning.pieces import Grid, Pieces, byte_strides, cut_pieces
-from giantstep.shards.region import MAX_ELEMENTS, Int64s
+from giantstep.shards.region import MAX_ELEMENTS, Int64s, volumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def boxes_at(chunks: ChunkTable, pieces: Pieces, rows: slice | Int64s) -> Iterat
 def _bases(chunks: ChunkTable, segment_bytes: int) -> Int64s:
     """[files] where each file begins on the line of positions; a multiple of `segment_bytes`, with room for all chunks."""
     sizes = np.zeros(int(chunks.file.max(initial=-1)) + 1, dtype=np.int64)
-    np.maximum.at(sizes, chunks.file, chunks.start + chunks.size.prod(axis=1) * chunks.chunk_item_bytes())
+    np.maximum.at(sizes, chunks.file, chunks.start + volumes(chunks.size) * chunks.chunk_item_bytes())
     rooms = (sizes // segment_bytes + 2) * segment_bytes
     if float(rooms.astype(np.float64).sum()) > MAX_ELEMENTS:
         raise CorruptionError(f"chunks lie in {len(sizes)} files of up to {int(sizes.max())} bytes: more than there can be")

@@ -73,6 +73,11 @@ class WantedTable:
     size: Int64s
     partial: NDArray[np.bool_]
 
+    @property
+    def width(self) -> int:
+        """Number of columns of a region."""
+        return int(self.offset.shape[1])
+
 
 def tabulate_chunks(index: Index) -> ChunkTable:
     """All chunks of an index."""
@@ -90,15 +95,35 @@ def tabulate_chunks(index: Index) -> ChunkTable:
     )
 
 
-def tabulate_wanted(tensors: Sequence[int], regions: Sequence[Region], partial: Sequence[bool], width: int) -> WantedTable:
+def row_strides(size: Int64s, item_bytes: Int64s) -> Int64s:
+    """[rows, width] bytes between neighbours along each axis of boxes whose elements lie in one row."""
+    strides = np.empty_like(size)
+    strides[:, -1] = item_bytes
+    for axis in range(size.shape[1] - 1, 0, -1):
+        strides[:, axis - 1] = strides[:, axis] * size[:, axis]
+    return strides
+
+
+def tabulate_wanted(
+    tensors: Sequence[int], regions: Sequence[Region], partial: Sequence[bool] | NDArray[np.bool_], width: int
+) -> WantedTable:
     """Regions of tensors (rows of the chunk table), padded to `width` columns."""
-    dims = np.array([len(region.size) for region in regions], dtype=np.int64)
+    distinct, number = numbered(regions)
+    dims = np.array([len(region.size) for region in distinct], dtype=np.int64)
     starts = np.cumsum(dims) - dims
     offset, size = (
         ragged_to_padded(np.array(list(itertools.chain.from_iterable(parts)), dtype=np.int64), starts, dims, pad, width)
-        for parts, pad in (([region.offset for region in regions], 0), ([region.size for region in regions], 1))
+        for parts, pad in (([region.offset for region in distinct], 0), ([region.size for region in distinct], 1))
     )
-    return WantedTable(np.array(tensors, dtype=np.int64), offset, size, np.array(partial, dtype=bool))
+    rows = np.fromiter(tensors, np.int64, len(tensors))
+    return WantedTable(rows, np.take(offset, number, axis=0), np.take(size, number, axis=0), np.array(partial, dtype=bool))
+
+
+def numbered(regions: Sequence[Region]) -> tuple[list[Region], Int64s]:
+    """The regions without repetitions of one object, and the number of each among them. Regions alike are mostly one object."""
+    identity = np.fromiter(map(id, regions), np.int64, len(regions))
+    _, first, number = np.unique(identity, return_index=True, return_inverse=True)
+    return [regions[row] for row in first.tolist()], number
 
 
 def tabulate_spans(file: Sequence[int], start: Sequence[int], length: Sequence[int]) -> tuple[ChunkTable, WantedTable]:

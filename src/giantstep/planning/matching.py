@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from giantstep.errors import DtypeMismatchError, KeyMismatchError, MismatchError, ShapeMismatchError
 from giantstep.options import StrictHandling, longest_prefix
@@ -40,14 +43,20 @@ class Requests:
     wrappers: list[tuple[str, str, str]] = field(default_factory=list)
 
     def encode(self) -> bytes:
-        """As bytes."""
-        fields = [self.rows, self.objects, self.unexpected, self.shapes, self.dtypes, self.grids, self.wrappers]
+        """As bytes; of the rows, runs without repetitions."""
+        rows = np.sort(np.fromiter(self.rows, np.int64, len(self.rows)))
+        rows = rows[np.append(rows[:-1] != rows[1:], np.ones(min(1, len(rows)), dtype=bool))]
+        ends = np.flatnonzero(np.diff(rows) > 1)
+        first, last = np.append(rows[:1], rows[ends + 1]), np.append(rows[ends], rows[-1:])
+        runs = np.stack((first, last + 1), axis=1).tolist()
+        fields = [runs, self.objects, self.unexpected, self.shapes, self.dtypes, self.grids, self.wrappers]
         return json.dumps(fields).encode("ascii")
 
     @classmethod
     def decode(cls, data: bytes) -> Requests:
-        """Inverse of `encode`."""
-        rows, objects, unexpected, *triples = json.loads(data)
+        """Inverse of `encode`, but for the order of the rows."""
+        runs, objects, unexpected, *triples = json.loads(data)
+        rows = list(itertools.chain.from_iterable(itertools.starmap(range, runs)))
         return cls(rows, objects, unexpected, *([(a, b, c) for a, b, c in found] for found in triples))
 
 
@@ -149,9 +158,11 @@ def judge(requests: Sequence[Requests], holdings: Holdings, strict: Strictness) 
 
 
 def _differences(requests: Sequence[Requests], holdings: Holdings) -> KeyDifferences:
-    rows = {row for request in requests for row in request.rows}
+    unasked = np.ones(len(holdings.tensors), dtype=bool)
+    for request in requests:
+        unasked[request.rows] = False
     objects = {key for request in requests for key in request.objects}
-    missing = {key for row, key in enumerate(holdings.tensors) if row not in rows}
+    missing = {holdings.tensors[row] for row in np.flatnonzero(unasked).tolist()}
     missing |= {key for key in holdings.objects if key not in objects}
     unexpected = {key for request in requests for key in request.unexpected}
     return KeyDifferences(tuple(sorted(missing)), tuple(sorted(unexpected)))
@@ -190,6 +201,8 @@ def _hinted(unexpected: Sequence[str], holdings: Holdings, missing: Collection[s
 
     Keys that nobody requested come first.
     """
+    if not unexpected:
+        return []
     stored = [*holdings.tensors, *holdings.objects]
     candidates = [key for key in stored if key in missing] or stored
     tensors = set(holdings.tensors)

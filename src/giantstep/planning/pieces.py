@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.planning.intersections import Intersections
-from giantstep.planning.load_tables import ChunkTable
+from giantstep.planning.load_tables import ChunkTable, row_strides
 from giantstep.shards.region import Int64s
 
 
@@ -46,7 +46,9 @@ class Pieces:
     def rows(self, rows: Int64s | slice) -> Pieces:
         """Some of them."""
         columns = (self.wanted, self.chunk, self.offset, self.size, self.start, self.stop, self.span)
-        return Pieces(*(column[rows] for column in columns))
+        if isinstance(rows, slice):
+            return Pieces(*(column[rows] for column in columns))
+        return Pieces(*(np.take(column, rows, axis=0) for column in columns))
 
 
 class Cuts(Protocol):
@@ -90,11 +92,7 @@ class Runs:
 
 def byte_strides(chunks: ChunkTable, chunk: Int64s, item_bytes: Int64s) -> Int64s:
     """[rows, width] bytes between neighbours along each axis of chunks."""
-    size = chunks.size[chunk]
-    strides = np.ones_like(size)
-    if size.shape[1] > 1:
-        strides[:, :-1] = np.cumprod(size[:, :0:-1], axis=1)[:, ::-1]
-    return strides * item_bytes[:, None]
+    return row_strides(chunks.size[chunk], item_bytes)
 
 
 def cut_pieces(chunks: ChunkTable, found: Intersections, base: Int64s, cuts: Cuts, gap_bytes: int) -> Pieces:
@@ -117,15 +115,14 @@ def cut_pieces(chunks: ChunkTable, found: Intersections, base: Int64s, cuts: Cut
     inside = (low <= parts.start) & (parts.stop <= high)
     across = np.flatnonzero(~inside)
     if len(across):
-        pieces, of = parts.rows(across).within(low[across], high[across])
+        cut, of = parts.rows(across).within(low[across], high[across])
         whole = np.flatnonzero(inside)
-        parts, span = parts.rows(whole).joined(pieces), np.concatenate((span[whole], span[across][of]))
+        parts, span = parts.rows(whole).joined(cut), np.concatenate((span[whole], span[across][of]))
     parts, of = parts.without_gaps(gap_bytes)
-    span = span[of]
-    order = np.lexsort((parts.wanted, parts.start))
-    parts = parts.rows(order)
-    offset = parts.offset + chunks.offset[parts.chunk]
-    return Pieces(parts.wanted, parts.chunk, offset, parts.size, parts.start, parts.stop, span[order])
+    span = np.take(span, of)
+    offset = parts.offset + np.take(chunks.offset, parts.chunk, axis=0)
+    pieces = Pieces(parts.wanted, parts.chunk, offset, parts.size, parts.start, parts.stop, span)
+    return pieces.rows(np.lexsort((parts.wanted, parts.start)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +169,12 @@ class _Boxes:
 
     def placed(self) -> _Boxes:
         """The same with `start` and `stop` as the box has them."""
-        start = self.origin + (self.offset * self.stride).sum(axis=1)
-        stop = start + ((self.size - 1) * self.stride).sum(axis=1) + self.item
+        start = self.origin.copy()
+        stop = self.item.copy()
+        for axis in range(self.stride.shape[1]):
+            start += self.offset[:, axis] * self.stride[:, axis]
+            stop += (self.size[:, axis] - 1) * self.stride[:, axis]
+        stop += start
         return replace(self, start=start, stop=stop)
 
     def _columns(self) -> tuple[Int64s, ...]:
@@ -182,7 +183,7 @@ class _Boxes:
 
     def rows(self, rows: Int64s) -> _Boxes:
         """Some of them."""
-        return _Boxes(*(column[rows] for column in self._columns()))
+        return _Boxes(*(np.take(column, rows, axis=0) for column in self._columns()))
 
     def repeated(self, counts: Int64s) -> _Boxes:
         """Each as often as `counts` says."""
@@ -215,7 +216,7 @@ class _Boxes:
         """The boxes, those with gaps of `gap_bytes` or more cut there, and of which row each is."""
         reach = (self.size - 1) * self.stride
         # What a box spans along the axes behind each one.
-        inner = reach.sum(axis=1)[:, None] - np.cumsum(reach, axis=1) + self.item[:, None]
+        inner = np.cumsum(reach[:, ::-1], axis=1)[:, ::-1] - reach + self.item[:, None]
         wide = (self.size > 1) & (self.stride - inner >= gap_bytes)
         every = np.arange(len(self.wanted))
         if not wide.any():

@@ -1,12 +1,16 @@
-"""A sink that fills an array in memory."""
+"""Sinks that fill arrays in memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from giantstep.reading.placing import Bits
+from giantstep.planning.in_place import Memory, nowhere
+from giantstep.planning.load_tables import WantedTable
+from giantstep.reading.placing import Bits, Sink
+from giantstep.storage.buffers import address_of
 
 
 class ArraySink:
@@ -18,25 +22,32 @@ class ArraySink:
     """
 
     def __init__(self, target: Bits, origin: tuple[int, ...]) -> None:
-        self._target = target
+        self.target = target
         self._origin = origin
 
     def put(self, offset: tuple[int, ...], size: tuple[int, ...], bits: Bits) -> None:
-        target = self._box(offset, size)
-        np.copyto(target, bits.reshape(target.shape), casting="no")
-
-    def memory(self, offset: tuple[int, ...], size: tuple[int, ...]) -> memoryview | None:
-        skip = len(offset) - len(self._origin)
-        whole = size[skip:] == self._target.shape
-        target = self._target if whole else self._box(offset, size)
-        return target.reshape(-1).view(np.uint8).data if target.flags.c_contiguous else None
-
-    def _box(self, offset: tuple[int, ...], size: tuple[int, ...]) -> Bits:
         skip = len(offset) - len(self._origin)
         where: tuple[Any, ...] = tuple(
             slice(start - zero, start - zero + count)
             for start, zero, count in zip(offset[skip:], self._origin, size[skip:], strict=True)
         )
         # With `...` the result is an array even where the target has no dimensions.
-        box: Bits = self._target[(*where, ...)]
-        return box
+        target = self.target[(*where, ...)]
+        np.copyto(target, bits.reshape(target.shape), casting="no")
+
+
+class ArraySinks:
+    """A few sinks that fill arrays, whose memory may be read to."""
+
+    def __init__(self, sinks: Sequence[ArraySink]) -> None:
+        self._sinks = sinks
+
+    def __getitem__(self, row: int) -> Sink:
+        return self._sinks[row]
+
+    def memory(self, wanted: WantedTable) -> Memory:
+        found = nowhere(wanted)
+        for row, sink in enumerate(self._sinks):
+            found.start[row] = address_of(sink.target)
+            found.strides[row, wanted.width - sink.target.ndim :] = sink.target.strides
+        return found

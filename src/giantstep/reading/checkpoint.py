@@ -17,7 +17,7 @@ from giantstep.format.codec import Codec, Unknown
 from giantstep.format.record import CommitRecord, Json
 from giantstep.planning.load_plan import plan_load
 from giantstep.planning.load_tables import ChunkTable, tabulate_spans, tabulate_wanted
-from giantstep.reading.array_sink import ArraySink
+from giantstep.reading.array_sink import ArraySink, ArraySinks
 from giantstep.reading.fetch import WORDS, Source, fetch
 from giantstep.reading.index_reader import IndexReader, TensorEntry
 from giantstep.reading.lazy_array import LazyArray
@@ -196,7 +196,7 @@ class Checkpoint:
         plan = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
         source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: entry.key)
         with self._reading():
-            fetch(source, plan, [ArraySink(target, region.offset)], _THREADS)
+            fetch(source, plan, ArraySinks([ArraySink(target, region.offset)]), _THREADS)
         return target
 
     def read_words(self, key: str, region: Region) -> tuple[str, NDArray[Any]]:
@@ -242,7 +242,7 @@ class Checkpoint:
 
         source = Source(self._store, self._record, self._index.block_checksums, table, key_of, "object")
         with self._reading():
-            fetch(source, plan, [ArraySink(target, (0,)) for target in targets], _THREADS)
+            fetch(source, plan, ArraySinks([ArraySink(target, (0,)) for target in targets]), _THREADS)
         return {key: target.tobytes() for key, target in zip(keys, targets, strict=True)}
 
     def _place_of(self, key: str) -> tuple[int, int, int]:

@@ -22,11 +22,11 @@ from giantstep.format.record import CommitRecord
 from giantstep.planning.load_plan import LoadPlan, Read
 from giantstep.planning.load_tables import ChunkTable
 from giantstep.reading.data_files import DataFiles
-from giantstep.reading.placing import WORDS, Bits, Bytes, Placing, Sink, bits
+from giantstep.reading.placing import WORDS, Bits, Bytes, Placing, Sink, Sinks, bits
 from giantstep.storage.base import Access, ReadHandle, Store
 from giantstep.storage.buffers import device_buffer
 
-__all__ = ["WORDS", "Bits", "ChecksumsOf", "Fetched", "Sink", "Source", "bits", "fetch", "read_verified"]
+__all__ = ["WORDS", "Bits", "ChecksumsOf", "Fetched", "Sink", "Sinks", "Source", "bits", "fetch", "read_verified"]
 
 # About as much as the cache of one processor core holds of what was just read.
 _CACHE_BYTES = 1 << 20
@@ -64,7 +64,7 @@ class Fetched:
     bytes_read: int
 
 
-def fetch(source: Source, plan: LoadPlan, sinks: Sequence[Sink] | None, threads: int) -> Fetched:
+def fetch(source: Source, plan: LoadPlan, sinks: Sinks | None, threads: int) -> Fetched:
     """Carry out all reads.
 
     Args:

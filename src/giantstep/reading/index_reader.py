@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import threading
 from dataclasses import dataclass
 
@@ -166,18 +167,27 @@ class IndexReader:
         return self._find("tensor", self.tensor_count, key)
 
     def _texts(self, kind: str) -> list[str]:
-        ends = self._ints(f"{kind}_key_ends")
+        ends = self._column(f"{kind}_key_ends").astype(np.int64)
         # Invariant: together the keys are no longer than the column, whatever the ends say.
-        if any(start > stop for start, stop in itertools.pairwise(ends)) or min(ends, default=0) < 0:
+        if not (ends[1:] >= ends[:-1]).all() or (ends[:1] < 0).any():
             raise CorruptionError(f"index {self._what}: column '{kind}_key_ends' decreases")
-        blob = self._column(f"{kind}_key_bytes").tobytes()
-        keys = [blob[start:stop] for start, stop in itertools.pairwise(ends)]
-        if any(left >= right for left, right in itertools.pairwise(keys)):
-            raise CorruptionError(f"index {self._what}: {kind} keys are not sorted or not distinct")
+        blob, cuts = self._column(f"{kind}_key_bytes").tobytes(), ends.tolist()
+        if blob.isascii():
+            # Every character is a byte: keys are cut out of one text, and are in the order of their bytes.
+            text = blob.decode("ascii")
+            texts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
+            self._check_ascending(texts, kind)
+            return texts
+        keys = [blob[start:stop] for start, stop in itertools.pairwise(cuts)]
+        self._check_ascending(keys, kind)
         try:
             return [key.decode("utf-8") for key in keys]
         except UnicodeDecodeError as error:
             raise CorruptionError(f"index {self._what}: a key is not UTF-8: {error}") from error
+
+    def _check_ascending(self, keys: list[str] | list[bytes], kind: str) -> None:
+        if not all(map(operator.lt, keys, keys[1:])):
+            raise CorruptionError(f"index {self._what}: {kind} keys are not sorted or not distinct")
 
     def tensor_keys(self) -> list[str]:
         """All tensor keys, in the order of their rows."""

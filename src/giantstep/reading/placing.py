@@ -5,16 +5,18 @@ Called by `fetch`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.planning.in_place import lie_alone
+from giantstep.planning.in_place import Memory, nowhere, runs_in_place
 from giantstep.planning.load_plan import Box, LoadPlan, Read, boxes_at
-from giantstep.storage.buffers import address_of
+from giantstep.planning.load_tables import WantedTable
+from giantstep.shards.region import Int64s
+from giantstep.storage.buffers import address_of, memory_between
 
 Bytes = NDArray[np.uint8]
 
@@ -44,12 +46,30 @@ class Sink(Protocol):
         """
         ...
 
-    def memory(self, offset: tuple[int, ...], size: tuple[int, ...]) -> memoryview | None:
-        """The bytes that `put` of this box would fill, if the elements are to lie there as they are given, in one row.
 
-        Filling them is then as good as `put`. None where elements are to lie apart, or are changed or compared.
-        """
+class Sinks(Protocol):
+    """A sink for each wanted region, and the memory of those that need none."""
+
+    def __getitem__(self, row: int) -> Sink:
+        """The sink of a region."""
         ...
+
+    def memory(self, wanted: WantedTable) -> Memory:
+        """Where the regions lie: to fill that memory is as good as `put`. It is theirs as long as this object lives."""
+        ...
+
+
+class SinkList:
+    """Sinks that are given everything through a buffer."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    def __getitem__(self, row: int) -> Sink:
+        return self._sinks[row]
+
+    def memory(self, wanted: WantedTable) -> Memory:
+        return nowhere(wanted)
 
 
 def bits(box: Box, data: Bytes, position: int) -> Bits:
@@ -68,7 +88,7 @@ class Placed:
     """
 
     parts: list[memoryview]
-    rows: list[int]
+    rows: Int64s
     edges: list[tuple[memoryview, memoryview]]
 
 
@@ -80,10 +100,14 @@ class Placing:
         sinks: per wanted region.
     """
 
-    def __init__(self, plan: LoadPlan, sinks: Sequence[Sink]) -> None:
+    def __init__(self, plan: LoadPlan, sinks: Sinks) -> None:
         self._plan = plan
         self._sinks = sinks
-        self._alone = lie_alone(plan)
+        self._runs = runs_in_place(plan, sinks.memory(plan.wanted))
+        address, stop = self._runs.address, self._runs.address + self._runs.stop - self._runs.start
+        # Invariant: of all that lies between, only the bytes of runs are touched, which are the wanted regions'.
+        self._base = int(address.min(initial=np.iinfo(np.int64).max)) if len(address) else 0
+        self._memory = memory_between(self._base, int(stop.max(initial=self._base)))
 
     def place(self, read: Read, length: int, buffer: Bytes, alignment: int) -> Placed:
         """Find a place for all bytes of a read.
@@ -94,50 +118,47 @@ class Placing:
             buffer: at least as long; aligned to `alignment`.
             alignment: of memory, so that reading into it is fast; see `Access`.
         """
-        placed = Placed([], [], [])
-        spare, zero = buffer.data, read.position
-        end = zero
-        for row, start, memory in self._memories(read):
-            inner = _inner(start, memory, alignment) if memory is not None else None
-            if memory is None or inner is None:
-                placed.rows.append(row)
+        runs, spare, zero = self._runs, buffer.data, read.position
+        begin, end = np.searchsorted(runs.first, (read.first, read.last)).tolist()
+        low, high = np.searchsorted(runs.left, (read.first, read.last)).tolist()
+        places = (column[begin:end].tolist() for column in (runs.start, runs.stop, runs.address - self._base))
+        placed = Placed([], runs.left[low:high], [])
+        parts, last, within = placed.parts, zero, self._memory
+        for start, stop, place in zip(*places, strict=True):
+            if alignment == 1:
+                first, part = start, within[place : place + stop - start]
+            else:
+                first, part = _inner(start, within[place : place + stop - start], alignment, placed, spare[start - zero :])
+            if not part:
                 continue
-            low, part = inner
-            high, stop = low + len(part), start + len(memory)
-            for first, last in ((start, low), (high, stop)) if alignment > 1 else ():
-                placed.edges.append((memory[first - start : last - start], spare[first - zero : last - zero]))
-            if end < low:
-                placed.parts.append(spare[end - zero : low - zero])
-            placed.parts.append(part)
-            end = high
-        if end < zero + length:
-            placed.parts.append(spare[end - zero : length])
+            if last < first:
+                parts.append(spare[last - zero : first - zero])
+            parts.append(part)
+            last = first + len(part)
+        if last < zero + length:
+            parts.append(spare[last - zero : length])
         return placed
-
-    def _memories(self, read: Read) -> Iterator[tuple[int, int, memoryview | None]]:
-        """The pieces of a read: row, first position, and memory to which it could be read."""
-        pieces, sinks = self._plan.pieces, self._sinks
-        rows = slice(read.first, read.last)
-        columns = (self._alone[rows], pieces.wanted[rows], pieces.offset[rows], pieces.size[rows], pieces.start[rows])
-        columns_listed = (column.tolist() for column in columns)
-        for row, (alone, wanted, offset, size, start) in enumerate(zip(*columns_listed, strict=True), read.first):
-            yield row, start, sinks[wanted].memory(tuple(offset), tuple(size)) if alone else None
 
     def finish(self, read: Read, placed: Placed, buffer: Bytes) -> None:
         """Bring to their places what was read to the buffer."""
         for memory, found in placed.edges:
             memory[:] = found
-        if placed.rows:
-            for box in boxes_at(self._plan.chunks, self._plan.pieces, np.array(placed.rows)):
+        if len(placed.rows):
+            for box in boxes_at(self._plan.chunks, self._plan.pieces, placed.rows):
                 self._sinks[box.wanted].put(box.offset, box.size, bits(box, buffer, read.position))
 
 
-def _inner(start: int, memory: memoryview, alignment: int) -> tuple[int, memoryview] | None:
-    """What of the memory for the bytes from position `start` on is read to: its first position, and it; None if nothing."""
-    if alignment == 1:
-        return start, memory
-    low, high = -(-start // alignment) * alignment, (start + len(memory)) // alignment * alignment
-    if high - low < _DIRECT_PART_BYTES:
-        return None
+def _inner(start: int, memory: memoryview, alignment: int, placed: Placed, spare: memoryview) -> tuple[int, memoryview]:
+    """What of the memory for the bytes from position `start` on is read to: its first position, and it, maybe empty.
+
+    What is left of it is filled from `spare`, where these bytes would be read to.
+    """
+    stop = start + len(memory)
+    low, high = -(-start // alignment) * alignment, stop // alignment * alignment
     part = memory[low - start : high - start]
-    return (low, part) if address_of(np.frombuffer(part, dtype=np.uint8)) % alignment == 0 else None
+    if high - low < _DIRECT_PART_BYTES or address_of(np.frombuffer(part, dtype=np.uint8)) % alignment:
+        placed.edges.append((memory, spare[: len(memory)]))
+        return start, memory[:0]
+    for first, last in ((0, low - start), (high - start, len(memory))):
+        placed.edges.append((memory[first:last], spare[first:last]))
+    return low, part

@@ -29,10 +29,6 @@ def sink_for(view: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> Sink
 class _Boxes:
     """Boxes of stored elements as tensors, and where in a target they belong."""
 
-    def memory(self, offset: tuple[int, ...], size: tuple[int, ...]) -> memoryview | None:
-        """Elements are cast, compared, or sent to another device: there is no memory to fill with them."""
-        return None
-
     def __init__(self, target: torch.Tensor, stored: DType, origin: tuple[int, ...]) -> None:
         self._target = target
         self._stored = torch_dtype(stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,24 @@ def device_buffer(size_bytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(memory, dtype=np.uint8)[:size_bytes]
 
 
-def address_of(data: NDArray[np.uint8]) -> int:
-    """Where the bytes lie in memory."""
+def address_of(data: NDArray[Any]) -> int:
+    """Where the first element lies in memory."""
     return int(data.__array_interface__["data"][0])
+
+
+class _Addresses:
+    """Memory, as NumPy is told of it."""
+
+    def __init__(self, start: int, size_bytes: int) -> None:
+        self.__array_interface__ = {"version": 3, "data": (start, False), "typestr": "|u1", "shape": (size_bytes,)}
+
+
+def memory_between(start: int, stop: int) -> memoryview:
+    """This process's memory between two addresses, as it is; nothing keeps it alive, and not all of it need exist.
+
+    Thousands of parts can be cut out of it faster than out of the arrays whose memory they are. Callers touch only parts
+    of arrays that they hold.
+    """
+    if start >= stop:
+        return memoryview(b"")
+    return np.asarray(_Addresses(start, stop - start)).data

@@ -226,7 +226,7 @@ def _aligned_bytes(offset: int, parts: Sequence[memoryview]) -> int:
     return total
 
 
-def _before(parts: Sequence[memoryview], count: int) -> list[memoryview]:
+def _before(parts: Sequence[memoryview], count: int) -> Sequence[memoryview]:
     """The first `count` bytes of all parts."""
     return next(cut_parts(parts, count))
 
@@ -261,12 +261,18 @@ class LocalReadHandle(ReadHandle):
         self.read_parts(offset, [target], self.access_at(offset))
 
     def read_parts(self, offset: int, targets: Sequence[memoryview], access: Access) -> None:
-        left = [target.cast("B") for target in targets if target.nbytes]
+        direct = self._direct if access.alignment_bytes > 1 else None
+        # Mostly one call is enough, and then nothing is to be done part by part.
+        done = os.preadv(self._descriptor, targets, offset) if direct is None and 0 < len(targets) <= _MOST_PARTS else 0
+        if done and done == sum([target.nbytes for target in targets]):
+            return
+        left = _after([target.cast("B") for target in targets if target.nbytes], done)
+        offset += done
         while left:
             batch = left[:_MOST_PARTS]
-            aligned = _aligned_bytes(offset, batch) if self._direct is not None and access.alignment_bytes > 1 else 0
-            if self._direct is not None and aligned >= _DIRECT_FROM_BYTES:
-                count = os.preadv(self._direct, _before(batch, aligned), offset)
+            aligned = _aligned_bytes(offset, batch) if direct is not None else 0
+            if direct is not None and aligned >= _DIRECT_FROM_BYTES:
+                count = os.preadv(direct, _before(batch, aligned), offset)
                 self._forget_look(offset)
             else:
                 count = os.preadv(self._descriptor, batch, offset)
