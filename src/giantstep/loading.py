@@ -21,6 +21,7 @@ from giantstep.group.base import Group, Parts, consult, consult_parts
 from giantstep.group.subgroup import ranks_within
 from giantstep.group.torch_group import group_of
 from giantstep.kept_index import KeptIndex, keep_index, kept_index
+from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import Described, describe
 from giantstep.options import LoadOptions, StrictHandling
 from giantstep.phases import Stopwatch, same_call, settings, with_call
@@ -139,7 +140,10 @@ class _Load:
         named = asked in ("auto", "none")
         self._cell: Cell = asked if named else ranks_within(asked, self._process_group, group.rank, group.size, "exchange")
         self._store: Store = store_at(self._path)
-        self._described: Described = describe(self._state_dict, for_load=True)
+        # Who keeps plans loads again; others are spared the making of an outline.
+        known = None if self._options.plan_cache is None else kept_outlines(group)
+        self._described: Described = describe(self._state_dict, for_load=True, known=known)
+        keep_outline(group, self._described.outline)
         call = {
             "call": "load",
             "path": self._store.location,

@@ -103,7 +103,7 @@ def apart(described: Described) -> tuple[Any, ...]:
 
 
 def outline_of(state: State) -> Outline:
-    found = describe(state, for_load=False)
+    found = describe(state, for_load=False, known=())
     assert found.outline is not None
     description_of(found, 1, 1 << 20)
     return found.outline

@@ -123,13 +123,14 @@ def _given(views: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     return [view for view in views if view is not None]
 
 
-def describe(state_dict: Any, *, for_load: bool, known: Sequence[Outline] = ()) -> Described:
+def describe(state_dict: Any, *, for_load: bool, known: Sequence[Outline] | None = None) -> Described:
     """Take a state dict apart.
 
     Args:
         state_dict: nested dicts and lists; see `giantstep.save`.
         for_load: tensors without memory (None, meta) are allowed; `TensorLeaf.allocate` gives it to them.
-        known: outlines of state dicts as they were before; one that looks the same is taken apart much faster.
+        known: outlines of state dicts as they were before; one that looks the same is taken apart much faster. None if
+            no outline is wanted, not even of this one.
 
     Raises:
         BadArgumentError: a leaf cannot be described; names its path or key.
@@ -142,13 +143,13 @@ def describe(state_dict: Any, *, for_load: bool, known: Sequence[Outline] = ()) 
     else:
         expanded = expand(state_dict)
         found = survey(expanded.tree)
-    for outline in known:
+    for outline in known or ():
         seen = None if found is None else outline.views(found, for_load=for_load)
         if seen is not None:
             return _described((outline, *seen), outline.remainder(expanded.tree), expanded, for_load=for_load)
     leaves: list[TensorLeaf] = []
     described = _described(leaves, expanded.tree, expanded, for_load=for_load)
-    if found is not None:
+    if found is not None and known is not None:
         described.outline = outline_of(found, expanded.tree, leaves, for_load=for_load)
     return described
 

@@ -104,9 +104,17 @@ class Outline:
 
     def leaves(self, sources: Sequence[Any], views: Sequence[torch.Tensor]) -> list[TensorLeaf]:
         """The leaves of a state dict that looks so."""
-        left = iter(views)
+        # Most are detached already, and to say so takes less than to make another tensor.
+        detached = [view.detach() if view.requires_grad or type(view) is not torch.Tensor else view for view in views]
+        if not self._several:
+            columns = zip(self._templates, sources, detached, strict=True)
+            return [
+                TensorLeaf(path, key, source, extent, [(regions[0], view)])
+                for (path, key, extent, regions), source, view in columns
+            ]
+        left = iter(detached)
         return [
-            TensorLeaf(path, key, source, extent, [(region, next(left).detach()) for region in regions])
+            TensorLeaf(path, key, source, extent, [(region, next(left)) for region in regions])
             for (path, key, extent, regions), source in zip(self._templates, sources, strict=True)
         ]
 
