@@ -11,13 +11,13 @@ import giantstep as gs
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.commit.publish import publish
 from giantstep.format.container import Entry
-from giantstep.format.data_file import chunk_entry, object_entry
+from giantstep.format.data_file import chunk_entry, file_metadata, object_entry, plan_data_files
 from giantstep.format.index import Index, encode_texts
 from giantstep.format.record import FileEntry
 from giantstep.shards.dtypes import BY_TORCH_NAME
 from giantstep.shards.region import Region
 from giantstep.storage.base import Store
-from giantstep.writing.write import Source, WrittenFile, write
+from giantstep.writing.write import Sources, WrittenFile, write
 
 SAVE_ID = "20200101T000000-0123456789abcdef"
 BLOCK_BYTES = 4096
@@ -87,13 +87,14 @@ def _written(store: Store, entries: list[tuple[Entry, bytes]]) -> tuple[WrittenF
     """The one data file that holds the entries, and the first byte of each."""
     store.prepare("data")
 
-    def source(entry: Entry, data: bytes) -> Source:
-        return Source(entry, 1, lambda: [np.frombuffer(data, dtype=np.uint8)])
-
+    sizes = np.array([entry.bytes for entry, _ in entries], dtype=np.int64)
+    sources = Sources(sizes, np.zeros_like(sizes), lambda row: [np.frombuffer(entries[row][1], dtype=np.uint8)])
     options = gs.SaveOptions(block_bytes=BLOCK_BYTES)
-    written = write(store, SAVE_ID, 0, [source(entry, data) for entry, data in entries], options)
+    metadata = file_metadata(SAVE_ID, 0)
+    plans = plan_data_files([entry for entry, _ in entries], [1] * len(entries), options.max_file_bytes, metadata)
+    written = write(store, SAVE_ID, 0, plans, sources, options)
     (file,) = written.files
-    return file, written.start
+    return file, written.start.tolist()
 
 
 def _published(store: Store, index: Index, file: WrittenFile) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.describing import object_digests, structure_of, with_digests
 from giantstep.errors import BadArgumentError, CoverageError, DisagreementError
+from giantstep.format.data_file import ChunkLayout
 from giantstep.group.base import Group, Parts, consult, consult_parts
 from giantstep.group.subgroup import name_of
 from giantstep.mapping.describe import Described
@@ -30,7 +31,7 @@ from giantstep.planning.reuse import PLAN_ID_BYTES, all_as_before, fingerprint, 
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save
 from giantstep.planning.stored_plan import StoredPlan
 from giantstep.shards.object_keys import wrapped_tensor
-from giantstep.stored_plans import find_plan, keep_plan
+from giantstep.stored_plans import find_plan, keep_plan, remember_plan
 from giantstep.writers import Balanced, Caller
 
 _LOG = logging.getLogger("giantstep")
@@ -199,6 +200,7 @@ class SavePlanner:
         if self._options.plan_cache is not None:
             stored = StoredPlan(self._fingerprint, plan_id, self.part, self.plan)
             keep_plan(self._options.plan_cache, self._group.rank, stored)
+            self._known = stored
 
     def _meet_differing_objects(self, names: Sequence[str]) -> None:
         def decide(reports: Sequence[bytes]) -> list[bytes]:
@@ -215,6 +217,17 @@ class SavePlanner:
             return fingerprints(self._described.stored, names, OBJECT_CODEC)
 
         consult(self._group, "describe", self._options.timeout_secs, told, decide)
+
+    def layout_of(self, make: Callable[[], ChunkLayout]) -> ChunkLayout:
+        """The layout of this rank's chunks: that of an earlier save by the same plan, or a new one, which is kept."""
+        if self._known is None or self._options.plan_cache is None:
+            return make()
+        layout = self._known.layout
+        if layout is None:
+            layout = make()
+            self._known = replace(self._known, layout=layout)
+            remember_plan(self._options.plan_cache, self._group.rank, self._known)
+        return layout
 
     def planned(self) -> SavePlan:
         """The whole plan; on rank 0, after `agree`."""

@@ -15,7 +15,6 @@ import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from giantstep.commit.clean import discard_unless_published, remove_superseded
 from giantstep.commit.publish import publish
 from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, KeyMismatchError, StoreError, VersionError
 from giantstep.format.container import DATA_ALIGNMENT, Entry, header_bytes_bound
+from giantstep.format.data_file import file_metadata, plan_data_files
 from giantstep.format.names import DATA_DIR, RECORD_NAME, data_file_name, is_data_file, new_save_id
 from giantstep.format.record import CommitRecord, FileEntry, decode_record
 from giantstep.format.versions import CURRENT, MINOR
@@ -39,7 +39,7 @@ from giantstep.shards.region import Int64s
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
-from giantstep.writing.write import Source, WrittenFile, write
+from giantstep.writing.write import Sources, WrittenFile, write
 
 _LOG = logging.getLogger("giantstep")
 _WINDOW_BYTES = 8 * MIB
@@ -216,13 +216,15 @@ class _Removal:
         with StoredBytes(
             self._store, record, checksums_of, spans, lambda span: repr(entries[span][0].name), _WINDOW_BYTES
         ) as stored:
-            sources = [
-                Source(entry, alignment, partial(stored.pieces, span)) for span, (entry, alignment) in enumerate(entries)
-            ]
+            sizes = np.array([entry.bytes for entry, _ in entries], dtype=np.int64)
             largest = max(record.files[number].bytes for number in np.unique(spans.file).tolist())
             options = _write_options(record.block_bytes, [entry for entry, _ in entries], largest)
-            written = write(self._store, self._save_id, rank, sources, options)
-        return written.files, np.array(written.file, dtype=np.int64), np.array(written.start, dtype=np.int64)
+            alignments = [alignment for _, alignment in entries]
+            metadata = file_metadata(self._save_id, rank)
+            plans = plan_data_files([entry for entry, _ in entries], alignments, options.max_file_bytes, metadata)
+            sources = Sources(sizes, np.zeros_like(sizes), stored.pieces)
+            written = write(self._store, self._save_id, rank, plans, sources, options)
+        return written.files, written.file, written.start
 
     def _publish(self, places: NewPlaces) -> None:
         self._new_record = publish(

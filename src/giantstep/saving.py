@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from giantstep.collection import uncollected
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
 from giantstep.errors import BadArgumentError, GiantstepError, PeerError
+from giantstep.format.data_file import file_metadata
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
 from giantstep.group.base import Group, Parts, consult_parts
@@ -27,7 +29,7 @@ from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
 from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.reports import SaveReport
-from giantstep.sources import encoded, sources_of, write_report
+from giantstep.sources import PartSources, encoded, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.writing.write import write
@@ -72,13 +74,15 @@ def save(
         run.describe(group)
         return run.subject()
 
-    with run.watch.phase("plan"):
-        run.plan(group, describe)
-    with run.watch.phase("write"):
-        run.write_and_commit()
-    with run.watch.phase("clean"):
-        removed = run.clean()
-    return run.report(removed)
+    # Thousands of objects are made, and gone when the save is through.
+    with uncollected():
+        with run.watch.phase("plan"):
+            run.plan(group, describe)
+        with run.watch.phase("write"):
+            run.write_and_commit()
+        with run.watch.phase("clean"):
+            removed = run.clean()
+        return run.report(removed)
 
 
 @dataclass(slots=True)
@@ -181,12 +185,17 @@ class Save:
         self._totals = (tensors, objects, total)
 
     def _write(self) -> Parts:
-        part, description = self._planner.part, self._planner.description
-        sources = sources_of(part, description, self.described, self.objects, self.options.buffer_bytes)
+        # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
+        with uncollected():
+            part = self._planner.part
+            chosen = PartSources(part, self._planner.description, self.described, self.objects)
+            layout = self._planner.layout_of(chosen.layout)
+            plans = chosen.plans(layout, self.options.max_file_bytes, file_metadata(self._save_id, self._group.rank))
+            sources = chosen.sources(layout, self.options.buffer_bytes)
         self._store.prepare(DATA_DIR)
-        written = write(self._store, self._save_id, self._group.rank, sources, self.options)
-        self._written_bytes = sum(source.entry.bytes for source in sources)
-        return write_report(written, sources, len(part.row)).encode()
+        written = write(self._store, self._save_id, self._group.rank, plans, sources, self.options)
+        self._written_bytes = int(sources.bytes.sum())
+        return write_report(written, sources, list(chosen.objects)).encode()
 
     def _decide_commit(self, reports: Sequence[Parts]) -> list[Parts]:
         index, files = build_index(self._planner.planned(), [WriteReport.decode(report) for report in reports])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from giantstep.codecs import OBJECT_CODEC
-from giantstep.format.data_file import ChunkEntries, object_entry
+from giantstep.format.data_file import ChunkLayout, DataFilePlan, chunk_entry, object_entry, plan_data_files
 from giantstep.mapping.describe import Described, StoredObject
 from giantstep.planning.description import COPY, Description
 from giantstep.planning.index_plan import WriteReport
 from giantstep.planning.save_plan import WritePart, cut_regions
+from giantstep.shards.dtypes import DType
 from giantstep.shards.object_keys import COMMON_KEY
+from giantstep.shards.region import Int64s, Region
 from giantstep.staging.host import host_pieces
-from giantstep.writing.write import Source, Written
+from giantstep.writing.write import Sources, Written
 
 
 def encoded(stored: Mapping[str, StoredObject]) -> dict[str, bytes]:
@@ -28,54 +32,107 @@ def encoded(stored: Mapping[str, StoredObject]) -> dict[str, bytes]:
     }
 
 
-def sources_of(
-    part: WritePart, description: Description, described: Described, objects: Mapping[str, bytes], piece_bytes: int
-) -> list[Source]:
-    """This rank's chunks, in the order of its part, then its objects.
+class PartSources:
+    """What a rank writes by its part of a plan: its chunks, in the order of the part, then its objects.
 
     Args:
         part: what the rank writes.
         description: to which the part refers.
         described: the state.
         objects: encoded objects by name.
-        piece_bytes: how much of a tensor that must be copied is copied at a time.
+
+    Attributes:
+        objects: those that are written, by name: all of the part's that have bytes.
     """
-    pieces = [piece for leaf in described.leaves for piece in leaf.pieces]
-    leaves = [leaf for leaf in described.leaves for _ in leaf.pieces]
-    cuts = dict(zip(part.cut.tolist(), cut_regions(part, description), strict=True))
-    entry_of = ChunkEntries().entry
-    sources = []
-    for chunk, row in enumerate(part.row.tolist()):
-        leaf, (region, view) = leaves[row], pieces[row]
-        if chunk in cuts:
-            held, region = region, cuts[chunk]
-            view = view[region.relative_to(held.offset).slices()]
-        dtype = leaf.extent.dtype
-        sources.append(Source(entry_of(leaf.key, dtype, region), dtype.item_bytes, partial(host_pieces, view, piece_bytes)))
-    for name in part.objects:
-        data = objects[name]
-        if data:
-            sources.append(Source(object_entry(name, len(data)), 1, partial(_array_of, data)))
-    return sources
+
+    def __init__(self, part: WritePart, description: Description, described: Described, objects: Mapping[str, bytes]) -> None:
+        self.objects = {name: objects[name] for name in part.objects if objects[name]}
+        self._rows = part.row.tolist()
+        self._described = described
+        self._cuts = dict(zip(part.cut.tolist(), cut_regions(part, description), strict=True))
+
+    def layout(self) -> ChunkLayout:
+        """How the chunks follow one another in one file. Says the same for all states of this part and description."""
+        return ChunkLayout.of(*self._chunks())
+
+    def _chunks(self) -> tuple[list[str], list[DType], list[Region]]:
+        """Key, dtype and region of each chunk."""
+        keys, dtypes, regions = self._described.shards
+        found = [regions[row] for row in self._rows]
+        for chunk, region in self._cuts.items():
+            found[chunk] = region
+        return [keys[row] for row in self._rows], [dtypes[row] for row in self._rows], found
+
+    def plans(self, layout: ChunkLayout, max_file_bytes: int, metadata: dict[str, str]) -> list[DataFilePlan]:
+        """The data files; mostly one. `layout` is that of `layout()`, made now or for an earlier state."""
+        entries = [object_entry(name, len(data)) for name, data in self.objects.items()]
+        if not self._rows and not entries:
+            return []
+        single = layout.with_objects(entries, max_file_bytes, metadata)
+        if single is not None:
+            return [single]
+        keys, dtypes, regions = self._chunks()
+        chunks = [chunk_entry(*chunk) for chunk in zip(keys, dtypes, regions, strict=True)]
+        alignments = [*(dtype.item_bytes for dtype in dtypes), *(1 for _ in entries)]
+        return plan_data_files([*chunks, *entries], alignments, max_file_bytes, metadata)
+
+    def sources(self, layout: ChunkLayout, piece_bytes: int) -> Sources:
+        """Where the bytes come from.
+
+        Args:
+            layout: as for `plans`.
+            piece_bytes: how much of a tensor that must be copied is copied at a time.
+        """
+        views = self._described.views_of(self._rows)
+        for chunk, region in self._cuts.items():
+            whole = self._described.shards[2][self._rows[chunk]]
+            views[chunk] = views[chunk][region.relative_to(whole.offset).slices()]
+        objects = list(self.objects.values())
+
+        def pieces(position: int) -> Iterable[NDArray[np.uint8]]:
+            if position < len(views):
+                return host_pieces(views[position], piece_bytes)
+            return [np.frombuffer(objects[position - len(views)], dtype=np.uint8)]
+
+        return Sources(
+            bytes=np.concatenate((layout.bytes, np.array([len(data) for data in objects], dtype=np.int64))),
+            address=np.concatenate((_addresses(views), np.zeros(len(objects), dtype=np.int64))),
+            pieces=pieces,
+        )
 
 
-def _array_of(data: bytes) -> Iterable[NDArray[np.uint8]]:
-    return [np.frombuffer(data, dtype=np.uint8)]
+def _addresses(views: Sequence[torch.Tensor]) -> Int64s:
+    """Where the bytes of each lie as they are to be stored; 0 for those that must be gathered, or computed, first."""
+    ready = np.ones(len(views), dtype=bool)
+    for fact, wanted in _READY.items():
+        ready &= np.fromiter(map(fact, views), dtype=bool, count=len(views)) == wanted
+    begins = np.fromiter(map(torch.Tensor.data_ptr, itertools.compress(views, ready.tolist())), dtype=np.int64)
+    found = np.zeros(len(views), dtype=np.int64)
+    found[ready] = begins
+    return found
 
 
-def write_report(written: Written, sources: Sequence[Source], chunks: int) -> WriteReport:
-    """Where everything lies, for the index; the first `chunks` sources are chunks."""
-    file, start = np.array(written.file, dtype=np.int64), np.array(written.start, dtype=np.int64)
+_READY: dict[Callable[[torch.Tensor], bool], bool] = {
+    torch.Tensor.is_contiguous: True,
+    operator.attrgetter("is_cpu"): True,
+    torch.Tensor.is_neg: False,
+    torch.Tensor.is_conj: False,
+}
+
+
+def write_report(written: Written, sources: Sources, objects: Sequence[str]) -> WriteReport:
+    """Where everything lies, for the index; sources are chunks, then these objects."""
+    chunks = len(sources.bytes) - len(objects)
     checksums = [found.checksums for found in written.files]
     return WriteReport(
         file_names=[found.name for found in written.files],
         file_bytes=np.array([found.bytes for found in written.files], dtype=np.int64),
         file_blocks=np.array([len(found) for found in checksums], dtype=np.int64),
         block_checksum=np.concatenate([np.empty(0, np.uint64), *checksums]),
-        chunk_file=file[:chunks],
-        chunk_start=start[:chunks],
-        object_keys=[source.entry.name[1:-1] for source in sources[chunks:]],
-        object_file=file[chunks:],
-        object_start=start[chunks:],
-        object_bytes=np.array([source.entry.bytes for source in sources[chunks:]], dtype=np.int64),
+        chunk_file=written.file[:chunks],
+        chunk_start=written.start[:chunks],
+        object_keys=[*objects],
+        object_file=written.file[chunks:],
+        object_start=written.start[chunks:],
+        object_bytes=sources.bytes[chunks:],
     )

@@ -27,9 +27,14 @@ def find_plan(cache: PlanCache, rank: int, fingerprint: bytes) -> StoredPlan | N
     return found
 
 
+def remember_plan(cache: PlanCache, rank: int, plan: StoredPlan) -> None:
+    """Keep a plan in memory alone."""
+    cache.put(("save", rank, plan.fingerprint), plan)
+
+
 def keep_plan(cache: PlanCache, rank: int, plan: StoredPlan) -> None:
     """Keep a plan. A folder that cannot be written to is warned of: the save itself goes on."""
-    cache.put(("save", rank, plan.fingerprint), plan)
+    remember_plan(cache, rank, plan)
     if cache.path is None:
         return
     store = store_at(cache.path)

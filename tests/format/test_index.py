@@ -148,7 +148,7 @@ def test_a_header_comes_back_and_data_begin_on_4096() -> None:
     entries = [Entry("a[0:2]", "F32", (2,), 8), Entry('q"é{}', "U8", (0,), 0), Entry("b", "F4", (4,), 2)]
     header, starts = lay_out(entries, {"k": "v"})
     assert len(header) % 4096 == 0
-    assert starts == [len(header), len(header) + 8, len(header) + 8]
+    assert starts.tolist() == [len(header), len(header) + 8, len(header) + 8]
     placed, metadata, start = parse_header(header, len(header) + 10, "x")
     assert metadata == {"k": "v"}
     assert start == len(header)

@@ -11,9 +11,13 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import NamedTuple
 
+import numpy as np
+
 from giantstep.errors import BadArgumentError, CorruptionError
+from giantstep.shards.region import Int64s
 
 # The safetensors library refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
@@ -39,43 +43,77 @@ class PlacedEntry:
     stop: int
 
 
-def lay_out(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
-    """The header, padded so that data begin at a multiple of 4096, and each entry's first byte in the file.
+@dataclass(frozen=True, slots=True, eq=False)
+class Section:
+    """Entries that lie one after another in a file.
+
+    Attributes:
+        text: their part of the header, without the braces around it.
+        starts: first byte of each, counted from the first byte of data of the file.
+        stop: where the last one ends.
+    """
+
+    text: bytes
+    starts: Int64s
+    stop: int
+
+
+def section_of(names: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], begin: int = 0) -> Section:
+    """The section of entries with these names, `kind_text`s and sizes in bytes, from byte `begin` of the data on.
 
     Raises:
-        BadArgumentError: two entries have one name, or the header would be longer than safetensors allows.
+        BadArgumentError: two entries have one name.
     """
-    _check_names(entries)
-    position = 0
-    kinds: dict[tuple[str, tuple[int, ...]], str] = {}
-    parts = [f'"__metadata__":{_text(dict(metadata))}']
+    _check_names(names)
+    ends = list(itertools.accumulate(sizes, initial=begin))
+    rows = zip(names, kinds, ends, ends[1:], strict=False)
     # Written piece by piece, as `json` would write it: dtype and shape, of which there are few, once.
-    for name, dtype, shape, size in entries:
-        kind = kinds.get((dtype, shape))
-        if kind is None:
-            kind = kinds[dtype, shape] = f'{{"dtype":{_text(dtype)},"shape":{_text(shape)},"data_offsets":['
-        parts.append(f"{_text(name)}:{kind}{position},{position + size}]}}")
-        position += size
-    text = f"{{{','.join(parts)}}}".encode()
+    text = ",".join([f"{encode_basestring(name)}:{kind}{start},{stop}]}}" for name, kind, start, stop in rows])
+    return Section(text.encode(), np.array(ends[:-1], dtype=np.int64), ends[-1])
+
+
+def kind_text(dtype: str, shape: Sequence[int]) -> str:
+    """The text of an entry in a header between its name and its place."""
+    return f'{{"dtype":{_text(dtype)},"shape":{_text(shape)},"data_offsets":['
+
+
+def header_of(sections: Sequence[Section], metadata: Mapping[str, str]) -> bytes:
+    """The header of sections that follow one another, padded so that data begin at a multiple of 4096.
+
+    Raises:
+        BadArgumentError: it would be longer than safetensors allows.
+    """
+    texts = [f'"__metadata__":{_text(dict(metadata))}'.encode(), *(section.text for section in sections if section.text)]
+    text = b"{" + b",".join(texts) + b"}"
     data_start = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
     if data_start - 8 > MAX_HEADER_BYTES:
         raise BadArgumentError(
             f"a safetensors header of {data_start - 8} bytes is longer than the {MAX_HEADER_BYTES} allowed; "
             "lower max_file_bytes so that entries spread over more files"
         )
-    header = (data_start - 8).to_bytes(8, "little") + text.ljust(data_start - 8)
-    ends = itertools.accumulate([entry.bytes for entry in entries], initial=data_start)
-    return header, list(ends)[:-1]
+    return (data_start - 8).to_bytes(8, "little") + text.ljust(data_start - 8)
 
 
-def _check_names(entries: Sequence[Entry]) -> None:
-    if len({"__metadata__", *[entry.name for entry in entries]}) == len(entries) + 1:
+def lay_out(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, Int64s]:
+    """The header of a file of these entries, and each entry's first byte in the file.
+
+    Raises:
+        BadArgumentError: two entries have one name, or the header would be longer than safetensors allows.
+    """
+    kinds = [kind_text(entry.dtype, entry.shape) for entry in entries]
+    section = section_of([entry.name for entry in entries], kinds, [entry.bytes for entry in entries])
+    header = header_of([section], metadata)
+    return header, section.starts + len(header)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if len({"__metadata__", *names}) == len(names) + 1:
         return
     seen = {"__metadata__"}
-    for entry in entries:
-        if entry.name in seen:
-            raise BadArgumentError(f"two entries of one data file are named {entry.name!r}")
-        seen.add(entry.name)
+    for name in names:
+        if name in seen:
+            raise BadArgumentError(f"two entries of one data file are named {name!r}")
+        seen.add(name)
 
 
 _text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
@@ -92,9 +130,12 @@ def header_bytes_bound(entry: Entry) -> int:
 
 def headers_bytes_bound(entries: Sequence[Entry]) -> int:
     """At least the sum of the bounds of single entries, found faster."""
-    characters = sum([len(entry.name) for entry in entries])
-    dims = max([len(entry.shape) for entry in entries], default=0)
-    return _CHARACTER_BYTES * characters + (_DIMENSION_BYTES * dims + _ENTRY_BYTES) * len(entries)
+    return names_bytes_bound([entry.name for entry in entries], max([len(entry.shape) for entry in entries], default=0))
+
+
+def names_bytes_bound(names: Sequence[str], dims: int) -> int:
+    """`headers_bytes_bound` of entries with these names and at most so many dimensions."""
+    return _CHARACTER_BYTES * sum(map(len, names)) + (_DIMENSION_BYTES * dims + _ENTRY_BYTES) * len(names)
 
 
 def _pairs_once(pairs: list[tuple[str, object]]) -> dict[str, object]:

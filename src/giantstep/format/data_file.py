@@ -9,16 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from giantstep.format.container import (
     DATA_ALIGNMENT,
     MAX_HEADER_BYTES,
     Entry,
+    Section,
     header_bytes_bound,
+    header_of,
     headers_bytes_bound,
+    kind_text,
     lay_out,
+    names_bytes_bound,
+    section_of,
 )
 from giantstep.shards.dtypes import DType
-from giantstep.shards.region import Region
+from giantstep.shards.region import Int64s, Region
 
 # Keeps every header far below what safetensors allows, however small the tensors.
 MAX_ENTRIES_PER_FILE = 100_000
@@ -26,25 +33,7 @@ MAX_ENTRIES_PER_FILE = 100_000
 
 def chunk_entry(key: str, dtype: DType, region: Region) -> Entry:
     """The entry of a chunk: named by key and region, as `decoder.weight[0:1024,0:4096]`."""
-    return ChunkEntries().entry(key, dtype, region)
-
-
-class ChunkEntries:
-    """Makes entries of chunks as `chunk_entry` does. What many say of one `Region` object is worked out once."""
-
-    def __init__(self) -> None:
-        # The regions are kept too: an id means something only while its object lives.
-        self._known: dict[tuple[int, int], tuple[str, str, tuple[int, ...], int, Region]] = {}
-
-    def entry(self, key: str, dtype: DType, region: Region) -> Entry:
-        """One entry."""
-        like = (id(region), dtype.code)
-        known = self._known.get(like)
-        if known is None:
-            size = region.elements * dtype.item_bytes
-            known = self._known[like] = (str(region), dtype.container, dtype.container_shape(region.size), size, region)
-        text, container, shape, size, _ = known
-        return Entry(key + text, container, shape, size)
+    return Entry(key + str(region), dtype.container, dtype.container_shape(region.size), region.elements * dtype.item_bytes)
 
 
 def object_entry(key: str, encoded_bytes: int) -> Entry:
@@ -64,9 +53,64 @@ class DataFilePlan:
     """
 
     header: bytes
-    order: tuple[int, ...]
-    starts: tuple[int, ...]
+    order: Int64s
+    starts: Int64s
     bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkLayout:
+    """A rank's chunks as they follow one another if one file holds them all, as it mostly does.
+
+    It depends on keys, dtypes and regions alone, so it can be kept for later saves of the same chunks.
+
+    Attributes:
+        bytes: size of each chunk, in the order in which they were given.
+        order: which of them comes where in the file.
+        section: their part of the header.
+        header_bytes_bound: at least what they add to a header.
+    """
+
+    bytes: Int64s
+    order: Int64s
+    section: Section
+    header_bytes_bound: int
+
+    @classmethod
+    def of(cls, keys: Sequence[str], dtypes: Sequence[DType], regions: Sequence[Region]) -> ChunkLayout:
+        """The layout of these chunks. What many say of one `Region` object is worked out once."""
+        likes = list(zip(map(id, regions), map(id, dtypes), strict=True))
+        first = dict(zip(likes, zip(dtypes, regions, strict=True), strict=True))
+        # Entries of chunks with an empty key: what comes behind the key in the name, and all else.
+        known = {like: chunk_entry("", dtype, region) for like, (dtype, region) in first.items()}
+        kinds = {like: kind_text(entry.dtype, entry.shape) for like, entry in known.items()}
+        names = [key + known[like].name for key, like in zip(keys, likes, strict=True)]
+        order = np.argsort(-np.array([dtype.item_bytes for dtype in dtypes], dtype=np.int64), kind="stable")
+        rows = order.tolist()
+        size = np.array([known[like].bytes for like in likes], dtype=np.int64)
+        section = section_of([names[row] for row in rows], [kinds[likes[row]] for row in rows], size[order].tolist())
+        dims = max([len(entry.shape) for entry in known.values()], default=0)
+        return cls(size, order, section, names_bytes_bound(names, dims))
+
+    def with_objects(self, objects: Sequence[Entry], max_file_bytes: int, metadata: dict[str, str]) -> DataFilePlan | None:
+        """The plan of one file of the chunks and these objects behind them; None if they may not fit one file."""
+        count = len(self.bytes) + len(objects)
+        header_bound = 2 * DATA_ALIGNMENT + self.header_bytes_bound + headers_bytes_bound(objects)
+        file_bound = header_bound + self.section.stop + sum([entry.bytes for entry in objects])
+        if count > MAX_ENTRIES_PER_FILE or header_bound > MAX_HEADER_BYTES // 2 or file_bound > max_file_bytes:
+            return None
+        # Objects have no items to be aligned, and names that no chunk has: they come last, as in `plan_data_files`.
+        kinds = [kind_text(entry.dtype, entry.shape) for entry in objects]
+        behind = section_of([entry.name for entry in objects], kinds, [entry.bytes for entry in objects], self.section.stop)
+        header = header_of([self.section, behind], metadata)
+        order = np.concatenate((self.order, np.arange(len(self.bytes), count)))
+        starts = np.concatenate((self.section.starts, behind.starts)) + len(header)
+        return DataFilePlan(header, order, starts, len(header) + behind.stop)
+
+
+def file_metadata(save_id: str, rank: int) -> dict[str, str]:
+    """What the header of a data file says besides its entries."""
+    return {"format": "giantstep", "save_id": save_id, "rank": str(rank)}
 
 
 def plan_data_files(
@@ -80,8 +124,6 @@ def plan_data_files(
         max_file_bytes: limit per file, header included, unless one entry alone is larger.
     """
     order = sorted(range(len(entries)), key=[-alignment for alignment in alignments].__getitem__)
-    if entries and _fit_one_file(entries, max_file_bytes):
-        return [_data_file(entries, order, metadata)]
     plans: list[DataFilePlan] = []
     group: list[int] = []
     header_bound, data_bytes = DATA_ALIGNMENT, 0
@@ -101,13 +143,7 @@ def plan_data_files(
     return plans
 
 
-def _fit_one_file(entries: Sequence[Entry], max_file_bytes: int) -> bool:
-    """Whether it can be seen without a closer look at each entry that all fit one file, as they mostly do."""
-    header_bound = 2 * DATA_ALIGNMENT + headers_bytes_bound(entries)
-    few = len(entries) <= MAX_ENTRIES_PER_FILE and header_bound <= MAX_HEADER_BYTES // 2
-    return few and header_bound + sum([entry.bytes for entry in entries]) <= max_file_bytes
-
-
 def _data_file(entries: Sequence[Entry], group: Sequence[int], metadata: dict[str, str]) -> DataFilePlan:
     header, starts = lay_out([entries[position] for position in group], metadata)
-    return DataFilePlan(header, tuple(group), tuple(starts), len(header) + sum(entries[position].bytes for position in group))
+    size = len(header) + sum(entries[position].bytes for position in group)
+    return DataFilePlan(header, np.array(group, dtype=np.int64), starts, size)

@@ -22,8 +22,10 @@ from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.survey import survey
 from giantstep.mapping.tree import DROPPED, Tree, map_leaves, prune
 from giantstep.planning.description import COPY, IMPLICIT, MAIN
+from giantstep.shards.dtypes import DType
 from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.paths import Path, dotted
+from giantstep.shards.region import Region
 
 _TENSORS = (torch.Tensor, ShardedTensor)
 
@@ -108,6 +110,18 @@ class Described:
         return [leaf.key for leaf in self.leaves for _ in leaf.pieces]
 
     @property
+    def shards(self) -> tuple[list[str], list[DType], list[Region]]:
+        """[shards] key and dtype of the tensor, and region."""
+        if self.outline is not None:
+            return self.outline.shards
+        found = [(leaf.key, leaf.extent.dtype, region) for leaf in self.leaves for region, _ in leaf.pieces]
+        return [key for key, _, _ in found], [dtype for _, dtype, _ in found], [region for _, _, region in found]
+
+    def views_of(self, shards: Sequence[int]) -> list[torch.Tensor]:
+        """Views of some shards, all of which have memory."""
+        return _given([self.views[shard] for shard in shards])
+
+    @property
     def sources(self) -> Sequence[Any]:
         """The user's objects that its tensors are made of."""
         return self._sources if self._leaves is None else [leaf.source for leaf in self._leaves]
@@ -120,7 +134,10 @@ class Described:
 
 
 def _given(views: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    return [view for view in views if view is not None]
+    found = [view for view in views if view is not None]
+    if len(found) < len(views):
+        raise BadArgumentError("a tensor of the state dict has no memory, and so no values to save")
+    return found
 
 
 def describe(state_dict: Any, *, for_load: bool, known: Sequence[Outline] | None = None) -> Described:

@@ -47,6 +47,7 @@ class Outline:
 
     Attributes:
         keys: [shards] key of the tensor that each shard is of; shards as in `Described.views`.
+        shards: the same, with dtype and region of each.
         extents: of all tensors.
         structure: what the planner is told of it, once `describing` has worked that out.
     """
@@ -75,7 +76,9 @@ class Outline:
         self._lazy = self._lazy_of(inner)
         self._pattern = _pattern(self._views(sources, inner))
         self.extents = {extent for _, _, extent, _ in self._templates}
-        self.keys = [key for _, key, _, regions in self._templates for _ in regions]
+        shards = [(key, extent.dtype, region) for _, key, extent, regions in self._templates for region in regions]
+        self.keys = [key for key, _, _ in shards]
+        self.shards = self.keys, [dtype for _, dtype, _ in shards], [region for _, _, region in shards]
         self.structure: Description | None = None
 
     def views(self, found: Survey, *, for_load: bool) -> tuple[list[Any], Tensors] | None:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from giantstep.errors import CorruptionError, PeerFailureError
+from giantstep.format.data_file import ChunkLayout
 from giantstep.planning.description import Parts
 from giantstep.planning.reuse import PLAN_ID_BYTES
 from giantstep.planning.save_plan import SavePlan, WritePart
@@ -27,12 +28,14 @@ class StoredPlan:
         plan_id: the same on all ranks of the save that made it.
         part: what this rank writes.
         plan: all of it; on rank 0 alone.
+        layout: of this rank's chunks in a file, once it has been worked out; not among the bytes of `encode`.
     """
 
     fingerprint: bytes
     plan_id: bytes
     part: WritePart
     plan: SavePlan | None
+    layout: ChunkLayout | None = None
 
     def encode(self) -> bytes:
         """As bytes that show whether they are intact."""

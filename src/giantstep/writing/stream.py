@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -21,9 +22,12 @@ from numpy.typing import NDArray
 from giantstep.format.digests import Checksums
 from giantstep.storage.base import WriteHandle
 from giantstep.storage.buffers import device_buffer
+from giantstep.writing.memory import Memory
 from giantstep.writing.stretch import write_stretch
 
 Bytes = NDArray[np.uint8]
+# Bytes of a stretch: a view, or what makes views of them in the thread that writes them.
+_Part = memoryview | Callable[[], list[memoryview]]
 
 # Stretches that wait while every thread has one: enough that a thread never waits for the caller.
 _WAITING = 2
@@ -84,7 +88,7 @@ class BlockStream:
         self._handle = handle
         self._pool = pool
         self._block_bytes = block_bytes
-        self._parts: list[memoryview] = []
+        self._parts: list[_Part] = []
         self._filled = 0
         self._position = 0
         self._writes: deque[Future[Checksums]] = deque()
@@ -105,6 +109,17 @@ class BlockStream:
                 self._parts.append(rest)
                 self._filled += len(rest)
 
+    def append_memory(self, memory: Memory) -> None:
+        """Write memory where it lies. It must stay alive and unchanged until the stream is left."""
+        start = 0
+        while start < memory.bytes:
+            stop = min(memory.bytes, start + self._pool.buffer_bytes - self._filled)
+            self._parts.append(partial(memory.views, start, stop))
+            self._filled += stop - start
+            if self._filled == self._pool.buffer_bytes:
+                self._submit()
+            start = stop
+
     def _submit(self) -> None:
         parts, offset = self._parts, self._position
         self._parts, self._filled, self._position = [], 0, offset + self._filled
@@ -112,7 +127,7 @@ class BlockStream:
         while self._writes and self._writes[0].done():
             self._checksums.append(self._writes.popleft().result())
         handle, block_bytes = self._handle, self._block_bytes
-        self._writes.append(self._pool.submit(lambda buffer: write_stretch(handle, offset, parts, buffer, block_bytes)))
+        self._writes.append(self._pool.submit(lambda buffer: write_stretch(handle, offset, _views(parts), buffer, block_bytes)))
 
     def finish(self) -> Checksums:
         """Wait until all bytes are written; return the checksums of all blocks. Raises the first failure."""
@@ -130,3 +145,13 @@ class BlockStream:
         self._parts = []
         for write in self._writes:
             write.cancel() or write.exception()
+
+
+def _views(parts: Iterable[_Part]) -> list[memoryview]:
+    found: list[memoryview] = []
+    for part in parts:
+        if isinstance(part, memoryview):
+            found.append(part)
+        else:
+            found += part()
+    return found

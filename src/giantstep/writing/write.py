@@ -8,32 +8,34 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.format.container import Entry
-from giantstep.format.data_file import DataFilePlan, plan_data_files
+from giantstep.format.data_file import DataFilePlan
 from giantstep.format.digests import Checksums
 from giantstep.format.names import DATA_DIR, data_file_name
 from giantstep.options import SaveOptions
+from giantstep.shards.region import Int64s
 from giantstep.storage.base import Store
+from giantstep.writing.memory import Memory
 from giantstep.writing.stream import BlockStream, BufferPool
 
 # Below this a file is not worth bypassing the page cache.
 _DIRECT_FROM_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One entry and where its bytes come from.
+@dataclass(frozen=True, slots=True, eq=False)
+class Sources:
+    """Where the bytes of entries come from.
 
     Attributes:
-        entry: name, dtype and size in the data file.
-        alignment: its item size.
-        pieces: gives its bytes in order, as one-dimensional uint8 arrays. Each keeps its bytes as long as it is referred
-            to: they are checksummed and written later, in other threads, and mostly without a copy.
+        bytes: [entries] size of each.
+        address: [entries] where in host memory all of its bytes lie in order; 0 where `pieces` must be asked for them. The
+            caller keeps this memory alive and unchanged until `write` returns.
+        pieces: gives the bytes of an entry in order, as one-dimensional uint8 arrays. Each keeps its bytes as long as it is
+            referred to: they are checksummed and written later, in other threads, and mostly without a copy.
     """
 
-    entry: Entry
-    alignment: int
-    pieces: Callable[[], Iterable[NDArray[np.uint8]]]
+    bytes: Int64s
+    address: Int64s
+    pieces: Callable[[int], Iterable[NDArray[np.uint8]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,13 @@ class Written:
     """
 
     files: list[WrittenFile]
-    file: list[int]
-    start: list[int]
+    file: Int64s
+    start: Int64s
 
 
-def write(store: Store, save_id: str, rank: int, sources: Sequence[Source], options: SaveOptions) -> Written:
+def write(
+    store: Store, save_id: str, rank: int, plans: Sequence[DataFilePlan], sources: Sources, options: SaveOptions
+) -> Written:
     """Write a rank's data files and flush them.
 
     When it returns, bytes and names are durable. When it raises, files of `save_id` may be left; no other save
@@ -68,10 +72,8 @@ def write(store: Store, save_id: str, rank: int, sources: Sequence[Source], opti
     Raises:
         OSError: a storage operation failed.
     """
-    entries = [source.entry for source in sources]
-    metadata = {"format": "giantstep", "save_id": save_id, "rank": str(rank)}
-    plans = plan_data_files(entries, [source.alignment for source in sources], options.max_file_bytes, metadata)
-    written = Written([], [0] * len(sources), [0] * len(sources))
+    entries = len(sources.bytes)
+    written = Written([], np.zeros(entries, dtype=np.int64), np.zeros(entries, dtype=np.int64))
     if not plans:
         return written
     with BufferPool(options.buffer_bytes, options.writer_threads) as pool:
@@ -79,24 +81,33 @@ def write(store: Store, save_id: str, rank: int, sources: Sequence[Source], opti
             name = data_file_name(save_id, rank, number)
             checksums = _write_file(store, name, plan, sources, pool, options)
             written.files.append(WrittenFile(name, plan.bytes, checksums))
-            for position, start in zip(plan.order, plan.starts, strict=True):
-                written.file[position], written.start[position] = number, start
+            written.file[plan.order], written.start[plan.order] = number, plan.starts
     store.sync_names(DATA_DIR)
     return written
 
 
 def _write_file(
-    store: Store, name: str, plan: DataFilePlan, sources: Sequence[Source], pool: BufferPool, options: SaveOptions
+    store: Store, name: str, plan: DataFilePlan, sources: Sources, pool: BufferPool, options: SaveOptions
 ) -> Checksums:
     direct = options.direct_io == "auto" and plan.bytes >= _DIRECT_FROM_BYTES
     handle = store.create(name, plan.bytes, direct=direct)
     try:
         with BlockStream(handle, pool, options.block_bytes) as stream:
             stream.append([np.frombuffer(plan.header, dtype=np.uint8)])
-            for position in plan.order:
-                stream.append(sources[position].pieces())
+            for rows in _runs(plan.order, sources.address):
+                if sources.address[rows[0]]:
+                    stream.append_memory(Memory(sources.address[rows], sources.bytes[rows]))
+                else:
+                    for position in rows.tolist():
+                        stream.append(sources.pieces(position))
             checksums = stream.finish()
         handle.sync()
     finally:
         handle.close()
     return checksums
+
+
+def _runs(order: Int64s, address: Int64s) -> list[Int64s]:
+    """The order cut where entries that lie in memory and entries that do not follow each other."""
+    borders = np.flatnonzero(np.diff(address[order] > 0)) + 1
+    return np.split(order, borders) if len(order) else []
