@@ -14,6 +14,7 @@ from giantstep.format.container import Entry
 from giantstep.format.data_file import chunk_entry, file_metadata, object_entry, plan_data_files
 from giantstep.format.index import Index, encode_texts
 from giantstep.format.record import FileEntry
+from giantstep.options import Threads
 from giantstep.shards.dtypes import BY_TORCH_NAME
 from giantstep.shards.region import Region
 from giantstep.storage.base import Store
@@ -92,7 +93,7 @@ def _written(store: Store, entries: list[tuple[Entry, bytes]]) -> tuple[WrittenF
     options = gs.SaveOptions(block_bytes=BLOCK_BYTES)
     metadata = file_metadata(SAVE_ID, 0)
     plans = plan_data_files([entry for entry, _ in entries], [1] * len(entries), options.max_file_bytes, metadata)
-    written = write(store, SAVE_ID, 0, plans, sources, options)
+    written = write(store, SAVE_ID, 0, plans, sources, options, Threads(1, 1))
     (file,) = written.files
     return file, written.start.tolist()
 

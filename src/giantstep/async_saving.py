@@ -27,7 +27,7 @@ from giantstep.mapping.describe import Described, StoredObject
 from giantstep.mapping.leaves import TensorLeaf
 from giantstep.mapping.overlap import memory_of
 from giantstep.mapping.sharded_tensor import ShardedTensor
-from giantstep.options import SaveOptions
+from giantstep.options import SaveOptions, threads_for
 from giantstep.pending import PendingSave
 from giantstep.phases import same_call, settings, with_call
 from giantstep.planned_save import Subject
@@ -191,8 +191,9 @@ class _AsyncSave:
             memory.clear()
         described, tensors, self._tensors = self._save.described, self._tensors, []
         later = self._options.staging == "background"
+        threads = threads_for(self._options.writer_threads, self._group.size).memory
         outer = [] if self._layout.is_plain and not later else _outer(described)
-        snapshot = Snapshot(tensors, described.names, self._layout, memory, outer=outer, later=later)
+        snapshot = Snapshot(tensors, described.names, self._layout, memory, outer=outer, later=later, threads=threads)
         del described, tensors, outer
         if not snapshot.is_on_its_way:
             pending.mark_staged()
@@ -235,7 +236,8 @@ class _AsyncSave:
         with uncollected(), save.watch.phase("plan"):
             save.plan(group, subject)
         with save.watch.phase("write"):
-            save.write_and_commit(check)
+            # The trainer goes on meanwhile.
+            save.write_and_commit(check, spared=1)
         with save.watch.phase("clean"):
             removed = save.clean()
         return save.report(removed)

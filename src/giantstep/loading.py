@@ -23,7 +23,7 @@ from giantstep.group.torch_group import group_of
 from giantstep.kept_index import KeptIndex, keep_index, kept_index
 from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import Described, describe
-from giantstep.options import LoadOptions, StrictHandling
+from giantstep.options import LoadOptions, StrictHandling, Threads, threads_for
 from giantstep.phases import Stopwatch, same_call, settings, with_call
 from giantstep.planned_load import LoadPlanner, Subject
 from giantstep.planning.exchange_part import ExchangePart
@@ -214,9 +214,9 @@ class _Load:
         return Subject(self._record, self._stored, self._filling.filled)
 
     def _verify(self) -> bytes:
-        source, threads, plan = self._source(verify=True), self._options.reader_threads, self._planner.plan
+        source, threads, plan = self._source(verify=True), self._threads(), self._planner.plan
         if isinstance(plan.work, ExchangePart):
-            verify_part(source, plan.work, threads)
+            verify_part(source, plan.work, threads.device)
         else:
             fetch(source, plan.work, None, threads)
         fetch(source, self._planner.plan_of(self._filling.compared), None, threads)
@@ -226,12 +226,12 @@ class _Load:
 
     def _fill(self) -> bytes:
         source = self._source(verify=self._options.verify == "reading")
-        threads, plan = self._options.reader_threads, self._planner.plan
+        threads, plan = self._threads(), self._planner.plan
         filled, compared = self._filling.filled, self._filling.compared
         if isinstance(plan.work, ExchangePart):
             with telling(self._group, "read"):
                 sinks = [*map(fill_sinks(filled, self._stored).__getitem__, range(len(filled)))]
-                how = Manner(threads, "read", self._options.timeout_secs)
+                how = Manner(threads.device, "read", self._options.timeout_secs)
                 self._moved = exchange(source, plan.work, sinks, self._group, how)
         else:
             self._moved = Exchanged(fetch(source, plan.work, fill_sinks(filled, self._stored), threads).bytes_read)
@@ -240,6 +240,9 @@ class _Load:
         for wrapped in self._matched.dequantised:
             self._dequantised += fill_dequantised(wrapped, self._checkpoint)
         return b""
+
+    def _threads(self) -> Threads:
+        return threads_for(self._options.reader_threads, self._group.size)
 
     def _source(self, *, verify: bool) -> Source:
         chunks = self._planner.chunks

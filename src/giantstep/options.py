@@ -116,6 +116,40 @@ def default_timeout_secs() -> float:
         raise BadArgumentError(f"GIANTSTEP_TIMEOUT_SECS={text!r} cannot be: expected a number of seconds") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """How many threads of a rank move bytes.
+
+    Attributes:
+        device: where a device is waited for.
+        memory: where bytes only go from memory to memory, the page cache included, so that more threads than cores only
+            take the cores from each other.
+    """
+
+    device: int
+    memory: int
+
+
+def threads_for(asked: int | None, ranks: int, *, spared: int = 0) -> Threads:
+    """As many as `asked`; if that is None, 2, but no more in memory than a rank has cores.
+
+    Args:
+        asked: `writer_threads` or `reader_threads`.
+        ranks: of the group; all of them are taken to be on this host unless LOCAL_WORLD_SIZE, which launchers set, says how
+            many are.
+        spared: cores of each rank that have something else to do.
+    """
+    if asked is not None:
+        return Threads(asked, asked)
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    here = min(ranks, int(text)) if text.isdecimal() and int(text) else ranks
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Threads(_THREADS, min(_THREADS, max(1, cores // here - spared)))
+
+
+_THREADS = 2
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveOptions:
     """Settings of `save` and `async_save`."""
@@ -137,8 +171,9 @@ class SaveOptions:
     direct_io: DirectIo = "auto"
     """`auto` writes large files past the page cache (O_DIRECT) where the file system can; `never` does not."""
 
-    writer_threads: int = 2
-    """Threads per rank that checksum and write."""
+    writer_threads: int | None = None
+    """Threads per rank that checksum and write. None: 2; in memory file systems and the page cache 1, if the host has not 2
+    cores per rank, or for `async_save` 3."""
 
     buffer_bytes: int = 8 * MIB
     """Size of one staging buffer, a multiple of `block_bytes`; a rank uses `writer_threads` + 2 of them."""
@@ -179,7 +214,8 @@ class SaveOptions:
         _require_int("max_file_bytes", self.max_file_bytes, MIB, 1 << 62)
         _require_int("split_bytes", self.split_bytes, 1, 1 << 62)
         _require(self.direct_io in get_args(DirectIo), "direct_io", self.direct_io, f"one of {get_args(DirectIo)}")
-        _require_int("writer_threads", self.writer_threads, 1, 64)
+        if self.writer_threads is not None:
+            _require_int("writer_threads", self.writer_threads, 1, 64)
         _require_int("buffer_bytes", self.buffer_bytes, 4 * KIB, GIB)
         _require(
             self.buffer_bytes % self.block_bytes == 0,
@@ -253,8 +289,9 @@ class LoadOptions:
     exchange_bytes: int = 64 * MIB
     """Most bytes that a rank holds of what other ranks sent it, unless one block from each of them is more."""
 
-    reader_threads: int = 2
-    """Threads per rank that read, check and copy."""
+    reader_threads: int | None = None
+    """Threads per rank that read, check and copy. None: 2; of what is in memory or in the page cache 1, if the host has not
+    2 cores per rank."""
 
     buffer_bytes: int = 8 * MIB
     """Most bytes that one thread reads at a time."""
@@ -276,7 +313,8 @@ class LoadOptions:
         _require(named or (ranks and len(asked) > 0) or group, "exchange", asked, "'auto', 'none', a group, or ranks")
         _require_int("exchange_bytes", self.exchange_bytes, MIB, 1 << 40)
         _require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
-        _require_int("reader_threads", self.reader_threads, 1, 64)
+        if self.reader_threads is not None:
+            _require_int("reader_threads", self.reader_threads, 1, 64)
         _require_int("buffer_bytes", self.buffer_bytes, 64 * KIB, GIB)
 
     def _check_matching(self) -> None:

@@ -27,7 +27,7 @@ from giantstep.format.data_file import file_metadata, plan_data_files
 from giantstep.format.names import DATA_DIR, RECORD_NAME, data_file_name, is_data_file, new_save_id
 from giantstep.format.record import CommitRecord, FileEntry, decode_record
 from giantstep.format.versions import CURRENT, MINOR
-from giantstep.options import MIB, SaveOptions
+from giantstep.options import MIB, SaveOptions, threads_for
 from giantstep.planning.removal_plan import NewPlaces, RemovalPlan, entry_of, index_after, plan_removal
 from giantstep.reading.checkpoint import Checkpoint
 from giantstep.reading.data_files import check_data_files
@@ -223,7 +223,7 @@ class _Removal:
             metadata = file_metadata(self._save_id, rank)
             plans = plan_data_files([entry for entry, _ in entries], alignments, options.max_file_bytes, metadata)
             sources = Sources(sizes, np.zeros_like(sizes), stored.pieces)
-            written = write(self._store, self._save_id, rank, plans, sources, options)
+            written = write(self._store, self._save_id, rank, plans, sources, options, threads_for(None, 1))
         return written.files, written.file, written.start
 
     def _publish(self, places: NewPlaces) -> None:

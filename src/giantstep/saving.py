@@ -24,7 +24,7 @@ from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import Described, describe
-from giantstep.options import SaveOptions
+from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
 from giantstep.planning.index_plan import WriteReport, build_index
@@ -161,16 +161,17 @@ class Save:
 
     # Stages 3 to 5: stage, write, commit.
 
-    def write_and_commit(self, check: Callable[[], None] = lambda: None) -> None:
+    def write_and_commit(self, check: Callable[[], None] = lambda: None, *, spared: int = 0) -> None:
         """Write this rank's part; rank 0 commits once all have.
 
         Args:
             check: raises if the checkpoint must not be committed.
+            spared: processor cores of each rank that have something else to do.
         """
 
         def write() -> Parts:
             check()
-            report = self._write()
+            report = self._write(threads_for(self.options.writer_threads, self._group.size, spared=spared))
             check()
             return report
 
@@ -184,7 +185,7 @@ class Save:
         tensors, objects, total = (int(part) for part in answer.split())
         self._totals = (tensors, objects, total)
 
-    def _write(self) -> Parts:
+    def _write(self, threads: Threads) -> Parts:
         # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
         with uncollected():
             part = self._planner.part
@@ -193,7 +194,7 @@ class Save:
             plans = chosen.plans(layout, self.options.max_file_bytes, file_metadata(self._save_id, self._group.rank))
             sources = chosen.sources(layout, self.options.buffer_bytes)
         self._store.prepare(DATA_DIR)
-        written = write(self._store, self._save_id, self._group.rank, plans, sources, self.options)
+        written = write(self._store, self._save_id, self._group.rank, plans, sources, self.options, threads)
         self._written_bytes = int(sources.bytes.sum())
         return write_report(written, sources, list(chosen.objects)).encode()
 

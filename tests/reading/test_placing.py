@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from giantstep.errors import CorruptionError
 from giantstep.format.digests import block_checksums
+from giantstep.options import Threads
 from giantstep.planning.in_place import Memory, lie_alone, runs_in_place
 from giantstep.planning.load_plan import plan_load
 from giantstep.planning.load_tables import ChunkTable, tabulate_wanted
@@ -127,7 +128,7 @@ def test_any_regions_are_filled_from_any_chunks_at_any_alignment(data: st.DataOb
     sinks = ArraySinks([ArraySink(target, region.offset) for target, region in zip(targets, wanted, strict=True)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("giantstep.reading.placing._DIRECT_PART_BYTES", 1)
-        fetch(_source(store, content, table), plan, sinks, 2)
+        fetch(_source(store, content, table), plan, sinks, Threads(2, 2))
     for target, region in zip(targets, wanted, strict=True):
         assert np.array_equal(target, whole[region.slices()])
     store.clear()
@@ -141,7 +142,7 @@ def _large(shift: int) -> tuple[AlignedStore, Source, Any, NDArray[np.uint8]]:
     store = AlignedStore(content, Access(4096))
     target = device_buffer(len(whole) + shift)[shift:]
     plan = plan_load(table, tabulate_wanted([0], [region], [False], 1), block_bytes=BLOCK, buffer_bytes=2 << 20)
-    fetch(_source(store, content, table), plan, ArraySinks([ArraySink(target, (0,))]), 2)
+    fetch(_source(store, content, table), plan, ArraySinks([ArraySink(target, (0,))]), Threads(2, 2))
     assert np.array_equal(target, whole)
     return store, _source(store, content, table), plan, target
 
@@ -161,7 +162,7 @@ def test_damage_is_found_where_it_was_read_to() -> None:
     handle = MemoryStore.open_read(store, "f")
     handle.write_at(5 << 20, b"\xff" * 16)
     with pytest.raises(CorruptionError, match=f"bytes {5 << 20} to {(5 << 20) + BLOCK} .*written by rank 3"):
-        fetch(source, plan, ArraySinks([ArraySink(target, (0,))]), 2)
+        fetch(source, plan, ArraySinks([ArraySink(target, (0,))]), Threads(2, 2))
     store.clear()
 
 
@@ -191,7 +192,7 @@ def test_neighbours_in_the_file_and_in_memory_are_read_as_one_part() -> None:
     targets = [memory[0:1], memory[1:2], elsewhere, memory[3:4]]
     plan = plan_load(table, tabulate_wanted([0] * 4, rows, [False] * 4, 3), block_bytes=BLOCK, buffer_bytes=3 * BLOCK)
     sinks = [ArraySink(target, region.offset) for target, region in zip(targets, rows, strict=True)]
-    fetch(_source(store, content, table), plan, ArraySinks(sinks), 1)
+    fetch(_source(store, content, table), plan, ArraySinks(sinks), Threads(1, 1))
     assert np.array_equal(np.concatenate(targets), whole)
     row_bytes = whole[0].nbytes
     first, apart, last = address_of(memory), address_of(elsewhere), address_of(targets[3])

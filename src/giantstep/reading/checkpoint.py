@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, KeyMismatchError, StoreError
 from giantstep.format.codec import Codec, Unknown
 from giantstep.format.record import CommitRecord, Json
+from giantstep.options import Threads
 from giantstep.planning.load_plan import plan_load
 from giantstep.planning.load_tables import ChunkTable, tabulate_spans, tabulate_wanted
 from giantstep.reading.array_sink import ArraySink, ArraySinks
@@ -28,7 +29,7 @@ from giantstep.shards.region import Region
 from giantstep.storage.base import Store
 
 _BUFFER_BYTES = 8 << 20
-_THREADS = 2
+_THREADS = Threads(2, 2)
 # Among more keys than this no similar ones are looked for.
 _HINTED_KEYS = 20_000
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from giantstep.errors import CorruptionError
 from giantstep.format.digests import cut_parts, digests_of_parts
 from giantstep.format.record import CommitRecord
+from giantstep.options import Threads
 from giantstep.planning.load_plan import LoadPlan, Read
 from giantstep.planning.load_tables import ChunkTable
 from giantstep.reading.data_files import DataFiles
@@ -64,14 +65,14 @@ class Fetched:
     bytes_read: int
 
 
-def fetch(source: Source, plan: LoadPlan, sinks: Sinks | None, threads: int) -> Fetched:
+def fetch(source: Source, plan: LoadPlan, sinks: Sinks | None, threads: Threads) -> Fetched:
     """Carry out all reads.
 
     Args:
         source: what to read from.
         plan: from `plan_load`.
         sinks: per wanted region; None verifies and drops the bytes.
-        threads: how many reads are in flight.
+        threads: how many reads are in flight at most.
 
     Raises:
         CorruptionError: a block's checksum does not fit; names tensor, file, byte offset and writing rank.
@@ -84,9 +85,6 @@ def fetch(source: Source, plan: LoadPlan, sinks: Sinks | None, threads: int) -> 
     sizes = [file.bytes for file in source.record.files]
     largest = max(min(read.stop, sizes[read.file]) - read.start for read in reads)
     buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-    workers = min(threads, len(reads))
-    for _ in range(workers):
-        buffers.put(device_buffer(largest))
     failed = threading.Event()
     placing = None if sinks is None else Placing(plan, sinks)
 
@@ -114,6 +112,11 @@ def fetch(source: Source, plan: LoadPlan, sinks: Sinks | None, threads: int) -> 
             finally:
                 buffers.put(buffer)
 
+        # Where the first one is others are, mostly.
+        nearby = files.get(reads[0].file).access_at(reads[0].start).nearby
+        workers = min(threads.memory if nearby else threads.device, len(reads))
+        for _ in range(workers):
+            buffers.put(device_buffer(largest))
         with ThreadPoolExecutor(workers, thread_name_prefix="giantstep-read") as pool:
             return Fetched(sum(pool.map(run, reads)))
 

@@ -7,24 +7,19 @@ far, and run beside its later kernels. Called by `async_saving`.
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import operator
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
 
+from giantstep.staging.copying import as_copied, copy_all
 from giantstep.staging.unchanged import Watch
 from giantstep.storage.arenas import Arena, Arenas
-from giantstep.words import words_of
 
 # Copies begin on cache lines, and so where every kind of element may.
 _ALIGNMENT = 64
-# Below this a second thread takes longer to start than it saves.
-_SHARED_FROM_BYTES = 16 << 20
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 # What torch copies as it is, bit by bit; all else is copied as words.
 _COPIED = frozenset(
@@ -149,6 +144,7 @@ class Snapshot:
         memory: where copies are put.
         outer: tensors, with names, of which `tensors` are parts, and which count changes themselves.
         later: tensors in host memory are copied by `finish`.
+        threads: that copy, 1 or 2.
 
     Attributes:
         copies: for each tensor its copy, contiguous in host memory, of its dtype or as words of its elements' size (see
@@ -167,7 +163,9 @@ class Snapshot:
         *,
         outer: Sequence[tuple[str, torch.Tensor]],
         later: bool,
+        threads: int,
     ) -> None:
+        self._threads = threads
         locked = not layout.is_plain and any(tensor.is_cuda for tensor in tensors)
         self._arenas = memory.arenas(locked=locked)
         self._arena: Arena | None = self._arenas.take(layout.bytes)
@@ -210,14 +208,14 @@ class Snapshot:
             self._left = _Left(copies, watch)
             self._watched.append(watch)
         else:
-            _copy_all(copies, self._sources(tensors))
+            copy_all(copies, self._sources(tensors), self._threads)
             watch.check()
         if self.is_on_its_way:
             self._watched.append(Watch.of([name for name, _ in outer], [tensor for _, tensor in outer]))
 
     def _sources(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Tensors as torch can copy them."""
-        return tensors if self._is_plain else list(map(_source, tensors))
+        return tensors if self._is_plain else list(map(as_copied, tensors))
 
     @property
     def is_on_its_way(self) -> bool:
@@ -237,7 +235,7 @@ class Snapshot:
         if left is not None:
             left.watch.check_memory()
             with torch.inference_mode(mode=False), torch.no_grad():
-                _copy_all(left.copies, self._sources(left.watch.tensors))
+                copy_all(left.copies, self._sources(left.watch.tensors), self._threads)
         for event in self._events:
             event.synchronize()
         for watch in watched:
@@ -293,40 +291,13 @@ def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(list(steps))) if len(shape) else ()
 
 
-def _source(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as words."""
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    return words_of(tensor)
-
-
-def _copy_all(targets: Sequence[torch.Tensor], origins: Sequence[torch.Tensor]) -> None:
-    """Copy tensors to host memory, in two threads if that pays. The interpreter's lock is held for none of it."""
-    copies, sources = list(targets), list(origins)
-    ends = list(itertools.accumulate(map(_size, sources)))
-    if not ends:
-        return
-    if ends[-1] < _SHARED_FROM_BYTES:
-        torch._foreach_copy_(copies, sources)
-        return
-    half = bisect.bisect_left(ends, ends[-1] // 2) + 1
-    with ThreadPoolExecutor(1, thread_name_prefix="giantstep-stage") as helper:
-        second = helper.submit(torch._foreach_copy_, copies[half:], sources[half:]) if half < len(copies) else None
-        torch._foreach_copy_(copies[:half], sources[:half])
-        if second is not None:
-            second.result()
-
-
-_size = operator.attrgetter("nbytes")
-
-
 def _queue_copies(device: torch.device, pairs: Sequence[_Pair]) -> torch.cuda.Event:
     """Have copies from a CUDA device made on a stream of their own, after what is queued on the current one."""
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for copy, tensor in pairs:
-            source = _source(tensor)
+            source = as_copied(tensor)
             copy.copy_(source, non_blocking=True)
             # The memory must not be given to another tensor before it was read, even if this one is freed.
             source.record_stream(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 from giantstep.format.data_file import DataFilePlan
 from giantstep.format.digests import Checksums
 from giantstep.format.names import DATA_DIR, data_file_name
-from giantstep.options import SaveOptions
+from giantstep.options import SaveOptions, Threads
 from giantstep.shards.region import Int64s
-from giantstep.storage.base import Store
+from giantstep.storage.base import Store, WriteHandle
 from giantstep.writing.memory import Memory
 from giantstep.writing.stream import BlockStream, BufferPool
 
@@ -62,7 +63,13 @@ class Written:
 
 
 def write(
-    store: Store, save_id: str, rank: int, plans: Sequence[DataFilePlan], sources: Sources, options: SaveOptions
+    store: Store,
+    save_id: str,
+    rank: int,
+    plans: Sequence[DataFilePlan],
+    sources: Sources,
+    options: SaveOptions,
+    threads: Threads,
 ) -> Written:
     """Write a rank's data files and flush them.
 
@@ -76,34 +83,37 @@ def write(
     written = Written([], np.zeros(entries, dtype=np.int64), np.zeros(entries, dtype=np.int64))
     if not plans:
         return written
-    with BufferPool(options.buffer_bytes, options.writer_threads) as pool:
+    with ExitStack() as stack:
+        pools: dict[int, BufferPool] = {}
+
+        def pool_of(count: int) -> BufferPool:
+            if count not in pools:
+                pools[count] = stack.enter_context(BufferPool(options.buffer_bytes, count))
+            return pools[count]
+
         for number, plan in enumerate(plans):
             name = data_file_name(save_id, rank, number)
-            checksums = _write_file(store, name, plan, sources, pool, options)
+            direct = options.direct_io == "auto" and plan.bytes >= _DIRECT_FROM_BYTES
+            with closing(store.create(name, plan.bytes, direct=direct)) as handle:
+                pool = pool_of(threads.device if handle.direct_bytes or not handle.nearby else threads.memory)
+                checksums = _write_file(handle, plan, sources, pool, options.block_bytes)
             written.files.append(WrittenFile(name, plan.bytes, checksums))
             written.file[plan.order], written.start[plan.order] = number, plan.starts
     store.sync_names(DATA_DIR)
     return written
 
 
-def _write_file(
-    store: Store, name: str, plan: DataFilePlan, sources: Sources, pool: BufferPool, options: SaveOptions
-) -> Checksums:
-    direct = options.direct_io == "auto" and plan.bytes >= _DIRECT_FROM_BYTES
-    handle = store.create(name, plan.bytes, direct=direct)
-    try:
-        with BlockStream(handle, pool, options.block_bytes) as stream:
-            stream.append([np.frombuffer(plan.header, dtype=np.uint8)])
-            for rows in _runs(plan.order, sources.address):
-                if sources.address[rows[0]]:
-                    stream.append_memory(Memory(sources.address[rows], sources.bytes[rows]))
-                else:
-                    for position in rows.tolist():
-                        stream.append(sources.pieces(position))
-            checksums = stream.finish()
-        handle.sync()
-    finally:
-        handle.close()
+def _write_file(handle: WriteHandle, plan: DataFilePlan, sources: Sources, pool: BufferPool, block_bytes: int) -> Checksums:
+    with BlockStream(handle, pool, block_bytes) as stream:
+        stream.append([np.frombuffer(plan.header, dtype=np.uint8)])
+        for rows in _runs(plan.order, sources.address):
+            if sources.address[rows[0]]:
+                stream.append_memory(Memory(sources.address[rows], sources.bytes[rows]))
+            else:
+                for position in rows.tolist():
+                    stream.append(sources.pieces(position))
+        checksums = stream.finish()
+    handle.sync()
     return checksums
 
 
