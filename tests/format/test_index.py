@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import giantstep as gs
 from giantstep.errors import BadArgumentError, CorruptionError
 from giantstep.format.container import Entry, header_bytes_bound, headers_bytes_bound, lay_out, parse_header
-from giantstep.format.data_file import chunk_entry, object_entry, plan_data_files
+from giantstep.format.data_file import ChunkLayout, chunk_entry, object_entry, plan_data_files
 from giantstep.format.index import COLUMNS, Index, check_index, encode_index
 from giantstep.format.names import data_file_name, is_data_file, is_index_file, save_id_of
 from giantstep.format.record import CommitRecord, FileEntry, IndexEntry, Totals, decode_record, encode_record
@@ -185,3 +185,37 @@ def test_entries_are_aligned_named_and_spread_over_files() -> None:
     many = [Entry(f"t{n}[]", "U8", (400_000,), 400_000) for n in range(7)]
     plans = plan_data_files(many, [1] * 7, 1 << 20, {})
     assert [len(plan.order) for plan in plans] == [2, 2, 2, 1]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["U8", "BF16", "F64", "C128", "F4X2"]), st.integers(0, 5), st.integers(0, 4)), max_size=20
+    ),
+    st.lists(st.integers(1, 50), max_size=3),
+)
+def test_a_layout_that_is_kept_gives_the_file_that_a_fresh_plan_gives(
+    chunks: list[tuple[str, int, int]], objects: list[int]
+) -> None:
+    keys = [f"layer.{number}\u00e9" for number in range(len(chunks))]
+    dtypes = [BY_NAME[name] for name, _, _ in chunks]
+    regions = [Region((row, 0), (rows, 2)) for _, row, rows in chunks]
+    behind = [object_entry(f"object {number}", size) for number, size in enumerate(objects)]
+    entries = [*map(chunk_entry, keys, dtypes, regions), *behind]
+    alignments = [*(dtype.item_bytes for dtype in dtypes), *(1 for _ in behind)]
+    layout = ChunkLayout.of(keys, dtypes, regions)
+    kept = layout.with_objects(behind, 1 << 30, {"format": "giantstep"})
+    fresh = plan_data_files(entries, alignments, 1 << 30, {"format": "giantstep"})
+    assert kept is not None
+    if not entries:
+        assert not fresh
+        return
+    assert [(plan.header, plan.order.tolist(), plan.starts.tolist(), plan.bytes) for plan in fresh] == [
+        (kept.header, kept.order.tolist(), kept.starts.tolist(), kept.bytes)
+    ]
+    assert layout.bytes.tolist() == [entry.bytes for entry in entries[: len(chunks)]]
+
+
+def test_a_layout_is_of_one_file_only_where_all_surely_fit() -> None:
+    layout = ChunkLayout.of(["w"], [BY_NAME["U8"]], [Region((0,), (1000,))])
+    assert layout.with_objects([object_entry("o", 5000)], 6000, {}) is None
+    assert layout.with_objects([object_entry("o", 5000)], 60_000, {}) is not None

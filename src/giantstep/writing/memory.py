@@ -35,7 +35,7 @@ class Memory:
         self._stops = np.append(self._starts[1:], self.bytes)
 
     def views(self, start: int, stop: int) -> list[memoryview]:
-        """The bytes from `start` up to, not including, `stop` of all pieces together; none of the views is empty."""
+        """The bytes from `start` up to, not including, a later `stop` of all pieces together; no view is empty."""
         first = int(np.searchsorted(self._stops, start, side="right"))
         last = int(np.searchsorted(self._starts, stop, side="left"))
         shift = self._address[first:last] - self._starts[first:last]
