@@ -183,6 +183,42 @@ def test_one_rank_cancels_and_nobody_commits(when: str) -> None:
         assert _MEDIA[first.location.removeprefix("memory://")] == {}
 
 
+class _CancellingStore(SlowStore):
+    """Cancels a save when a data file has got its third write; counts the bytes that are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: gs.PendingSave | None = None
+        self.begun = threading.Event()
+        self.writes = 0
+
+    def create(self, name: str, size: int, *, direct: bool) -> Any:
+        handle = super().create(name, size, direct=direct)
+        real = handle.write_parts
+
+        def write_parts(offset: int, parts: Any) -> None:
+            self.begun.wait(30)
+            real(offset, parts)
+            self.writes += 1
+            if self.writes == 3 and self.pending is not None:
+                self.pending.cancel()
+
+        handle.write_parts = write_parts
+        return handle
+
+
+def test_a_save_that_is_cancelled_while_it_writes_stops_writing() -> None:
+    store = _CancellingStore()
+    options = gs.SaveOptions(block_bytes=4096, buffer_bytes=4096, writer_threads=1)
+    store.pending = gs.async_save({"w": torch.ones(1 << 18)}, store, options=options)
+    store.begun.set()
+    with pytest.raises(CancelledError):
+        store.pending.result()
+    assert 3 <= store.writes < 20
+    assert _MEDIA[store.location.removeprefix("memory://")] == {}
+    gs.finish_saves()
+
+
 def test_a_cancelled_save_is_no_failure_for_the_next_one_to_tell_of() -> None:
     gated, store = GatedStore(), SlowStore()
     options = gs.SaveOptions(max_pending=3, staging="background")

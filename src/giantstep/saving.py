@@ -171,7 +171,7 @@ class Save:
 
         def write() -> Parts:
             check()
-            report = self._write(threads_for(self.options.writer_threads, self._group.size, spared=spared))
+            report = self._write(threads_for(self.options.writer_threads, self._group.size, spared=spared), check)
             check()
             return report
 
@@ -185,7 +185,7 @@ class Save:
         tensors, objects, total = (int(part) for part in answer.split())
         self._totals = (tensors, objects, total)
 
-    def _write(self, threads: Threads) -> Parts:
+    def _write(self, threads: Threads, check: Callable[[], None]) -> Parts:
         # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
         with uncollected():
             part = self._planner.part
@@ -194,7 +194,7 @@ class Save:
             plans = chosen.plans(layout, self.options.max_file_bytes, file_metadata(self._save_id, self._group.rank))
             sources = chosen.sources(layout, self.options.buffer_bytes)
         self._store.prepare(DATA_DIR)
-        written = write(self._store, self._save_id, self._group.rank, plans, sources, self.options, threads)
+        written = write(self._store, self._save_id, self._group.rank, plans, sources, self.options, threads, check)
         self._written_bytes = int(sources.bytes.sum())
         return write_report(written, sources, list(chosen.objects)).encode()
 

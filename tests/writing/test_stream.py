@@ -13,6 +13,7 @@ import pytest
 import xxhash
 from numpy.typing import NDArray
 
+from giantstep.errors import GiantstepError
 from giantstep.storage.base import Buffer, Store, WriteHandle, read_all
 from giantstep.storage.buffers import address_of, device_buffer
 from giantstep.storage.local import LocalStore
@@ -169,3 +170,19 @@ def test_nothing_is_written_after_the_stream_is_left() -> None:
             stream.append([random_bytes(8 * BLOCK)])
             stream.finish()
         assert handle.writes == before
+
+
+def test_what_is_checked_before_each_stretch_ends_the_stream_when_it_raises() -> None:
+    handle, checked = Noting(0), 0
+
+    def check() -> None:
+        nonlocal checked
+        checked += 1
+        if checked > 5:
+            raise GiantstepError("enough")
+
+    with BufferPool(BLOCK, 2) as pool:
+        with pytest.raises(GiantstepError, match="enough"), BlockStream(handle, pool, BLOCK, check) as stream:
+            stream.append([random_bytes(40 * BLOCK)])
+        assert handle.writes <= 5
+        assert checked == 6

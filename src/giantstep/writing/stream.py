@@ -82,9 +82,13 @@ class BlockStream:
         handle: the file, open for writing; closing it is the caller's.
         pool: buffers and threads.
         block_bytes: size of the checksummed blocks.
+        check: called before each stretch; raises if nothing more is to be written.
     """
 
-    def __init__(self, handle: WriteHandle, pool: BufferPool, block_bytes: int) -> None:
+    def __init__(
+        self, handle: WriteHandle, pool: BufferPool, block_bytes: int, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._check = check
         self._handle = handle
         self._pool = pool
         self._block_bytes = block_bytes
@@ -121,6 +125,7 @@ class BlockStream:
             start = stop
 
     def _submit(self) -> None:
+        self._check()
         parts, offset = self._parts, self._position
         self._parts, self._filled, self._position = [], 0, offset + self._filled
         # An earlier failure ends the stream here, not after the last byte.

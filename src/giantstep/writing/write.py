@@ -70,14 +70,23 @@ def write(
     sources: Sources,
     options: SaveOptions,
     threads: Threads,
+    check: Callable[[], None] = lambda: None,
 ) -> Written:
     """Write a rank's data files and flush them.
 
     When it returns, bytes and names are durable. When it raises, files of `save_id` may be left; no other save
     uses their names.
 
+    Args:
+        store, save_id, rank: which files are written, and where.
+        plans: of the files.
+        sources: of their entries.
+        options, threads: how.
+        check: called now and then; raises if nothing more is to be written.
+
     Raises:
         OSError: a storage operation failed.
+        Exception: what `check` raises.
     """
     entries = len(sources.bytes)
     written = Written([], np.zeros(entries, dtype=np.int64), np.zeros(entries, dtype=np.int64))
@@ -96,15 +105,22 @@ def write(
             direct = options.direct_io == "auto" and plan.bytes >= _DIRECT_FROM_BYTES
             with closing(store.create(name, plan.bytes, direct=direct)) as handle:
                 pool = pool_of(threads.device if handle.direct_bytes or not handle.nearby else threads.memory)
-                checksums = _write_file(handle, plan, sources, pool, options.block_bytes)
+                checksums = _write_file(handle, plan, sources, pool, options.block_bytes, check)
             written.files.append(WrittenFile(name, plan.bytes, checksums))
             written.file[plan.order], written.start[plan.order] = number, plan.starts
     store.sync_names(DATA_DIR)
     return written
 
 
-def _write_file(handle: WriteHandle, plan: DataFilePlan, sources: Sources, pool: BufferPool, block_bytes: int) -> Checksums:
-    with BlockStream(handle, pool, block_bytes) as stream:
+def _write_file(
+    handle: WriteHandle,
+    plan: DataFilePlan,
+    sources: Sources,
+    pool: BufferPool,
+    block_bytes: int,
+    check: Callable[[], None],
+) -> Checksums:
+    with BlockStream(handle, pool, block_bytes, check) as stream:
         stream.append([np.frombuffer(plan.header, dtype=np.uint8)])
         for rows in _runs(plan.order, sources.address):
             if sources.address[rows[0]]:
