@@ -89,7 +89,7 @@ def _written(store: Store, entries: list[tuple[Entry, bytes]]) -> tuple[WrittenF
     store.prepare("data")
 
     sizes = np.array([entry.bytes for entry, _ in entries], dtype=np.int64)
-    sources = Sources(sizes, np.zeros_like(sizes), lambda row: [np.frombuffer(entries[row][1], dtype=np.uint8)])
+    sources = Sources(sizes, np.zeros_like(sizes), None, lambda row: [np.frombuffer(entries[row][1], dtype=np.uint8)])
     options = gs.SaveOptions(block_bytes=BLOCK_BYTES)
     metadata = file_metadata(SAVE_ID, 0)
     plans = plan_data_files([entry for entry, _ in entries], [1] * len(entries), options.max_file_bytes, metadata)

@@ -222,7 +222,7 @@ class _Removal:
             alignments = [alignment for _, alignment in entries]
             metadata = file_metadata(self._save_id, rank)
             plans = plan_data_files([entry for entry, _ in entries], alignments, options.max_file_bytes, metadata)
-            sources = Sources(sizes, np.zeros_like(sizes), stored.pieces)
+            sources = Sources(sizes, np.zeros_like(sizes), None, stored.pieces)
             written = write(self._store, self._save_id, rank, plans, sources, options, threads_for(None, 1))
         return written.files, written.file, written.start
 

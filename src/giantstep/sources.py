@@ -97,6 +97,7 @@ class PartSources:
         return Sources(
             bytes=np.concatenate((layout.bytes, np.array([len(data) for data in objects], dtype=np.int64))),
             address=np.concatenate((_addresses(views), np.zeros(len(objects), dtype=np.int64))),
+            owner=views,
             pieces=pieces,
         )
 

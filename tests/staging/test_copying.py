@@ -49,7 +49,9 @@ def test_every_tensor_is_copied_whole_and_nothing_else_is_touched(
 def test_neighbours_are_copied_as_one_and_others_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     spans: list[int] = []
     real = copying._copy_spans
-    monkeypatch.setattr(copying, "_copy_spans", lambda found: spans.extend(length for _, _, length in found) or real(found))
+    monkeypatch.setattr(
+        copying, "_copy_spans", lambda found, owners: spans.extend(length for _, _, length in found) or real(found, owners)
+    )
     sources, copies = neighbours([4] * 12, {6: 1}), neighbours([4] * 12, {})
     copy_all(copies, sources, 1)
     assert spans == [96, 96]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +19,7 @@ def test_views_are_the_bytes_of_all_pieces_one_after_another(pieces: list[tuple[
     starts = np.array([start for start, _ in pieces], dtype=np.int64)
     sizes = np.array([size for _, size in pieces], dtype=np.int64)
     expected = b"".join(held[start : start + size].tobytes() for start, size in pieces)
-    memory = Memory(address_of(held) + starts, sizes)
+    memory = Memory(address_of(held) + starts, sizes, held)
     assert memory.bytes == len(expected)
     if not expected:
         return
@@ -31,6 +34,18 @@ def test_views_are_the_bytes_of_all_pieces_one_after_another(pieces: list[tuple[
 def test_neighbours_are_one_view() -> None:
     held = np.arange(100, dtype=np.uint8)
     begin = address_of(held)
-    memory = Memory(np.array([begin + 10, begin + 20, begin + 20, begin + 30, begin + 60]), np.array([10, 0, 10, 5, 5]))
+    memory = Memory(np.array([begin + 10, begin + 20, begin + 20, begin + 30, begin + 60]), np.array([10, 0, 10, 5, 5]), held)
     assert [len(view) for view in memory.views(0, 30)] == [25, 5]
     assert [len(view) for view in memory.views(8, 26)] == [17, 1]
+
+
+def test_a_stretch_that_waits_keeps_its_memory_alive() -> None:
+    owner = np.arange(64, dtype=np.uint8)
+    left = weakref.ref(owner)
+    memory = Memory(np.array([address_of(owner)]), np.array([64]), owner)
+    del owner
+    gc.collect()
+    assert left() is not None
+    assert bytes(memory.views(3, 5)[0]) == b"\x03\x04"
+    del memory
+    assert left() is None

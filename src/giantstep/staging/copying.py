@@ -11,6 +11,7 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -85,11 +86,11 @@ def _runs(copies: list[torch.Tensor], sources: list[torch.Tensor], sizes: Int64s
         return []
     lengths = np.add.reduceat(sizes, first)
     spans = list(zip(places[0][first].tolist(), places[1][first].tolist(), lengths.tolist(), strict=True))
-    total = int(sizes.sum())
+    total, owners = int(sizes.sum()), (copies, sources)
     if not in_two:
-        return [lambda: _copy_spans(spans)]
+        return [partial(_copy_spans, spans, owners)]
     # To the byte: one run may be all there is.
-    return [lambda: _copy_spans(_within(spans, 0, total // 2)), lambda: _copy_spans(_within(spans, total // 2, total))]
+    return [partial(_copy_spans, _within(spans, *part), owners) for part in ((0, total // 2), (total // 2, total))]
 
 
 _Span = tuple[int, int, int]
@@ -106,7 +107,8 @@ def _within(spans: list[_Span], start: int, stop: int) -> list[_Span]:
     return found
 
 
-def _copy_spans(spans: list[_Span]) -> None:
+def _copy_spans(spans: list[_Span], _owners: object) -> None:
+    """Copy bytes from address to address; `_owners` keep them alive, whatever becomes of the caller."""
     for target, origin, length in spans:
         to, of = (np.frombuffer(memory_between(start, start + length), dtype=np.uint8) for start in (target, origin))
         np.copyto(to, of)

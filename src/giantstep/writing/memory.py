@@ -14,13 +14,16 @@ from giantstep.storage.buffers import memory_between
 class Memory:
     """Pieces of this process's memory that are to follow one another.
 
-    Invariant: whoever makes one keeps the memory alive and unchanged as long as views of it are used.
+    Invariant: the memory does not change as long as views of it are used, and it is alive as long as this object is: a view
+    itself keeps nothing alive.
 
     Args:
         address, sizes: [pieces] first byte of each, and number of bytes.
+        owner: what keeps the memory alive.
     """
 
-    def __init__(self, address: Int64s, sizes: Int64s) -> None:
+    def __init__(self, address: Int64s, sizes: Int64s, owner: object) -> None:
+        self._owner = owner
         address, sizes = address[sizes > 0], sizes[sizes > 0]
         # Neighbours are one piece: parts of a flat buffer, or copies that a snapshot has laid out.
         apart = np.ones(len(address), dtype=bool)

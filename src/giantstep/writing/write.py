@@ -28,14 +28,16 @@ class Sources:
 
     Attributes:
         bytes: [entries] size of each.
-        address: [entries] where in host memory all of its bytes lie in order; 0 where `pieces` must be asked for them. The
-            caller keeps this memory alive and unchanged until `write` returns.
+        address: [entries] where in host memory all of its bytes lie in order; 0 where `pieces` must be asked for them. This
+            memory must not change until `write` returns.
+        owner: what keeps that memory alive. Threads that read it refer to this, whatever becomes of the caller.
         pieces: gives the bytes of an entry in order, as one-dimensional uint8 arrays. Each keeps its bytes as long as it is
             referred to: they are checksummed and written later, in other threads, and mostly without a copy.
     """
 
     bytes: Int64s
     address: Int64s
+    owner: object
     pieces: Callable[[int], Iterable[NDArray[np.uint8]]]
 
 
@@ -124,7 +126,7 @@ def _write_file(
         stream.append([np.frombuffer(plan.header, dtype=np.uint8)])
         for rows in _runs(plan.order, sources.address):
             if sources.address[rows[0]]:
-                stream.append_memory(Memory(sources.address[rows], sources.bytes[rows]))
+                stream.append_memory(Memory(sources.address[rows], sources.bytes[rows], sources.owner))
             else:
                 for position in rows.tolist():
                     stream.append(sources.pieces(position))
