@@ -26,92 +26,13 @@ from giantstep.group.torch_group import group_of
 from giantstep.saver import saver_of
 from giantstep.storage.memory import _MEDIA
 from giantstep.testing.ranks import run_ranks
+from live_state import change, check_stored, live_state
 from processes import results, run_processes
 from slow_store import GatedStore, SlowStore
 
 IGNORE = gs.StrictHandling.IGNORE_ALL
 BACKGROUND = gs.SaveOptions(staging="background", block_bytes=4096, buffer_bytes=4096)
 SMALL = gs.SaveOptions(block_bytes=4096, buffer_bytes=4096)
-
-
-class Live:
-    """An object of the user's whose state is its own."""
-
-    def __init__(self) -> None:
-        self.values = {"momentum": torch.zeros(3), "steps": [0]}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.values
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values = state
-
-
-def live_state() -> dict[str, Any]:
-    """Every kind of leaf whose value can change in place."""
-    base = torch.zeros(6, 8)
-    tied = torch.zeros(5)
-    return {
-        "plain": torch.zeros(7),
-        "parameter": torch.nn.Parameter(torch.zeros(2, 3)),
-        "transposed": base.t(),
-        "every other": torch.zeros(20)[::2],
-        "scalar": torch.tensor(0.0),
-        "half": torch.zeros(9, dtype=torch.bfloat16),
-        "bool": torch.zeros(4, dtype=torch.bool),
-        "complex": torch.zeros(3, dtype=torch.complex64).conj(),
-        "fp8": torch.zeros(5, dtype=torch.uint8).view(torch.float8_e4m3fn),
-        "empty": torch.zeros(0, 3),
-        "tied": tied,
-        "also tied": tied,
-        "shard": gs.ShardedTensor.from_rank_offsets("shard", torch.zeros(4, 2)),
-        "object": gs.ShardedObject("object", {"epoch": 0, "seen": [0]}, (1,), (0,)),
-        "live": Live(),
-        "numbers": np.zeros(4),
-        "step": 0,
-        "list": [0, {"deep": [0]}],
-    }
-
-
-def tensors_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    return {**found, "shard": state["shard"].data, "live.momentum": state["live"].values["momentum"]}
-
-
-def change(state: dict[str, Any], number: int) -> None:
-    """Overwrite every value in place."""
-    with torch.no_grad():
-        for key, tensor in tensors_of(state).items():
-            if key == "fp8":
-                tensor.view(torch.uint8).fill_(number % 100)
-            else:
-                tensor.fill_(bool(number % 2) if key == "bool" else number)
-    state["numbers"].fill(number)
-    state["step"] = number
-    state["list"][0] = state["list"][1]["deep"][0] = number
-    state["object"].data["epoch"] = state["object"].data["seen"][0] = number
-    state["live"].values["steps"][0] = number
-
-
-def check_stored(store: Any, number: int) -> None:
-    """Every stored value is `number`, in its kind."""
-    checkpoint = gs.open_checkpoint(store)
-    expected = live_state()
-    change(expected, number)
-    for key, tensor in tensors_of(expected).items():
-        stored = np.asarray(checkpoint[key][...])
-        words = (
-            tensor.detach().resolve_conj().contiguous().view(torch.uint8)
-            if tensor.dim()
-            else tensor.reshape(1).view(torch.uint8)
-        )
-        if stored.tobytes() != words.numpy().tobytes():
-            raise AssertionError(f"{key} in save {number} is {stored}")
-    common = checkpoint.common
-    assert (common["step"], common["list"]) == (number, [number, {"deep": [number]}])
-    assert common["numbers"].tolist() == [number] * 4
-    assert common["live"]["steps"] == [number]
-    assert list(checkpoint.objects().values()) == [{"epoch": number, "seen": [number]}]
 
 
 @pytest.mark.parametrize("options", [SMALL, BACKGROUND], ids=["auto", "background"])
@@ -522,10 +443,10 @@ def _change_a_dtensor(rank: int, path: str) -> list[str]:
         real(*arguments)
 
     giantstep.async_saving.line_up = line_up
-    for change in (lambda: value.add_(1), optimizer.step, lambda: None):
+    for alter in (lambda: value.add_(1), optimizer.step, lambda: None):
         changed = threading.Event()
         pending = gs.async_save({"value": value, "parameter": parameter}, path, options=options)
-        change()
+        alter()
         changed.set()
         told.append(type(pending.exception(60)).__name__)
     return told

@@ -101,6 +101,8 @@ class Watch:
         """Call the roll, and announce who is waited for and does not answer."""
         peers = [link.peer for link in pending]
         self._board.call_roll()
+        # Others may be calling it at this moment, and must not take this rank for one that does not answer.
+        self._board.answer_roll(peers)
         end = time.monotonic() + self._every_secs + _ROLL_EXTRA_SECS
         while time.monotonic() < end:
             # Somebody may be quicker.

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from giantstep.staging.copying import as_copied, copy_all
+from giantstep.staging.devices import Copying, Streams, locked_memory
 from giantstep.staging.unchanged import Watch
 from giantstep.storage.arenas import Arena, Arenas
 
@@ -95,10 +96,15 @@ class _Views:
 
 
 class StagingMemory:
-    """The memory of one rank's snapshots, kept from save to save; page-locked for those with tensors of CUDA devices."""
+    """The memory of one rank's snapshots, kept from save to save; page-locked for those with tensors of CUDA devices.
+
+    Attributes:
+        streams: on which tensors of CUDA devices are copied.
+    """
 
     def __init__(self) -> None:
-        self._plain, self._locked = Arenas(), Arenas(_locked_memory)
+        self._plain, self._locked = Arenas(), Arenas(locked_memory)
+        self.streams = Streams()
         self._last: _Views | None = None
 
     @property
@@ -127,11 +133,6 @@ class StagingMemory:
         if last is None or last.arena is not arena or last.layout is not layout:
             last = self._last = _Views(arena, layout, _views(arena, tensors, layout))
         return last.views
-
-
-def _locked_memory(size_bytes: int) -> Arena:
-    array: Arena = torch.empty(max(1, size_bytes), dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
-    return array[:size_bytes]
 
 
 class Snapshot:
@@ -169,7 +170,8 @@ class Snapshot:
         locked = not layout.is_plain and any(tensor.is_cuda for tensor in tensors)
         self._arenas = memory.arenas(locked=locked)
         self._arena: Arena | None = self._arenas.take(layout.bytes)
-        self._events: list[torch.cuda.Event] = []
+        self._queued: list[Copying] = []
+        self._streams = memory.streams
         self._left: _Left | None = None
         # Tensors that must not change yet.
         self._watched: list[Watch] = []
@@ -194,12 +196,11 @@ class Snapshot:
     ) -> None:
         # Which of them are on a CUDA device: mostly, where there is one, all.
         away = [False] * len(tensors) if self._is_plain else [tensor.is_cuda for tensor in tensors]
-        by_device: dict[torch.device, list[_Pair]] = {}
-        for copy, tensor in itertools.compress(zip(copies, tensors, strict=True), away):
-            by_device.setdefault(tensor.device, []).append((copy, tensor))
-        for device, found in by_device.items():
-            self._events.append(_queue_copies(device, found))
-        if by_device:
+        devices = {tensor.device for tensor in _those(tensors, away)}
+        for device in devices:
+            chosen = [tensor.device == device for tensor in tensors]
+            self._queued.append(self._streams.queue(device, _those(copies, chosen), _those(tensors, chosen)))
+        if devices:
             self._watched.append(Watch.of(_those(names, away), _those(tensors, away)))
             here = [not cuda for cuda in away]
             tensors, names, copies = _those(tensors, here), _those(names, here), _those(copies, here)
@@ -220,7 +221,7 @@ class Snapshot:
     @property
     def is_on_its_way(self) -> bool:
         """Whether copies are left that `finish` would wait for or make."""
-        return bool((self._left and self._left.copies) or self._events)
+        return bool((self._left and self._left.copies) or self._queued)
 
     def finish(self) -> None:
         """Wait for, or make, the copies that are not made yet. The tensors may change afterwards.
@@ -236,8 +237,8 @@ class Snapshot:
             left.watch.check_memory()
             with torch.inference_mode(mode=False), torch.no_grad():
                 copy_all(left.copies, self._sources(left.watch.tensors), self._threads)
-        for event in self._events:
-            event.synchronize()
+        for copying in self._queued:
+            copying.wait()
         for watch in watched:
             watch.check()
 
@@ -247,8 +248,8 @@ class Snapshot:
         self.copies, self._left, self._watched = [], None, []
         if arena is not None:
             # Copies that are still on their way would go into memory of the next snapshot.
-            for event in self._events:
-                event.synchronize()
+            for copying in self._queued:
+                copying.wait()
             self._arenas.give(arena)
 
 
@@ -259,7 +260,6 @@ class _Left(NamedTuple):
     watch: Watch
 
 
-_Pair = tuple[torch.Tensor, torch.Tensor]
 _Item = TypeVar("_Item")
 
 
@@ -289,18 +289,3 @@ def _views(arena: Arena, tensors: Sequence[torch.Tensor], layout: Layout) -> lis
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
     steps = itertools.accumulate(reversed(shape[1:]), lambda step, count: step * max(1, count), initial=1)
     return tuple(reversed(list(steps))) if len(shape) else ()
-
-
-def _queue_copies(device: torch.device, pairs: Sequence[_Pair]) -> torch.cuda.Event:
-    """Have copies from a CUDA device made on a stream of their own, after what is queued on the current one."""
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for copy, tensor in pairs:
-            source = as_copied(tensor)
-            copy.copy_(source, non_blocking=True)
-            # The memory must not be given to another tensor before it was read, even if this one is freed.
-            source.record_stream(stream)
-        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream)
-    return event
