@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,7 @@ import giantstep as gs
 _COPY, _PAGEABLE = "one copy per tensor to page-locked memory", "likewise, to other memory"
 BLOCKED, STAGED, COMMITTED, STEP = "async: blocked", "async: staged", "async: committed", "a step's kernels beside it"
 SAVE, LOAD = "save", "load"
+_METHODS = (GIANTSTEP, KEPT, DCP)
 
 
 @dataclass(slots=True)
@@ -56,7 +57,6 @@ class Bench:
         self.place = folder / "checkpoint"
         self.figures = Figures()
         self.cache = gs.PlanCache()
-        self.stager = DefaultStager(StagingOptions(True, False, True, True))
 
     def timed(self, work: Callable[[], Any]) -> float:
         torch.cuda.synchronize()
@@ -97,7 +97,9 @@ class Bench:
         torch.cuda.synchronize()
         begin = time.monotonic()
         if method == DCP:
-            response: Any = async_save_with_dcp(self.state, checkpoint_id=str(self.place), async_stager=self.stager)
+            # A stager that is kept cannot be used again in every version of torch: some close it after a save.
+            stager = DefaultStager(StagingOptions())
+            response: Any = async_save_with_dcp(self.state, checkpoint_id=str(self.place), async_stager=stager)
             waits: list[Callable[[], Any]] = [response.staging_completion.result, response.upload_completion.result]
         else:
             pending = gs.async_save(self.state, self.place, options=options)
@@ -121,8 +123,7 @@ class Bench:
             tensor.zero_()
         shutil.rmtree(self.place)
 
-    def run(self, rounds: int) -> None:
-        methods = (GIANTSTEP, KEPT, DCP)
+    def run(self, rounds: int, methods: Sequence[str]) -> None:
         for number in range(-1, rounds):
             self.copies()
             for method in methods:
@@ -153,18 +154,20 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"), help="where it is saved (default: /dev/shm)")  # noqa: S108
     parser.add_argument("--gib", type=float, default=4, help="size of the large state (default: 4)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument("--states", nargs="+", choices=("large", "small"), default=("large", "small"), help="default: both")
+    parser.add_argument("--methods", nargs="+", choices=_METHODS, default=_METHODS, help="default: all")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     console, figures = Console(width=120), {}
     console.print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; {arguments.repeat} rounds, medians")
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
-        for tensors, size in ((32, int(arguments.gib * (1 << 30)) // 32), (8192, 65536)):
+        shapes = {"large": (32, int(arguments.gib * (1 << 30)) // 32), "small": (8192, 65536)}
+        for tensors, size in map(shapes.__getitem__, arguments.states):
             title = f"{tensors:,} tensors of {size / 1024:,.0f} KiB"
             bench = Bench(tensors, size, Path(folder))
-            bench.run(arguments.repeat)
+            bench.run(arguments.repeat, arguments.methods)
             figures[title] = _print(title, bench, console)
-            bench.stager.close()
             gs.finish_saves()
             del bench
             torch.cuda.empty_cache()
