@@ -68,7 +68,9 @@ class Transformer(nn.Module):
 def cut_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     """Norms and the embedding stay plain tensors, equal on all ranks."""
     for block in model.blocks:
-        plan = dict.fromkeys(("query", "key", "value", "up"), ColwiseParallel()) | dict.fromkeys(("out", "down"), RowwiseParallel())
+        plan = dict.fromkeys(("query", "key", "value", "up"), ColwiseParallel()) | dict.fromkeys(
+            ("out", "down"), RowwiseParallel()
+        )
         parallelize_module(block, mesh, plan)
     parallelize_module(model, mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
 

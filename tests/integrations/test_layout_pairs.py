@@ -120,4 +120,4 @@ def test_a_run_that_forgets_the_moments_would_be_noticed(seen: Seen) -> None:
     first, second = seen.forgotten[SINGLE]
     _, (expected, expected_second) = seen.saved[SINGLE]
     assert first == pytest.approx(expected, rel=RELATIVE)
-    assert abs(second - expected_second) > 1000 * RELATIVE * expected_second
+    assert abs(second - expected_second) > 100 * RELATIVE * expected_second

@@ -18,7 +18,7 @@ from giantstep.mapping.dtensor import DTensorLayout, DTensorReader
 from giantstep.mapping.overlap import shares_elements
 from giantstep.mapping.replica import is_main_replica
 from giantstep.mapping.sharded_tensor import ShardedTensor
-from giantstep.mapping.torch_sharded import is_torch_sharded, pieces_of, ranks_of
+from giantstep.mapping.torch_sharded import facts_of, is_torch_sharded, pieces_of, ranks_of
 from giantstep.planning.description import COPY, IMPLICIT, MAIN
 from giantstep.shards.dtypes import DType
 from giantstep.shards.paths import Path, dotted
@@ -214,7 +214,8 @@ class LeafMaker:
         return TensorLeaf(path, key, tensor, extent, pieces)
 
     def _torch_sharded_leaf(self, path: Path, key: str, tensor: torch.Tensor) -> TensorLeaf:
-        dtype, shape = stored_dtype(tensor.dtype), check_shape(tuple(tensor.shape), f"tensor {key!r}")
+        kind, size = facts_of(tensor)
+        dtype, shape = stored_dtype(kind), check_shape(size, f"tensor {key!r}")
         mesh, ranks = ranks_of(tensor)
         pieces: Pieces = [(region, view) for region, view in pieces_of(key, tensor) if self._has_memory(view, key)]
         return TensorLeaf(path, key, tensor, Extent(dtype, shape, IMPLICIT, mesh, ranks), pieces)

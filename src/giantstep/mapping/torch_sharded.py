@@ -22,6 +22,13 @@ def is_torch_sharded(kind: type) -> bool:
     return kind.__name__ == "ShardedTensor" and kind.__module__.startswith("torch.distributed._shard.")
 
 
+def facts_of(tensor: Any) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Dtype and global shape. Torch warns of the class whenever the tensor itself is asked."""
+    said = tensor.metadata()
+    dtype: torch.dtype = said.tensor_properties.dtype
+    return dtype, tuple(said.size)
+
+
 def ranks_of(tensor: Any) -> tuple[int, int]:
     """A number that stands for the set of ranks over which the tensor is cut, equal on all of them; and how many they are."""
     ranks = get_process_group_ranks(tensor._process_group)
