@@ -27,6 +27,7 @@ from giantstep.mapping.describe import Described, StoredObject
 from giantstep.mapping.leaves import TensorLeaf
 from giantstep.mapping.overlap import memory_of
 from giantstep.mapping.sharded_tensor import ShardedTensor
+from giantstep.mapping.torch_sharded import is_torch_sharded
 from giantstep.options import SaveOptions, threads_for
 from giantstep.pending import PendingSave
 from giantstep.phases import same_call, settings, with_call
@@ -257,7 +258,9 @@ def _outer(described: Described) -> list[tuple[str, torch.Tensor]]:
     """Tensors whose changes are counted by themselves, not by the parts that are copied."""
     found = [(name, source) for name, source in described.named_sources() if isinstance(source, torch.Tensor)]
     found += [(dotted(joint.path), joint.value) for joint in described.joints if isinstance(joint.value, torch.Tensor)]
-    return [(name, tensor) for name, tensor in found if type(tensor) not in (torch.Tensor, torch.nn.Parameter)]
+    # A torch ShardedTensor counts nothing; its shards, which are copied, do.
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return [(name, tensor) for name, tensor in found if type(tensor) not in plain and not is_torch_sharded(type(tensor))]
 
 
 def _of_copies(described: Described, copies: list[torch.Tensor], encoded: dict[str, bytes]) -> Described:

@@ -17,6 +17,7 @@ from giantstep.mapping.describe import Described
 from giantstep.mapping.expand import Joint
 from giantstep.mapping.overlap import memory_of
 from giantstep.mapping.sharded_tensor import ShardedTensor
+from giantstep.mapping.torch_sharded import is_torch_sharded
 from giantstep.mapping.tree import DROPPED, Placed, Tree, map_known, merge, replace_at, unplaced
 from giantstep.shards.paths import Path
 from giantstep.words import words_of
@@ -37,7 +38,7 @@ def restore(described: Described, objects: Mapping[Path, Any], common: Tree, abs
     values = {leaf.path: objects.get(leaf.path, leaf.source.data) for leaf in described.objects} | dict(described.locals)
     merged = merge(_with_results(described, values), common)
     tree = {} if merged is DROPPED else unplaced(merged) if values else merged
-    hollow = [path for path, found in _results(described).items() if found is None or found.is_meta] if described.joints else []
+    hollow = [path for path, found in _results(described).items() if _is_hollow(found)] if described.joints else []
     left = set(absent)
     for joint in described.joints:
         tree = replace_at(tree, joint.path, partial(_joined, joint, hollow, joint.path in left))
@@ -48,6 +49,10 @@ def restore(described: Described, objects: Mapping[Path, Any], common: Tree, abs
 def _results(described: Described) -> dict[Path, torch.Tensor | None]:
     """By path, what stands in the place of each tensor after loading."""
     return {leaf.path: leaf.result for leaf in described.leaves}
+
+
+def _is_hollow(found: torch.Tensor | None) -> bool:
+    return found is None or (not is_torch_sharded(type(found)) and found.is_meta)
 
 
 def _with_results(described: Described, values: Mapping[Path, Any]) -> Tree:

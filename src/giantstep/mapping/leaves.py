@@ -18,6 +18,7 @@ from giantstep.mapping.dtensor import DTensorLayout, DTensorReader
 from giantstep.mapping.overlap import shares_elements
 from giantstep.mapping.replica import is_main_replica
 from giantstep.mapping.sharded_tensor import ShardedTensor
+from giantstep.mapping.torch_sharded import facts_of, is_torch_sharded, pieces_of, ranks_of
 from giantstep.planning.description import COPY, IMPLICIT, MAIN
 from giantstep.shards.dtypes import DType
 from giantstep.shards.paths import Path, dotted
@@ -187,6 +188,8 @@ class LeafMaker:
         key = dotted(path)
         if isinstance(tensor, DTensor):
             return self._distributed_leaf(path, key, tensor)
+        if is_torch_sharded(type(tensor)):
+            return self._torch_sharded_leaf(path, key, tensor)
         like = (tensor.shape, tensor.dtype)
         known = self._whole.get(like)
         if known is None:
@@ -209,6 +212,13 @@ class LeafMaker:
         parts = layout.pieces(key, tensor)
         pieces: Pieces = [(box, view.detach() if self._has_memory(view, key) else None) for box, view in parts]
         return TensorLeaf(path, key, tensor, extent, pieces)
+
+    def _torch_sharded_leaf(self, path: Path, key: str, tensor: torch.Tensor) -> TensorLeaf:
+        kind, size = facts_of(tensor)
+        dtype, shape = stored_dtype(kind), check_shape(size, f"tensor {key!r}")
+        mesh, ranks = ranks_of(tensor)
+        pieces: Pieces = [(region, view) for region, view in pieces_of(key, tensor) if self._has_memory(view, key)]
+        return TensorLeaf(path, key, tensor, Extent(dtype, shape, IMPLICIT, mesh, ranks), pieces)
 
     def _sharded_leaf(self, path: Path, tensor: ShardedTensor) -> TensorLeaf:
         tensor.validate()

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from giantstep.errors import BadArgumentError, UnsupportedTypeError
+from giantstep.mapping.torch_sharded import is_torch_sharded
 from giantstep.shards.region import Region
 
 Attributes = dict[str, Any]
@@ -109,7 +110,7 @@ def take_apart(tensor: torch.Tensor, what: str) -> Parts | None:
             not follow its dimensions.
     """
     kind = type(tensor)
-    if kind in OWN_VALUES or isinstance(tensor, DTensor):
+    if kind in OWN_VALUES or isinstance(tensor, DTensor) or is_torch_sharded(kind):
         return None
     wrapper = _BY_TYPE.get(kind)
     if wrapper is not None:
