@@ -9,7 +9,6 @@ Stop it whenever you like, and go on with any other --tp, --pp and number of pro
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -43,12 +42,12 @@ class Enter(torch.autograd.Function):
     """Where tensor parallelism begins: the same values forward, the sum of gradients backward."""
 
     @staticmethod
-    def forward(ctx, x, group):  # noqa: ANN001, ANN205
+    def forward(ctx, x, group):
         ctx.group = group
         return x
 
     @staticmethod
-    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+    def backward(ctx, gradient):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None
@@ -58,13 +57,13 @@ class Leave(torch.autograd.Function):
     """Where it ends: the other way round."""
 
     @staticmethod
-    def forward(ctx, x, group):  # noqa: ANN001, ANN205
+    def forward(ctx, x, group):
         x = x.contiguous()
         dist.all_reduce(x, group=group)
         return x
 
     @staticmethod
-    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+    def backward(ctx, gradient):
         return gradient, None
 
 
@@ -212,7 +211,7 @@ def main() -> None:
         optimizer.step()
         step += 1
         if dist.get_rank() == 0:
-            print(f"step {step} loss {loss:.6f} {math.frexp(loss)[0].hex()}", flush=True)
+            print(f"step {step} loss {loss:.6f} {loss.hex()}", flush=True)
         if step % arguments.save_every == 0:
             gs.async_save(state(step), arguments.dir / f"step_{step:08d}")
     gs.finish_saves()
