@@ -1,0 +1,118 @@
+"""`describe_stage`: the tensors of a pipeline stage as shards of the whole model: global names, and who writes what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from giantstep.errors import BadArgumentError
+from giantstep.mapping.factory import ShardedTensorFactory
+from giantstep.mapping.replica import ReplicaId, check_replica_id
+from giantstep.mapping.sharded_tensor import ShardedTensor
+from giantstep.pipeline.layout import PipelineLayout, Place
+from giantstep.pipeline.names import MTP_PREFIX, PREFIX, LayerNames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelNames:
+    """Names in a stage's state dict. The defaults are those of a GPT of Megatron-Core.
+
+    Attributes:
+        layers, mtp: what names of decoder and of MTP layers begin with.
+        embedding, output: the weights of the embedding and of the output layer.
+        tied: they are one weight: the last stage's copy is a replica of the first's, under the embedding's key.
+    """
+
+    layers: str = PREFIX
+    mtp: str = MTP_PREFIX
+    embedding: str = "embedding.word_embeddings.weight"
+    output: str = "output_layer.weight"
+    tied: bool = False
+
+
+_MEGATRON = ModelNames()
+
+
+def describe_stage(
+    state: Mapping[str, Any],
+    layout: PipelineLayout,
+    rank: int,
+    virtual: int = 0,
+    *,
+    names: ModelNames = _MEGATRON,
+    replica_id: ReplicaId = 0,
+) -> dict[str, Any]:
+    """The state dict of a pipeline stage as it is to be given to `save` and `load`.
+
+    Layers are named by their global index. Plain tensors become `ShardedTensor`s that are whole; of `ShardedTensor`s and
+    factories the key is changed, which must be the name in `state`, or end with it behind a dot, as that of an
+    optimizer's moment. What else there is stays as it is. Tensors are shared with `state`, so loading fills them.
+
+    Describe each of a rank's virtual stages and put the results into one dict: no two have a name in common.
+
+    Args:
+        state: by name, as the stage counts its layers.
+        layout: of the pipeline.
+        rank, virtual: the stage.
+        names: where layers, embedding and output layer are.
+        replica_id: of plain tensors: 0 (or zeros) on one of the ranks that hold the same stage, such as the data-parallel
+            rank. `ShardedTensor`s and factories have their own.
+
+    Returns:
+        By global name. To give the loaded state to the stage's module, use `localise`.
+
+    Raises:
+        BadArgumentError: a name is none of this stage's, or a key does not belong to its name.
+    """
+    check_replica_id(replica_id, "describe_stage")
+    layers = LayerNames(names.layers, names.mtp)
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        there = layers.global_name(name, layout, rank, virtual)
+        if not isinstance(value, torch.Tensor | ShardedTensor | ShardedTensorFactory):
+            found[there] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            value = ShardedTensor.from_rank_offsets(name, value, replica_id=replica_id)  # noqa: PLW2901
+        key, copy = _key_and_copy(name, there, layout, (rank, virtual), names, state)
+        own = (value.replica_id,) if isinstance(value.replica_id, int) else value.replica_id
+        found[there] = replace(value, key=_renamed(value.key, name, key), replica_id=(*own, copy) if copy else value.replica_id)
+    return found
+
+
+def _key_and_copy(
+    name: str, there: str, layout: PipelineLayout, place: Place, names: ModelNames, state: Mapping[str, Any]
+) -> tuple[str, int]:
+    """Under which key a tensor is stored, and which of several copies in the pipeline this one is; 0 is written."""
+    if name == names.embedding:
+        holders = layout.embedding_holders(tied=names.tied)
+        return there, _number(name, place, holders, layout)
+    if name != names.output:
+        return there, 0
+    if not names.tied:
+        return there, _number(name, place, layout.loss_places, layout)
+    number = _number(name, place, layout.embedding_holders(tied=True), layout)
+    # Where the stage has the weight twice, the embedding is the one that counts.
+    return names.embedding, number + len(layout.stages) if names.embedding in state else number
+
+
+def _number(name: str, place: Place, holders: tuple[Place, ...], layout: PipelineLayout) -> int:
+    if place not in holders:
+        where = ", ".join(f"rank {rank} stage {virtual}" for rank, virtual in holders)
+        raise BadArgumentError(
+            f"{name!r} on rank {place[0]}, virtual stage {place[1]}: in the layout '{layout}' it is held by {where}. Correct "
+            "the layout, or leave it out on other stages."
+        )
+    return holders.index(place)
+
+
+def _renamed(key: str, name: str, new: str) -> str:
+    if key == name or key.endswith("." + name):
+        return key[: len(key) - len(name)] + new
+    raise BadArgumentError(
+        f"{name!r} is described with the key {key!r}: expected the name, or a key that ends with '.{name}', in which its layer "
+        "can be named by its global index"
+    )
