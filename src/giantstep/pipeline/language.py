@@ -108,7 +108,7 @@ class _Parser:
     def _fail(self, expected: str) -> None:
         found = repr(self._text[self._place]) if self._place < len(self._text) else "the end"
         raise BadArgumentError(
-            f"pipeline layout {_short(self._text)}: expected {expected} at position {self._place}, found {found}"
+            f"pipeline layout {_short(self._text)}, position {self._place}: expected {expected}, found {found}"
         )
 
 

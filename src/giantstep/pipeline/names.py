@@ -31,7 +31,7 @@ def globalise(
 ) -> dict[str, Value]:
     """A stage's state dict with layers named by their global index: `layers.0.` of the second stage becomes `layers.4.`.
 
-    Those of a rank's virtual stages can then be put into one dict.
+    No two stages then have the name of a layer in common.
 
     Args:
         state: by name, of the stage alone; values are taken over as they are, and so are names without a layer.

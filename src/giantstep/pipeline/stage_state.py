@@ -51,7 +51,8 @@ def describe_stage(
     factories the key is changed, which must be the name in `state`, or end with it behind a dot, as that of an
     optimizer's moment. What else there is stays as it is. Tensors are shared with `state`, so loading fills them.
 
-    Describe each of a rank's virtual stages and put the results into one dict: no two have a name in common.
+    Describe each of a rank's virtual stages, and give each a place of its own in the state dict, such as its number: two of
+    them may hold copies of the embedding under one name. Keys decide what is stored, not these places.
 
     Args:
         state: by name, as the stage counts its layers.
