@@ -137,6 +137,11 @@ class LayerNames:
                     return kind, int(number), dot + rest
         return None
 
+    def layer_of(self, name: str) -> str:
+        """The beginning of a name that says which layer; empty for a name without one."""
+        taken = self.taken_apart(name)
+        return "" if taken is None else f"{self.prefix_of(taken[0])}{taken[1]}"
+
     def global_name(self, name: str, layout: PipelineLayout, rank: int, virtual: int) -> str:
         """The name with the layer's global index."""
         taken = self.taken_apart(name)

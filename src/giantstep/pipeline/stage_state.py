@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.factory import ShardedTensorFactory
 from giantstep.mapping.replica import ReplicaId, check_replica_id
+from giantstep.mapping.sharded_object import ShardedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.pipeline.layout import PipelineLayout, Place
 from giantstep.pipeline.names import MTP_PREFIX, PREFIX, LayerNames
@@ -47,9 +49,10 @@ def describe_stage(
 ) -> dict[str, Any]:
     """The state dict of a pipeline stage as it is to be given to `save` and `load`.
 
-    Layers are named by their global index. Plain tensors become `ShardedTensor`s that are whole; of `ShardedTensor`s and
-    factories the key is changed, which must be the name in `state`, or end with it behind a dot, as that of an
-    optimizer's moment. What else there is stays as it is. Tensors are shared with `state`, so loading fills them.
+    Layers are named by their global index. Plain tensors become `ShardedTensor`s that are whole. Of `ShardedTensor`s,
+    factories and `ShardedObject`s the key is changed in the same way; it must have the stage's name of the layer (or of the embedding) in it,
+    as `exp_avg.decoder.layers.0.mlp.weight` has. What else there is stays as it is. Tensors are shared with `state`, so
+    loading fills them.
 
     Describe each of a rank's virtual stages, and give each a place of its own in the state dict, such as its number: two of
     them may hold copies of the embedding under one name. Keys decide what is stored, not these places.
@@ -73,28 +76,29 @@ def describe_stage(
     found: dict[str, Any] = {}
     for name, value in state.items():
         there = layers.global_name(name, layout, rank, virtual)
-        if not isinstance(value, torch.Tensor | ShardedTensor | ShardedTensorFactory):
-            found[there] = value
-            continue
         if isinstance(value, torch.Tensor):
             value = ShardedTensor.from_rank_offsets(name, value, replica_id=replica_id)  # noqa: PLW2901
-        key, copy = _key_and_copy(name, there, layout, (rank, virtual), names, state)
+        if not isinstance(value, ShardedTensor | ShardedTensorFactory | ShardedObject):
+            found[there] = value
+            continue
+        old, new, copy = layers.layer_of(name), layers.layer_of(there), 0
+        if name in (names.embedding, names.output):
+            old = name
+            new, copy = _stored_embedding(name, layout, (rank, virtual), names, state)
         own = (value.replica_id,) if isinstance(value.replica_id, int) else value.replica_id
-        found[there] = replace(value, key=_renamed(value.key, name, key), replica_id=(*own, copy) if copy else value.replica_id)
+        key = _renamed(value.key, name, old, new) if old else value.key
+        found[there] = replace(value, key=key, replica_id=(*own, copy) if copy else value.replica_id)
     return found
 
 
-def _key_and_copy(
-    name: str, there: str, layout: PipelineLayout, place: Place, names: ModelNames, state: Mapping[str, Any]
+def _stored_embedding(
+    name: str, layout: PipelineLayout, place: Place, names: ModelNames, state: Mapping[str, Any]
 ) -> tuple[str, int]:
-    """Under which key a tensor is stored, and which of several copies in the pipeline this one is; 0 is written."""
+    """Of embedding and output layer: the key, and which of several copies in the pipeline this one is; 0 is written."""
     if name == names.embedding:
-        holders = layout.embedding_holders(tied=names.tied)
-        return there, _number(name, place, holders, layout)
-    if name != names.output:
-        return there, 0
+        return name, _number(name, place, layout.embedding_holders(tied=names.tied), layout)
     if not names.tied:
-        return there, _number(name, place, layout.loss_places, layout)
+        return name, _number(name, place, layout.loss_places, layout)
     number = _number(name, place, layout.embedding_holders(tied=True), layout)
     # Where the stage has the weight twice, the embedding is the one that counts.
     return names.embedding, number + len(layout.stages) if names.embedding in state else number
@@ -110,10 +114,11 @@ def _number(name: str, place: Place, holders: tuple[Place, ...], layout: Pipelin
     return holders.index(place)
 
 
-def _renamed(key: str, name: str, new: str) -> str:
-    if key == name or key.endswith("." + name):
-        return key[: len(key) - len(name)] + new
-    raise BadArgumentError(
-        f"{name!r} is described with the key {key!r}: expected the name, or a key that ends with '.{name}', in which its layer "
-        "can be named by its global index"
-    )
+def _renamed(key: str, name: str, old: str, new: str) -> str:
+    """The key with the steps `new` in place of `old`, which it has once."""
+    steps = rf"(?<![^.]){re.escape(old)}(?![^.])"
+    if len(re.findall(steps, key)) != 1:
+        raise BadArgumentError(
+            f"{name!r} is described with the key {key!r}, in which {old!r} is to become {new!r}: expected it there once"
+        )
+    return re.sub(steps, lambda _: new, key)
