@@ -107,6 +107,17 @@ def test_factories_get_the_names_of_their_layers_and_so_do_their_moments(tmp_pat
         assert loaded[rank]["model"]["step"] == 3
 
 
+def test_objects_of_layers_get_their_names_too() -> None:
+    layout = PipelineLayout.parse("Et|tL", 2)
+    name = "decoder.layers.0._extra_state"
+
+    def state(rank: int, value: object) -> dict[str, Any]:
+        return describe_stage({name: gs.ShardedObject(name, value, (1,), (0,))}, layout, rank)
+
+    loaded = round_trip([state(rank, {"scale": rank}) for rank in range(2)], [state(rank, None) for rank in range(2)])
+    assert [localise(found, layout, rank)[name] for rank, found in enumerate(loaded)] == [{"scale": 0}, {"scale": 1}]
+
+
 def test_what_belongs_to_no_stage_or_to_another_is_refused() -> None:
     layout = PipelineLayout.parse("E|tt|L", 3)
     weight = torch.rand(2)

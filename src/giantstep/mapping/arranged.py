@@ -19,7 +19,7 @@ from giantstep.mapping.factory import ShardedTensorFactory
 from giantstep.mapping.overlap import memory_of
 from giantstep.mapping.replica import ReplicaId
 from giantstep.mapping.sharded_tensor import ShardedTensor
-from giantstep.shards.arrangement import Arrangement, Axis, Cell, Run
+from giantstep.shards.arrangement import Arrangement, Axis, PlacedBox, Run
 from giantstep.shards.axis_layouts import AxisLayout
 
 Prepend = Sequence[tuple[int, int]]
@@ -34,33 +34,33 @@ class Builder:
 
     def build(self, key: str, data: torch.Tensor, replica_id: ReplicaId, flat: slice | None) -> dict[int, ShardedTensor]:
         """The shards, numbered; an empty one of each global tensor of which `data` has no element."""
-        parts = [(f"{key}.{name}" if name else key, shape) for name, shape in self.arrangement.parts]
+        tensors = [(f"{key}.{name}" if name else key, shape) for name, shape in self.arrangement.tensors]
         found: list[ShardedTensor] = []
-        for cell, view in self._views(key, data.detach(), flat):
-            name, shape = parts[cell.part]
-            replica = (*_as_tuple(replica_id), cell.replica) if cell.replica else replica_id
-            found.append(ShardedTensor(name, view, view.dtype, tuple(view.shape), shape, cell.offset, None, replica))
+        for placed, view in self._views(key, data.detach(), flat):
+            name, shape = tensors[placed.tensor]
+            replica = (*_as_tuple(replica_id), placed.replica) if placed.replica else replica_id
+            found.append(ShardedTensor(name, view, view.dtype, tuple(view.shape), shape, placed.offset, None, replica))
         held = {shard.key for shard in found}
-        for name, shape in parts:
+        for name, shape in tensors:
             if name not in held:
                 empty = (0,) * len(shape)
                 nothing = data.detach().new_empty(empty)
                 found.append(ShardedTensor(name, nothing, nothing.dtype, empty, shape, empty, None, replica_id))
         return dict(enumerate(found))
 
-    def _views(self, key: str, data: torch.Tensor, flat: slice | None) -> Iterable[tuple[Cell, torch.Tensor]]:
+    def _views(self, key: str, data: torch.Tensor, flat: slice | None) -> Iterable[tuple[PlacedBox, torch.Tensor]]:
         start = 0 if flat is None else flat.start
-        for stretch in self.arrangement.stretches(flat):
-            memory = data if flat is None else data[stretch.position - start :][: math.prod(stretch.size)]
+        for box in self.arrangement.memory_boxes(flat):
+            memory = data if flat is None else data[box.position - start :][: math.prod(box.size)]
             try:
-                stored = memory.view(stretch.size).permute(self.arrangement.order)
+                stored = memory.view(box.size).permute(self.arrangement.order)
             except RuntimeError as error:
                 raise BadArgumentError(
                     f"factory {key!r}: data of shape {tuple(data.shape)} and strides {data.stride()} cannot be viewed as "
-                    f"{stretch.size}. Pass a contiguous tensor."
+                    f"{box.size}. Pass a contiguous tensor."
                 ) from error
-            for cell, slices in stretch.held:
-                yield cell, stored[slices]
+            for placed, slices in box.held:
+                yield placed, stored[slices]
 
     def merge(self, loaded: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """A new tensor of the local shape, of all shards of a tensor that is not flattened."""
@@ -149,7 +149,10 @@ def arranged(key: str, data: torch.Tensor, stored: Stored, replica_id: ReplicaId
     ahead = len(stored.prepend)
     order = (*range(ahead), *(ahead + axis for axis in stored.order))
     shape = tuple(data.shape)
-    arrangement = Arrangement(shape, ((1,) * ahead + stored.memory_shape), order, tuple(axes))
+    try:
+        arrangement = Arrangement(shape, ((1,) * ahead + stored.memory_shape), order, tuple(axes))
+    except BadArgumentError as error:
+        raise BadArgumentError(f"factory {key!r}: {error.message}") from error
     builder = Builder(arrangement)
     return ArrangedFactory(key, data, builder.build, builder.merge, replica_id, arrangement=arrangement)
 

@@ -50,9 +50,9 @@ def describe_stage(
     """The state dict of a pipeline stage as it is to be given to `save` and `load`.
 
     Layers are named by their global index. Plain tensors become `ShardedTensor`s that are whole. Of `ShardedTensor`s,
-    factories and `ShardedObject`s the key is changed in the same way; it must have the stage's name of the layer (or of the embedding) in it,
-    as `exp_avg.decoder.layers.0.mlp.weight` has. What else there is stays as it is. Tensors are shared with `state`, so
-    loading fills them.
+    factories and `ShardedObject`s the key is changed in the same way; it must have the stage's name of the layer (or of the
+    embedding) in it, as `exp_avg.decoder.layers.0.mlp.weight` has. What else there is stays as it is. Tensors are shared
+    with `state`, so loading fills them.
 
     Describe each of a rank's virtual stages, and give each a place of its own in the state dict, such as its number: two of
     them may hold copies of the embedding under one name. Keys decide what is stored, not these places.

@@ -24,13 +24,13 @@ class Run:
     Attributes:
         start: the first of them in the global axis.
         count: how many.
-        part: which of the axis's global tensors, where it has several.
+        tensor: which of the axis's global tensors, where it has several.
         replica: 0 on the rank that is to write them, another number on ranks that hold copies.
     """
 
     start: int
     count: int
-    part: int = 0
+    tensor: int = 0
     replica: int = 0
 
 
@@ -67,8 +67,8 @@ def _joined(runs: tuple[Run, ...]) -> Iterator[Run]:
     for run in runs:
         if not run.count:
             continue
-        if last and (last.part, last.replica, last.start + last.count) == (run.part, run.replica, run.start):
-            last = Run(last.start, last.count + run.count, last.part, last.replica)
+        if last and (last.tensor, last.replica, last.start + last.count) == (run.tensor, run.replica, run.start):
+            last = Run(last.start, last.count + run.count, last.tensor, last.replica)
             continue
         if last:
             yield last
@@ -78,34 +78,34 @@ def _joined(runs: tuple[Run, ...]) -> Iterator[Run]:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class PlacedBox:
     """One box of the local tensor, of one of the global tensors.
 
     Attributes:
-        part, replica: see `Run`.
+        tensor, replica: see `Run`.
         local: where it lies in the local tensor, in the order of the stored axes.
         offset: where it lies in the global tensor.
     """
 
-    part: int
+    tensor: int
     replica: int
     local: Region
     offset: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class MemoryBox:
     """A box of memory, whose elements lie together.
 
     Attributes:
         position: of its first element in the flattened local tensor.
         size: per axis of `Arrangement.memory_shape`.
-        held: cells, or what lies in the box of them, and the slices of it, once its axes are in stored order.
+        held: boxes, or what lies in the box of them, and the slices of it, once its axes are in stored order.
     """
 
     position: int
     size: tuple[int, ...]
-    held: list[tuple[Cell, tuple[slice, ...]]]
+    held: list[tuple[PlacedBox, tuple[slice, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +136,20 @@ class Arrangement:
             raise BadArgumentError("several axes are fused of tensors with names of their own: name those of one axis only")
 
     @property
-    def parts(self) -> list[tuple[str, tuple[int, ...]]]:
+    def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and global shape of each global tensor."""
         count = max(len(axis.lengths) for axis in self.axes)
         named = next((axis for axis in self.axes if len(axis.lengths) == count), self.axes[0])
         return [
-            (named.names[part], tuple(axis.lengths[part if len(axis.lengths) > 1 else 0] for axis in self.axes))
-            for part in range(count)
+            (named.names[n], tuple(axis.lengths[n if len(axis.lengths) > 1 else 0] for axis in self.axes)) for n in range(count)
         ]
 
-    def cells(self) -> list[Cell]:
+    def boxes(self) -> list[PlacedBox]:
         """The boxes of which the local tensor consists."""
         placed = [_with_places(axis.runs) for axis in self.axes]
         return [
-            Cell(
-                sum(run.part for _, run in chosen),
+            PlacedBox(
+                sum(run.tensor for _, run in chosen),
                 sum(run.replica for _, run in chosen),
                 Region(tuple(first for first, _ in chosen), tuple(run.count for _, run in chosen)),
                 tuple(run.start for _, run in chosen),
@@ -158,19 +157,21 @@ class Arrangement:
             for chosen in itertools.product(*placed)
         ]
 
-    def stretches(self, flat: slice | None) -> list[Stretch]:
-        """The memory of the local tensor, or of a flat range of it, as boxes, and which cells have elements there."""
-        cells = self.cells()
+    def memory_boxes(self, flat: slice | None) -> list[MemoryBox]:
+        """The memory of the local tensor, or of a flat range of it, as boxes, and which boxes have elements there."""
+        boxes = self.boxes()
         if flat is None:
-            return [Stretch(0, self.memory_shape, [(cell, cell.local.slices()) for cell in cells])]
+            return [MemoryBox(0, self.memory_shape, [(placed, placed.local.slices()) for placed in boxes])]
         found = []
         for position, box in flat_range_to_regions(self.memory_shape, flat.start, flat.stop):
             stored = Region(tuple(box.offset[n] for n in self.order), tuple(box.size[n] for n in self.order))
-            met = [(cell, cell.local.intersect(stored)) for cell in cells]
+            met = [(placed, placed.local.intersect(stored)) for placed in boxes]
             held = [
-                (_narrowed(cell, region), region.relative_to(stored.offset).slices()) for cell, region in met if region.elements
+                (_narrowed(placed, region), region.relative_to(stored.offset).slices())
+                for placed, region in met
+                if region.elements
             ]
-            found.append(Stretch(position, box.size, held))
+            found.append(MemoryBox(position, box.size, held))
         return found
 
 
@@ -180,7 +181,7 @@ def _with_places(runs: tuple[Run, ...]) -> list[tuple[int, Run]]:
     return [(end - run.count, run) for end, run in zip(ends, runs, strict=True)]
 
 
-def _narrowed(cell: Cell, region: Region) -> Cell:
-    """The cell with only a region of the local tensor."""
-    offset = (a + b - c for a, b, c in zip(cell.offset, region.offset, cell.local.offset, strict=True))
-    return Cell(cell.part, cell.replica, region, tuple(offset))
+def _narrowed(placed: PlacedBox, region: Region) -> PlacedBox:
+    """The box with only a region of the local tensor."""
+    offset = (a + b - c for a, b, c in zip(placed.offset, region.offset, placed.local.offset, strict=True))
+    return PlacedBox(placed.tensor, placed.replica, region, tuple(offset))

@@ -167,7 +167,7 @@ class FusedHeads:
                 "heads must be a multiple of the ranks, and groups a multiple or a divisor of them"
             )
         lengths = (heads.query * heads.size, heads.groups * heads.size, heads.groups * heads.value_elements)
-        runs = self._grouped() if heads.order == "grouped" else sorted(self._grouped(), key=lambda run: run.part)
+        runs = self._grouped() if heads.order == "grouped" else sorted(self._grouped(), key=lambda run: run.tensor)
         axis = Axis(tuple(runs), lengths, tuple(self.names))
         if axis.local_length != length:
             raise BadArgumentError(
