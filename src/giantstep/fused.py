@@ -13,15 +13,18 @@ import torch
 
 from giantstep.mapping.arranged import ArrangedFactory, Prepend, Stored, arranged
 from giantstep.mapping.replica import ReplicaId
+from giantstep.shards.arrangement import Axis, Run
 from giantstep.shards.axis_layouts import AxisLayout, Cut, Fused, FusedHeads, Gated, Heads, Span
 
 __all__ = [
+    "Axis",
     "AxisLayout",
     "Cut",
     "Fused",
     "FusedHeads",
     "Gated",
     "Heads",
+    "Run",
     "Span",
     "fused",
     "fused_rows",

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unsharded import flat_cuts, fused_of, numbered
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, CoverageError, DisagreementError
-from giantstep.fused import Cut, Fused, Gated, Span, fused, fused_rows, swiglu
+from giantstep.fused import Axis, Cut, Fused, Gated, Run, Span, fused, fused_rows, swiglu
 from giantstep.testing import check_coverage, round_trip
 from giantstep.testing.ranks import run_ranks
+from unsharded import flat_cuts, fused_of, numbered
 
 FEW = settings(max_examples=30, deadline=None)
 
@@ -160,6 +160,36 @@ def test_axes_that_are_fused_cut_and_spanned_at_once() -> None:
     assert torch.equal(loaded["w"], whole)
     columns = [{"w": fused("w", torch.zeros(6, 1), {1: Cut(n, 7)})} for n in range(7)]
     assert torch.equal(torch.cat([found["w"] for found in round_trip(states, columns)], dim=1), whole)
+
+
+class Interleaved:
+    """Rows of gate and up in turns: a layout of a user's own."""
+
+    def axis(self, length: int, what: str) -> Axis:
+        assert what == "factory 'w', axis 0"
+        half = length // 2
+        return Axis(tuple(Run(n // 2 + half * (n % 2), 1) for n in range(length)), (length,))
+
+
+def test_layouts_of_users_load_what_others_have_saved() -> None:
+    gate, up = numbered(3, 2), numbered(3, 2, start=100)
+    target = torch.zeros(6, 2)
+    round_trip([{"w": swiglu("w", torch.cat([gate, up]), 0, 1)}], [{"w": fused("w", target, {0: Interleaved()})}])
+    assert torch.equal(target, torch.stack([gate, up], dim=1).reshape(6, 2))
+
+
+def test_a_fused_weight_is_snapshot_when_it_is_saved_in_the_background(tmp_path: Path) -> None:
+    weight = numbered(4, 3)
+    factory = fused_rows("w", weight, (2, 2), 0, 1, names=("a", "b"))
+    pending = gs.async_save({"w": factory}, tmp_path)
+    pending.wait_staged()
+    weight.zero_()
+    pending.result()
+    # Of what is missing, the local values stay.
+    partly = fused_rows("w", torch.full((6, 3), -1.0), (2, 2, 2), 0, 1, names=("a", "b", "c"))
+    loaded = gs.load({"w": partly}, tmp_path, strict=gs.StrictHandling.IGNORE_ALL)["w"]
+    assert loaded is partly.data
+    assert torch.equal(loaded, torch.cat([numbered(4, 3), torch.full((2, 3), -1.0)]))
 
 
 def test_saving_and_loading_in_place_copy_nothing() -> None:

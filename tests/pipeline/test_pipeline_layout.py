@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 import subprocess
 import sys
@@ -117,6 +118,11 @@ def test_stages_may_be_empty_and_a_bar_at_the_end_of_a_repeated_part_separates()
 def test_layouts_are_made_of_lists_as_well() -> None:
     named = PipelineLayout.parse([["embedding", "decoder"], ["decoder", "mtp", "loss"]], 2)
     assert named == PipelineLayout.parse([["E", "t"], ["t", "m", "L"]], 2) == PipelineLayout.parse("Et|tmL", 2)
+    kinds = enum.Enum("kinds", ["embedding", "loss", "encoder", "decoder", "mtp"])
+    assert PipelineLayout.parse([[kinds.embedding, kinds.decoder], [" Decoder", kinds.mtp, kinds.loss]], 2) == named
+    for wrong in (kinds.encoder, 5):
+        with pytest.raises(BadArgumentError, match="is none of embedding"):
+            PipelineLayout.parse([["E"], [wrong, "L"]], 2)
     with pytest.raises(BadArgumentError, match="stage 1 of the pipeline: 'encoder' is none of embedding, decoder, mtp, loss"):
         PipelineLayout.parse([["embedding"], ["encoder", "loss"]], 2)
 

@@ -40,11 +40,12 @@ class PipelineLayout:
         object.__setattr__(self, "_firsts", {kind: tuple(accumulate(found, initial=0)) for kind, found in counts.items()})
 
     @classmethod
-    def parse(cls, layout: str | Sequence[Sequence[str]], ranks: int) -> PipelineLayout:
+    def parse(cls, layout: str | Sequence[Sequence[object]], ranks: int) -> PipelineLayout:
         """From a layout string such as `Et*3|(tt|)*29,m|L`, or from a list of names or symbols for each stage.
 
         Args:
-            layout: as for Megatron-Core's `pipeline_model_parallel_layout`. Names are embedding, decoder, mtp, loss.
+            layout: as for Megatron-Core's `pipeline_model_parallel_layout`. Names are embedding, decoder, mtp, loss;
+                members of an enum go by theirs.
             ranks: pipeline ranks; the number of stages must be a multiple of it.
 
         Raises:
@@ -54,10 +55,11 @@ class PipelineLayout:
             return cls(tuple(parse_stages(layout)), ranks)
         stages = []
         for number, stage in enumerate(layout):
-            wrong = [name for name in stage if not isinstance(name, str) or name not in _SYMBOLS]
-            if wrong:
-                raise BadArgumentError(f"stage {number} of the pipeline: {wrong[0]!r} is none of {', '.join(_SYMBOLS)}")
-            stages.append("".join(_SYMBOLS[name] for name in stage))
+            found = [_symbol(layer) for layer in stage]
+            if None in found:
+                wrong = stage[found.index(None)]
+                raise BadArgumentError(f"stage {number} of the pipeline: {wrong!r} is none of {', '.join(_SYMBOLS)}")
+            stages.append("".join(filter(None, found)))
         return cls(tuple(stages), ranks)
 
     @classmethod
@@ -235,6 +237,12 @@ class PipelineLayout:
         if kind not in self._firsts:
             raise BadArgumentError(f"layers of kind {kind!r}: expected {DECODER!r} (decoder) or {MTP!r} (MTP)")
         return self._firsts[kind]
+
+
+def _symbol(layer: object) -> str | None:
+    """The symbol of a layer in a list; None for what is none."""
+    name = layer if isinstance(layer, str) else getattr(layer, "name", None)
+    return _SYMBOLS.get(name, _SYMBOLS.get(name.strip().lower())) if isinstance(name, str) else None
 
 
 def _layers_by_rank(layers: int, ranks: int, first: int | None, last: int | None) -> list[int]:
