@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from giantstep.errors import CoverageError
 from giantstep.planning.description import COPY
 from giantstep.planning.holders import Holders
+from giantstep.planning.local_names import local_name_hint
 from giantstep.planning.shard_table import ShardTable
 from giantstep.shards.partition import partitioned
 from giantstep.shards.region import Int64s, Region, overlapping_pair, subtract
@@ -35,7 +36,8 @@ def _fault(table: ShardTable, wrong: NDArray[np.bool_], rows: Int64s) -> Coverag
         return _refusal(
             table.keys[int(table.tensor[a])],
             f"tensor {table.keys[int(table.tensor[a])]!r}: regions {table.region_text(a)} of rank {table.ranks_of([a])[0]} and "
-            f"{table.region_text(b)} of rank {table.ranks_of([b])[0]} overlap. Main replicas must cover each element once.",
+            f"{table.region_text(b)} of rank {table.ranks_of([b])[0]} overlap. Main replicas must cover each element once."
+            + local_name_hint(table.keys[int(table.tensor[a])]),
         )
     # Without overlaps a tensor is covered if and only if the volumes add up.
     covered = _volumes(tensors, size, len(table.keys))

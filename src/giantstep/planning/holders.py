@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from giantstep.errors import CoverageError, DisagreementError
 from giantstep.planning.description import COPY, IMPLICIT, MAIN
+from giantstep.planning.local_names import local_name_hint
 from giantstep.planning.shard_table import ShardTable
 from giantstep.shards.region import MAX_ELEMENTS, Int64s, same_rows, volumes
 from giantstep.shards.words import mixed
@@ -188,12 +189,13 @@ def _check_single_main(table: ShardTable, rows: Int64s, group: Int64s, groups: i
         chosen = rows[main[group[main] == doubled[0]]]
         ranks = table.ranks_of(chosen)
         count = int(multiplicity[group[main] == doubled[0]].sum())
+        key = table.keys[int(table.tensor[chosen[0]])]
         error = CoverageError(
-            f"tensor {table.keys[int(table.tensor[chosen[0]])]!r}: region {table.region_text(int(chosen[0]))} has "
+            f"tensor {key!r}: region {table.region_text(int(chosen[0]))} has "
             f"{count} main replicas, on rank {', '.join(map(str, ranks[:20]))}. Give all but one of them a replica_id "
-            "other than 0, or different regions." + _more(len(doubled) - 1)
+            "other than 0, or different regions." + _more(len(doubled) - 1) + local_name_hint(key)
         )
-        error.tensor_key = table.keys[int(table.tensor[chosen[0]])]
+        error.tensor_key = key
         raise error
 
 
@@ -235,6 +237,7 @@ def _raise_first(table: ShardTable, rows: Int64s, leader: Int64s, wrong: NDArray
     raise DisagreementError(
         f"tensor {key!r}, region {table.region_text(bad)}: rank {first} and rank {ranks} {problem}"
         + _more(len(np.unique(table.tensor[rows[found]])) - 1)
+        + local_name_hint(key)
     )
 
 

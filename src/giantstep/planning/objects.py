@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from giantstep.errors import CoverageError, DisagreementError
 from giantstep.planning.description import COPY, MAIN, OBJECT_COLUMNS, Description
+from giantstep.planning.local_names import local_name_hint
 from giantstep.planning.shard_table import classes_of
 from giantstep.shards.object_keys import ObjectPosition, position_of, wrapped_tensor
 from giantstep.shards.region import Int64s
@@ -132,6 +133,7 @@ def _check_mains(keys: list[str], row: Int64s, member: Int64s, role: NDArray[np.
             raise CoverageError(
                 f"object {keys[int(rows[0])]!r} {problem}: it is held by rank {_listed(held)}. Exactly one "
                 f"holder of each position must have replica_id 0.{more}"
+                + (local_name_hint(keys[int(rows[0])].partition("/")[0]) if mains[rows[0]] else "")
             )
 
 

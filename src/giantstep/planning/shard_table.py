@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from giantstep.errors import DisagreementError
 from giantstep.planning.description import TENSOR_COLUMNS, Description
+from giantstep.planning.local_names import local_name_hint
 from giantstep.shards.dtypes import BY_CODE, ITEM_BYTES
 from giantstep.shards.region import Int64s, ragged_to_padded
 
@@ -219,5 +220,6 @@ def _check_agreement(
             f"tensor {keys[int(tensor[bad])]!r} is {told(good)} but {told(bad)}. One key has one dtype and global shape on "
             "all ranks: give different tensors different keys, or describe shards of one tensor with ShardedTensor."
             + (f" {len(wrong) - 1} more shards disagree." if len(wrong) > 1 else "")
+            + local_name_hint(keys[int(tensor[bad])])
         )
     return first
