@@ -23,7 +23,7 @@ LAYERS, WIDTH, INNER, BATCH = 4, 32, 96, 24
 
 
 class Block(torch.nn.Module):
-    """x + down(silu(gate(x)) * up(x)): gate and up are one weight, of which each tensor-parallel rank has a part of both."""
+    """x + down(silu(gate(n)) * up(n)) of normalised n: gate and up are one weight; a tensor-parallel rank has a part of both."""
 
     def __init__(self, tp_group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -34,7 +34,8 @@ class Block(torch.nn.Module):
         self.down = torch.nn.Parameter(torch.empty(WIDTH, inner))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = (Enter.apply(x * self.norm, self.tp_group) @ self.gate_up.T).chunk(2, dim=-1)
+        normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.norm
+        gate, up = (Enter.apply(normal, self.tp_group) @ self.gate_up.T).chunk(2, dim=-1)
         return x + Leave.apply((torch.nn.functional.silu(gate) * up) @ self.down.T, self.tp_group)
 
 
@@ -183,6 +184,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def main() -> None:
+    """Train, from the newest checkpoint on if there is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=2, help="pipeline stages")

@@ -82,7 +82,8 @@ class Layer(torch.nn.Module):
         best, chosen = torch.softmax(x @ self.router.T, dim=-1).topk(2)
         weights = Everybody.apply(torch.zeros_like(x[:, :1]).expand(-1, self.experts.total).scatter(1, chosen, best))
         everybody = Everybody.apply(x)
-        mixed = torch.zeros_like(everybody)
+        # Not plain zeros: a rank without experts takes part in the backward pass, too.
+        mixed = 0 * weights[:, :1] * everybody
         for number, expert in enumerate(self.experts.ids):
             gate, up = (everybody @ self.gate_up[number].T).chunk(2, dim=-1)
             mixed = mixed + weights[:, expert, None] * ((torch.nn.functional.silu(gate) * up) @ self.down[number].T)

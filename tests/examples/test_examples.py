@@ -19,21 +19,14 @@ TOLERANCE = 2e-5
 
 @dataclass(frozen=True)
 class Way:
-    """How an example is started: its arguments, and the number of processes that a launcher starts, if one is used."""
+    """How an example is started: its arguments, and the number of processes that torchrun starts, if it is used."""
 
     arguments: tuple[str, ...] = ()
     processes: int = 0
-    launcher: str = "torchrun"
 
     def command(self, script: Path) -> list[str]:
-        here = Path(sys.executable).parent
-        count = str(self.processes)
-        if not self.processes:
-            start = [sys.executable]
-        elif self.launcher == "torchrun":
-            start = [str(here / "torchrun"), "--standalone", "--nproc-per-node", count]
-        else:
-            start = [str(here / "accelerate"), "launch", "--cpu", "--num_processes", count, "--main_process_port", "0"]
+        torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(self.processes)]
+        start = torchrun if self.processes else [sys.executable]
         return [*start, str(script), *self.arguments]
 
 
@@ -46,7 +39,7 @@ EXAMPLE: dict[str, tuple[Way, Way]] = {
     "moe": (Way(("--experts-per-rank", "3", "0", "1"), 3), Way(("--experts-per-rank", "2", "2"), 2)),
     "huggingface": (ALONE, Way(processes=2)),
     "lightning_callback": (ALONE, Way(("--devices", "2"))),
-    "accelerate_loop": (Way(processes=2, launcher="accelerate"), ALONE),
+    "accelerate_loop": (Way(processes=2), ALONE),
 }
 
 
