@@ -12,11 +12,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "giantstep"
 # From the highest layer to the lowest; a module may import only from layers below its own, or from its own package.
 LAYERS: list[set[str]] = [
     {"cli", "integrations", "testing", "__init__"},
-    {"metadata", "async_saving"},
+    {"metadata", "async_saving", "zero"},
     {"opening", "saving", "loading", "removal", "saver"},
     {"planned_save", "planned_load"},
     {"filling", "unwrapping", "kept_index", "kept_outlines"},
-    {"describing", "requesting", "restoring", "sources", "pending", "sharing"},
+    {"describing", "requesting", "conditions", "restoring", "sources", "pending", "sharing"},
     {"codecs", "reports", "phases", "writers", "stored_plans", "targets", "stored_state"},
     {"mapping", "staging", "writing", "reading", "commit"},
     {"words"},

@@ -1,0 +1,116 @@
+"""The reshardable form: what a rank owns of every parameter, as shards of global tensors named by parameter.
+
+Nothing of buckets, padding or ranks is stored: an optimizer that is not sharded, or sharded otherwise, has the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from giantstep.errors import BadArgumentError
+from giantstep.mapping.factory import ShardedTensorFactory
+from giantstep.mapping.flat_factory import FlatFactory
+from giantstep.mapping.replica import ReplicaId
+from giantstep.mapping.sharded_object import LocalNonpersistentObject
+from giantstep.mapping.sharded_tensor import ShardedTensor
+from giantstep.shards.flat_buffers import FlatLayout, OwnedRange
+from giantstep.zero.buffers import BucketTensors, ParameterTensors, views_of
+
+ModelParameter = ShardedTensor | ShardedTensorFactory
+
+
+def reshardable_state(
+    layout: FlatLayout,
+    rank: int,
+    states: Mapping[str, BucketTensors | ParameterTensors],
+    model: Mapping[str, ModelParameter],
+    *,
+    prefix: str = "optimizer.state",
+    instance: int = 0,
+) -> dict[str, Any]:
+    """A rank's optimizer state for `save` or `load`, under any layout.
+
+    The tensor of state `exp_avg` of a model parameter with key `k` has the key `optimizer.state.exp_avg.k` and the model
+    parameter's global shape. Saving reads the given memory, loading fills it; nothing is copied here.
+
+    Args:
+        layout: the buckets.
+        rank: of this process among the data-parallel ranks that share them.
+        states: by name (`exp_avg`, `exp_avg_sq`, `fp32_param`, ...), per bucket the rank's own range, or by parameter name
+            its own range of that. Dtypes may differ from the parameters'. Owned by the caller.
+        model: by the names in the layout, how the model describes its parameters: with their position in tensor, pipeline
+            and expert parallelism, as for saving the model. Only those that the rank owns a part of are looked up. Of
+            fused ones the factory; it may be told nothing of ranges (see `FlatFactory`).
+        prefix: put before the name of the state.
+        instance: number of this copy of the optimizer where several hold the same state, such as groups of a hybrid sharded
+            optimizer; the model is saved by instance 0.
+
+    Returns:
+        By name of the state and of the parameter, what is saved: a `ShardedTensor` or `ShardedTensorFactory`, after loading
+        the 1-dimensional view that was filled. Parameters of which the rank owns nothing are left out.
+
+    The replica id of a shard is its model parameter's, whose last number (that counts data-parallel copies) is replaced by
+    `instance`; if it is a single number, all of it. So ids must be tuples where anything else repeats parameters too, such
+    as tensor parallelism a norm.
+
+    Raises:
+        BadArgumentError: memory or model do not fit the layout; names state and parameter.
+    """
+    maker = _Maker(model, prefix, instance)
+    found: dict[str, Any] = {}
+    for name, tensors in states.items():
+        leaves = {owned.parameter.name: maker.leaf(name, owned, view) for owned, view in views_of(layout, rank, name, tensors)}
+        # An empty dict would be common state, and differ from other ranks'.
+        found[name] = leaves or LocalNonpersistentObject({})
+    return found
+
+
+class _Maker:
+    """Makes the leaves of one state dict; the part that all states of a parameter share is checked once."""
+
+    def __init__(self, model: Mapping[str, ModelParameter], prefix: str, instance: int) -> None:
+        if type(instance) is not int or instance < 0:
+            raise BadArgumentError(f"instance {instance!r} must be an int of at least 0")
+        self._model, self._prefix, self._instance = model, prefix, instance
+        self._known: dict[str, ModelParameter] = {}
+
+    def leaf(self, name: str, owned: OwnedRange, view: torch.Tensor) -> ModelParameter:
+        """What is saved for one range of one state."""
+        model = self._known.get(owned.parameter.name)
+        if model is None:
+            model = self._known[owned.parameter.name] = self._checked(owned)
+        key, replica_id = f"{self._prefix}.{name}.{model.key}", self._replica_id(model.replica_id)
+        flat = slice(owned.start, owned.stop)
+        if isinstance(model, ShardedTensorFactory):
+            fused = (model.build_fn, model.merge_fn, replica_id, flat, owned.parameter.shape)
+            return FlatFactory(key, view, *fused)
+        return replace(model, key=key, data=view, dtype=view.dtype, replica_id=replica_id, flattened_range=flat)
+
+    def _replica_id(self, replica_id: ReplicaId) -> ReplicaId:
+        return (*replica_id[:-1], self._instance) if isinstance(replica_id, tuple) and replica_id else self._instance
+
+    def _checked(self, owned: OwnedRange) -> ModelParameter:
+        name, expected = owned.parameter.name, owned.parameter.shape
+        model = self._model.get(name)
+        if not isinstance(model, ShardedTensor | ShardedTensorFactory):
+            found = "nothing" if model is None else f"a {type(model).__name__}"
+            raise BadArgumentError(
+                f"parameter {name!r} of the flat layout: expected the model's ShardedTensor or ShardedTensorFactory, "
+                f"found {found}"
+            )
+        if model.flattened_range is not None:
+            raise BadArgumentError(
+                f"parameter {name!r}: the model's {model.key!r} is flattened itself; give it as it is in the model"
+            )
+        shape = model.local_shape if isinstance(model, ShardedTensor) else tuple(model.data.shape)
+        if shape != expected:
+            raise BadArgumentError(
+                f"parameter {name!r} has shape {expected} in the flat layout, the model's {model.key!r} has {shape}: lay out "
+                "the local parameters, as tensor parallelism leaves them"
+            )
+        # The model's values are not needed any more.
+        return model.without_data() if isinstance(model, ShardedTensor) else model
