@@ -53,7 +53,7 @@ def lay_out(parameters: Iterable[FlatParameter], ranks: int, rules: BucketRules 
         rules: see `BucketRules`.
 
     Raises:
-        BadArgumentError: there are no parameters, names repeat, or a rule names a parameter that does not exist.
+        BadArgumentError: names repeat, or a rule names a parameter that does not exist.
     """
     rules = rules if rules is not None else BucketRules()
     _check_ranks(ranks)
@@ -64,7 +64,7 @@ def lay_out(parameters: Iterable[FlatParameter], ranks: int, rules: BucketRules 
     if unknown:
         raise BadArgumentError(f"BucketRules: alone names {min(unknown)!r}, which is none of the parameters")
     groups = [part for group in by_dtype.values() for part in _parted(group, rules)]
-    return FlatLayout(tuple(_bucket(part, ranks, rules) for part in groups))
+    return FlatLayout(tuple(_bucket(part, ranks, rules) for part in groups), ranks)
 
 
 def lay_out_whole(parameters: Iterable[FlatParameter], ranks: int, owner: Mapping[str, int]) -> FlatLayout:
@@ -91,7 +91,7 @@ def lay_out_whole(parameters: Iterable[FlatParameter], ranks: int, owner: Mappin
         ends = [0, *itertools.accumulate(parameter.elements for parameter in ordered)]
         cuts = [0, *itertools.accumulate(sum(parameter.elements for parameter in group) for group in groups)]
         buckets.append(Bucket(tuple(ordered), tuple(ends[:-1]), ends[-1], tuple(cuts)))
-    return FlatLayout(tuple(buckets))
+    return FlatLayout(tuple(buckets), ranks)
 
 
 def _check_ranks(ranks: int) -> None:

@@ -160,31 +160,30 @@ class FlatLayout:
     """All buckets of a distributed optimizer at one model-parallel position. Make it once: it remembers what it worked out.
 
     Attributes:
-        buckets: of any dtypes; all are shared by the same number of ranks.
+        buckets: of any dtypes; none where the position has no parameters to optimize, such as frozen ones only.
+        ranks: number of data-parallel ranks that share the buckets.
     """
 
     buckets: tuple[Bucket, ...]
+    ranks: int
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "buckets", tuple(self.buckets))
-        if not self.buckets or not all(isinstance(bucket, Bucket) for bucket in self.buckets):
-            raise BadArgumentError("a flat layout needs buckets, each a Bucket")
+        if not all(isinstance(bucket, Bucket) for bucket in self.buckets):
+            raise BadArgumentError("the buckets of a flat layout must be Buckets")
+        if type(self.ranks) is not int or self.ranks < 1:
+            raise BadArgumentError(f"ranks {self.ranks!r} must be an int of at least 1")
         seen: set[str] = set()
         for bucket in self.buckets:
             if bucket.ranks != self.ranks:
                 raise BadArgumentError(
-                    f"{bucket.what} is cut for {bucket.ranks} ranks, the first one for {self.ranks}. Parameters that are "
+                    f"{bucket.what} is cut for {bucket.ranks} ranks, the layout is of {self.ranks}. Parameters that are "
                     "shared by other ranks, such as experts, need a layout of their own."
                 )
             for parameter in bucket.parameters:
                 if parameter.name in seen:
                     raise BadArgumentError(f"parameter {parameter.name!r} lies twice in the flat layout: names must be unique")
                 seen.add(parameter.name)
-
-    @property
-    def ranks(self) -> int:
-        """Number of data-parallel ranks that share the buckets."""
-        return self.buckets[0].ranks
 
     @property
     def parameters(self) -> tuple[FlatParameter, ...]:
@@ -222,20 +221,20 @@ class FlatLayout:
             ]
             for bucket in self.buckets
         ]
-        return zlib.compress(json.dumps(rows, separators=(",", ":")).encode("utf-8"), 1)
+        return zlib.compress(json.dumps([self.ranks, rows], separators=(",", ":")).encode("utf-8"), 1)
 
     @classmethod
     def unpacked(cls, data: bytes) -> FlatLayout:
         """The inverse of `packed`; raises ValueError or TypeError if the data are nothing of the kind."""
         try:
-            rows = json.loads(zlib.decompressobj().decompress(data, _MAX_PACKED_BYTES))
+            ranks, rows = json.loads(zlib.decompressobj().decompress(data, _MAX_PACKED_BYTES))
         except (zlib.error, RecursionError) as error:
             raise ValueError(str(error)) from error
         buckets = []
         for elements, cuts, parameters in rows:
             held = tuple(FlatParameter(name, tuple(shape), dtype) for name, shape, dtype, _ in parameters)
             buckets.append(Bucket(held, tuple(row[3] for row in parameters), elements, tuple(cuts)))
-        return cls(tuple(buckets))
+        return cls(tuple(buckets), ranks)
 
     @cached_property
     def _owned(self) -> dict[int, tuple[OwnedRange, ...]]:

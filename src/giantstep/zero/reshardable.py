@@ -60,6 +60,7 @@ def reshardable_state(
     Raises:
         BadArgumentError: memory or model do not fit the layout; names state and parameter.
     """
+    layout.check_rank(rank)
     maker = _Maker(model, prefix, instance)
     found: dict[str, Any] = {}
     for name, tensors in states.items():
