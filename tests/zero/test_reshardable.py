@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from zero_layouts import STATES, Optimizer, Place, Side, Spec, models, optimizers, sides
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, CoverageError
 from giantstep.storage.memory import MemoryStore
 from giantstep.testing import check_coverage, round_trip, run_ranks
 from giantstep.zero import BucketRules, FlatParameter, lay_out, reshardable_state
-from zero_layouts import STATES, Optimizer, Place, Side, Spec, models, optimizers, sides
 
 _NUMBERS = itertools.count()
 LOAD = gs.LoadOptions(reader_threads=1, buffer_bytes=1 << 20)
@@ -32,9 +32,7 @@ MODEL = [
 
 def state_of(optimizer: Optimizer) -> dict[str, object]:
     place = optimizer.place
-    state = reshardable_state(
-        optimizer.layout, place.dp, optimizer.states, optimizer.model, instance=place.instance
-    )
+    state = reshardable_state(optimizer.layout, place.dp, optimizer.states, optimizer.model, instance=place.instance)
     return {"optimizer": {"state": state, "step": 7}}
 
 
@@ -82,9 +80,7 @@ def test_every_element_is_covered_exactly_once(specs: list[Spec], side: Side) ->
 
 def test_states_of_two_layouts_pass_the_round_trip_that_users_run() -> None:
     before, after = Side(dp=2, tp=2), Side(dp=3, pp=2, rules=BucketRules(max_elements=20, even=False))
-    round_trip(
-        [state_of(one.fill()) for one in optimizers(before, MODEL)], [state_of(one) for one in optimizers(after, MODEL)]
-    )
+    round_trip([state_of(one.fill()) for one in optimizers(before, MODEL)], [state_of(one) for one in optimizers(after, MODEL)])
 
 
 def test_a_rank_that_owns_nothing_saves_and_loads_with_the_others() -> None:
@@ -139,7 +135,10 @@ def test_state_is_given_by_parameter_too_and_need_not_be_there_for_all() -> None
     def state(rank: int, ranks: int, value: float | None) -> tuple[dict[str, object], list[torch.Tensor]]:
         one = Optimizer(Side(dp=ranks), specs, Place(0, 0, 0, rank))
         tensors = {
-            owned.parameter.name: one.by_name[owned.parameter.name].cut("main", 0, 1).flatten()[owned.start : owned.stop].clone()
+            owned.parameter.name: one.by_name[owned.parameter.name]
+            .cut("main", 0, 1)
+            .flatten()[owned.start : owned.stop]
+            .clone()
             for owned in one.layout.owned(rank)
             if owned.parameter.dtype == "bfloat16"
         }
@@ -184,7 +183,9 @@ def test_a_padded_vocabulary_is_padded_otherwise() -> None:
         return reshardable_state(layout, rank, {"exp_avg": [buffer]}, {"embed": model})
 
     values = torch.arange(24.0)
-    run_ranks(2, lambda group: gs.save(state(group.rank, 2, 8, values.chunk(2)[group.rank].clone()), store, process_group=group))
+    run_ranks(
+        2, lambda group: gs.save(state(group.rank, 2, 8, values.chunk(2)[group.rank].clone()), store, process_group=group)
+    )
     buffers = [torch.full((10,), 5.0) for _ in range(3)]
     run_ranks(3, lambda group: gs.load(state(group.rank, 3, 10, buffers[group.rank]), store, process_group=group))
     assert torch.equal(torch.cat(buffers), torch.cat([values, torch.zeros(6)]))
@@ -194,7 +195,9 @@ def test_a_padded_vocabulary_is_padded_otherwise() -> None:
 
 
 def one_rank(**changes: object) -> dict[str, object]:
-    layout = lay_out([FlatParameter("w", (4, 3), "float32"), FlatParameter("b", (3,), "float32")], 2, BucketRules(max_elements=12))
+    layout = lay_out(
+        [FlatParameter("w", (4, 3), "float32"), FlatParameter("b", (3,), "float32")], 2, BucketRules(max_elements=12)
+    )
     model = {name: gs.ShardedTensor.from_rank_offsets(name, torch.zeros(shape)) for name, shape in (("w", (4, 3)), ("b", (3,)))}
     given = {"layout": layout, "rank": 0, "states": {"m": [torch.zeros(6), torch.zeros(2)]}, "model": model, **changes}
     return reshardable_state(given.pop("layout"), given.pop("rank"), given.pop("states"), given.pop("model"), **given)
@@ -204,7 +207,10 @@ def one_rank(**changes: object) -> dict[str, object]:
     ("changes", "message"),
     [
         ({"states": {"m": [torch.zeros(6)]}}, "state 'm': 1 tensors for 2 buckets"),
-        ({"states": {"m": [torch.zeros(7), None]}}, r"state 'm', bucket 0: rank 0 owns elements 0:6: expected .* \(6,\), found \(7,\)"),
+        (
+            {"states": {"m": [torch.zeros(7), None]}},
+            r"state 'm', bucket 0: rank 0 owns elements 0:6: expected .* \(6,\), found \(7,\)",
+        ),
         ({"states": {"m": [torch.zeros(12)[::2], None]}}, "expected a contiguous tensor"),
         ({"states": {"m": {"w": torch.zeros(5)}}}, "state 'm' of parameter 'w': rank 0 owns elements 0:6"),
         ({"states": {"m": {"v": torch.zeros(5)}}}, "of parameter 'v' has 5 elements, but rank 0 owns nothing of such"),
@@ -212,7 +218,10 @@ def one_rank(**changes: object) -> dict[str, object]:
         ({"instance": -1}, "instance -1"),
         ({"model": {}}, "parameter 'w' of the flat layout: expected .* found nothing"),
         ({"model": {"w": torch.zeros(4, 3)}}, "found a Tensor"),
-        ({"model": {"w": gs.ShardedTensor.from_rank_offsets("w", torch.zeros(2, 3), (0, 0, 2))}}, r"\(4, 3\) .* 'w' has \(2, 3\)"),
+        (
+            {"model": {"w": gs.ShardedTensor.from_rank_offsets("w", torch.zeros(2, 3), (0, 0, 2))}},
+            r"\(4, 3\) .* 'w' has \(2, 3\)",
+        ),
         (
             {"model": {"w": gs.ShardedTensor.from_rank_offsets_flat("w", torch.zeros(2), (4, 3), flattened_range=slice(0, 2))}},
             "is flattened itself",

@@ -1,4 +1,4 @@
-"""Models and optimizers cut in any way, with values by global index: what tests save under one layout and load under another."""
+"""Models and optimizers cut in any way, with values by global index: for saving under one layout and loading under another."""
 
 from __future__ import annotations
 
@@ -114,6 +114,8 @@ class Side:
     def held(self, specs: list[Spec], place: Place) -> list[Spec]:
         """The parameters of a pipeline stage, in the order of the buckets."""
         mine = [spec for n, spec in enumerate(specs) if spec.shared or n * self.pp // len(specs) == place.pp]
+        if not self.seed:
+            return mine
         generator = torch.Generator().manual_seed(self.seed)
         return [mine[n] for n in torch.randperm(len(mine), generator=generator).tolist()]
 
@@ -210,4 +212,6 @@ def sides(draw: st.DrawFn) -> Side:
         even=draw(st.booleans()),
         alone=frozenset(),
     )
-    return Side(dp, tp, pp, draw(st.integers(1, 2)) if dp * tp * pp < 6 else 1, rules, draw(st.integers(0, 99)), draw(st.booleans()))
+    return Side(
+        dp, tp, pp, draw(st.integers(1, 2)) if dp * tp * pp < 6 else 1, rules, draw(st.integers(0, 99)), draw(st.booleans())
+    )

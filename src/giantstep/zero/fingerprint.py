@@ -72,7 +72,7 @@ def _parameters(before: FlatLayout, after: FlatLayout) -> Iterator[str]:
             yield f"parameter number {number} in the order of the buckets was {_text(one)} and is {_text(other)}"
             return
     if len(old) != len(new):
-        longer, words = (old, "and is absent") if len(old) > len(new) else (new, "is new")
+        longer, words = (old, "is gone") if len(old) > len(new) else (new, "is new")
         yield f"there were {len(old)} parameters and are {len(new)}: {_text(longer[min(len(old), len(new))])} {words}"
 
 
