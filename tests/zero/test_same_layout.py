@@ -149,7 +149,9 @@ def test_another_shape_or_dtype_or_number_of_parameters_is_named() -> None:
     assert "there were 2 parameters and are 1: 'b' (float32 (3, 2)) is gone" in words(Spec("a", (4,)))
     assert "and are 3: 'c' (float32 ()) is new" in words(Spec("a", (4,)), Spec("b", (3, 2)), Spec("c", ()))
     assert "was 'a' (float32 (4,)) and is 'b' (float32 (3, 2))" in words(Spec("b", (3, 2)), Spec("a", (4,)))
-    assert "was 'a' (float32 (4,)) and is 'b'" in words(Spec("a", (4,), dtype=torch.bfloat16), Spec("b", (3, 2)))
+    assert "was 'a' (float32 (4,)) and is 'a' (bfloat16 (4,))" in words(
+        Spec("a", (4,), dtype=torch.bfloat16), Spec("b", (3, 2))
+    )
 
 
 def test_other_cuts_of_equal_buckets_are_named() -> None:

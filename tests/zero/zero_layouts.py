@@ -62,9 +62,9 @@ class Spec:
         local = torch.cat(parts, dim=self.axis or 0) if self.kind == "glu" else parts[0]
         return (local.t() if self.kind == "turned" else local).contiguous()
 
-    def described(self, place: Place, ranks: int) -> Any:
-        """How the model describes it."""
-        data = self.cut("param", place.tp, ranks).to(self.dtype)
+    def described(self, place: Place, ranks: int, given: torch.Tensor | None = None) -> Any:
+        """How the model describes it; without a tensor, one with values by index."""
+        data = self.cut("param", place.tp, ranks).to(self.dtype) if given is None else given
         replica = (place.pp if self.shared else 0, place.tp if self.axis is None else 0, place.dp + 100 * place.instance)
         if self.kind == "glu":
             axis = self.axis
