@@ -93,12 +93,12 @@ def model_specs(dtype: torch.dtype = torch.float32) -> list[Spec]:
 def initial(spec: Spec) -> list[torch.Tensor]:
     """The global tensors that a parameter begins with; two where it is fused."""
     generator = torch.Generator().manual_seed(zlib.crc32(spec.name.encode()))
-    return [torch.randn(spec.shape, generator=generator) * 0.3 for _ in spec.halves()]
+    return [torch.randn(spec.shape, generator=generator) * 0.15 for _ in spec.halves()]
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of a step, [BATCH, HIDDEN] each."""
-    generator = torch.Generator().manual_seed(1000 + step)
+    """Inputs and targets of a step, [BATCH, HIDDEN] each; there are two batches, which take turns."""
+    generator = torch.Generator().manual_seed(1000 + step % 2)
     inputs = torch.randn(BATCH, HIDDEN, generator=generator)
     return inputs, torch.roll(inputs, 1, dims=1).tanh()
 
