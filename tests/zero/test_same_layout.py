@@ -137,6 +137,26 @@ def test_no_strictness_lets_another_layout_pass(strict: gs.StrictHandling) -> No
     refusal(optimizers(replace(BASE, dp=3), MODEL), store, strict=strict)
 
 
+def test_plans_that_are_kept_do_not_let_another_layout_pass() -> None:
+    store = save_all([one.fill() for one in optimizers(BASE, MODEL)])
+    caches = [gs.PlanCache() for _ in range(2)]
+
+    def load(side: Side) -> list[bool]:
+        states = [state_of(one) for one in optimizers(side, MODEL)]
+        return run_ranks(
+            2,
+            lambda group: gs.load(
+                states[group.rank], store, process_group=group, options=replace(LOAD, plan_cache=caches[group.rank])
+            ).report.plan_reused,
+        )
+
+    assert load(BASE) == [False, False]
+    assert load(BASE) == [True, True]
+    # The buckets are as long as before.
+    with pytest.raises(RanksFailedError, match="LayoutMismatchError"):
+        load(replace(BASE, rules=BucketRules(parameter_alignment=2)))
+
+
 def test_another_shape_or_dtype_or_number_of_parameters_is_named() -> None:
     store = save_all([one.fill() for one in optimizers(Side(), [Spec("a", (4,)), Spec("b", (3, 2))])])
 

@@ -51,7 +51,8 @@ def reshardable_state(
 
     Returns:
         By name of the state and of the parameter, what is saved: a `ShardedTensor` or `ShardedTensorFactory`, after loading
-        the 1-dimensional view that was filled. Parameters of which the rank owns nothing are left out.
+        the view that was filled, 1-dimensional or, of parameters that the rank owns all of, in their shape. Parameters of
+        which it owns nothing are left out.
 
     The replica id of a shard is its model parameter's, whose last number (that counts data-parallel copies) is replaced by
     `instance`; if it is a single number, all of it. So ids must be tuples where anything else repeats parameters too, such
@@ -89,6 +90,10 @@ class _Maker:
         if isinstance(model, ShardedTensorFactory):
             fused = (model.build_fn, model.merge_fn, replica_id, flat, owned.parameter.shape)
             return FlatFactory(key, view, *fused)
+        if flat.stop - flat.start == owned.parameter.elements:
+            # One region instead of a range to be cut into several.
+            whole = view.view(owned.parameter.shape)
+            return replace(model, key=key, data=whole, dtype=view.dtype, replica_id=replica_id)
         return replace(model, key=key, data=view, dtype=view.dtype, replica_id=replica_id, flattened_range=flat)
 
     def _replica_id(self, replica_id: ReplicaId) -> ReplicaId:
