@@ -154,7 +154,7 @@ def test_plans_that_are_kept_do_not_let_another_layout_pass() -> None:
     assert load(BASE) == [True, True]
     # The buckets are as long as before.
     with pytest.raises(RanksFailedError, match="LayoutMismatchError"):
-        load(replace(BASE, rules=BucketRules(parameter_alignment=2)))
+        load(replace(BASE, rules=BucketRules()))
 
 
 def test_another_shape_or_dtype_or_number_of_parameters_is_named() -> None:
