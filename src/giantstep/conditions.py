@@ -5,8 +5,8 @@ Not here: what they refuse; that is said by their checks (see `CheckedObject`).
 
 from __future__ import annotations
 
+from giantstep.mapping.checked_object import CheckedObject
 from giantstep.mapping.describe import Described
-from giantstep.mapping.sharded_object import CheckedObject
 from giantstep.options import LoadOptions
 from giantstep.stored_state import StoredState
 

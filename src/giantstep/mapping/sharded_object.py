@@ -1,12 +1,8 @@
-"""`ShardedObject`: one Python value per rank or position; `LocalNonpersistentObject`: a value that is never stored.
-
-`CheckedObject` is a sharded object that refuses to load what does not fit it.
-"""
+"""`ShardedObject`: one Python value per rank or position; `LocalNonpersistentObject`: a value that is never stored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +10,6 @@ from giantstep.errors import BadArgumentError
 from giantstep.mapping.replica import ReplicaId, check_replica_id
 from giantstep.shards.object_keys import ObjectPosition, position_of
 from giantstep.shards.region import as_ints
-
-
-def _no_check(_stored: Any, _what: str) -> None:
-    """Whatever is stored will do."""
 
 
 @dataclass(eq=False, slots=True)
@@ -85,20 +77,6 @@ class ShardedObject:
         if math.prod(self.global_shape) >= 1 << 62:
             raise BadArgumentError(f"{what}: grid {self.global_shape} has too many positions")
         self.replica_id = check_replica_id(self.replica_id, what)
-
-
-@dataclass(eq=False, slots=True)
-class CheckedObject(ShardedObject):
-    """A sharded object with which the state beside it must agree: if its check raises, nothing is loaded.
-
-    Attributes:
-        check: called on load with the stored value of its position (or, if the stored grid has no such position, of one
-            that it has) and with what that is, in words for an error. It comes before keys are judged and before any
-            tensor is touched, whatever the strictness; what it raises is raised on all ranks. Objects of which nothing is
-            stored are left to strictness.
-    """
-
-    check: Callable[[Any, str], None] = _no_check
 
 
 class LocalNonpersistentObject:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from giantstep.errors import BadArgumentError, LayoutMismatchError
-from giantstep.mapping.sharded_object import CheckedObject
+from giantstep.mapping.checked_object import CheckedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.shards.flat_buffers import FlatLayout
 from giantstep.zero.buffers import BucketTensors, check_buckets
