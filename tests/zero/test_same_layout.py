@@ -124,6 +124,14 @@ def test_another_layout_is_refused_in_words_on_all_ranks_before_a_tensor_is_touc
     assert error.phase == "match"
 
 
+def test_what_differs_on_some_ranks_only_is_told_to_all() -> None:
+    before, after = [Spec("a", (4,)), Spec("b", (6,))], [Spec("a", (4,)), Spec("c", (6,))]
+    store = save_all([one.fill() for one in optimizers(Side(dp=2, pp=2), before)])
+    error = refusal(optimizers(Side(dp=2, pp=2), after), store)
+    assert error.rank == 2
+    assert "parameter number 0 in the order of the buckets was 'b' (float32 (6,)) and is 'c' (float32 (6,))" in error.message
+
+
 @pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (4, 1)])
 def test_fewer_and_more_tensor_parallel_ranks_are_refused_alike(sizes: tuple[int, int]) -> None:
     specs = [Spec("w", (8, 3), 0)]
@@ -145,9 +153,11 @@ def test_plans_that_are_kept_do_not_let_another_layout_pass() -> None:
         states = [state_of(one) for one in optimizers(side, MODEL)]
         return run_ranks(
             2,
-            lambda group: gs.load(
-                states[group.rank], store, process_group=group, options=replace(LOAD, plan_cache=caches[group.rank])
-            ).report.plan_reused,
+            lambda group: (
+                gs.load(
+                    states[group.rank], store, process_group=group, options=replace(LOAD, plan_cache=caches[group.rank])
+                ).report.plan_reused
+            ),
         )
 
     assert load(BASE) == [False, False]
