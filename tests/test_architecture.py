@@ -83,7 +83,7 @@ def test_effects_happen_where_they_may(path: Path) -> None:
         assert not tops & (EFFECTS - OBJECT_TYPES.get(relative, set())), f"{relative} is pure"
     if any(name.startswith("torch.distributed") for name in names):
         assert house == "group" or relative in (
-            *(f"mapping/{name}.py" for name in ("dtensor", "expand", "leaves", "outline", "wrappers")),
+            *(f"mapping/{name}.py" for name in ("dtensor", "expand", "leaves", "model_parameter", "outline", "wrappers")),
         )
     if "os" in tops:
         assert relative in ("storage/local.py", "storage/locate.py", "options.py", "ending.py"), "files, environment, exit"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from zero_layouts import STATES, Optimizer, Place, Side, Spec, models, optimizers, sides
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, CoverageError
 from giantstep.storage.memory import MemoryStore
 from giantstep.testing import check_coverage, round_trip, run_ranks
-from giantstep.zero import BucketRules, FlatParameter, lay_out, reshardable_state
+from giantstep.zero import BucketRules, FlatParameter, lay_out, lay_out_whole, reshardable_state
+from processes import results, run_processes
 
 _NUMBERS = itertools.count()
 LOAD = gs.LoadOptions(reader_threads=1, buffer_bytes=1 << 20)
@@ -211,6 +216,90 @@ def test_a_padded_vocabulary_is_padded_otherwise() -> None:
     assert torch.equal(torch.cat(buffers), torch.cat([values, torch.zeros(6)]))
 
 
+def test_stacked_layers_are_one_tensor_in_any_layout() -> None:
+    store, layers = MemoryStore("stacked"), torch.arange(48.0).view(4, 4, 3)
+
+    def state(rank: int, pipeline: int, ranks: int, buffers: list[torch.Tensor]) -> tuple[dict[str, object], torch.Tensor]:
+        """Ranks by stage, then by data parallelism; what the stage's bucket is to hold of this rank's."""
+        stage, place = divmod(rank, ranks)
+        numbers = range(4)[stage * 4 // pipeline : (stage + 1) * 4 // pipeline]
+        layout = lay_out([FlatParameter(f"{n}.w", (4, 3), "float32") for n in numbers], ranks, BucketRules(even=False))
+        model = {
+            f"{n}.w": gs.ShardedTensor.from_rank_offsets("layers.w", torch.zeros(4, 3), (0, n, 4), prepend_axis_num=1)
+            for n in numbers
+        }
+        low, high = layout.buckets[0].range_of(place)
+        buffers.append(torch.zeros(high - low))
+        return reshardable_state(layout, place, {"m": buffers}, model), layers[list(numbers)].flatten()[low:high]
+
+    def save(group: object) -> None:
+        buffers: list[torch.Tensor] = []
+        found, expected = state(group.rank, 2, 3, buffers)
+        buffers[0].copy_(expected)
+        gs.save(found, store, process_group=group)
+
+    def load(group: object) -> None:
+        buffers: list[torch.Tensor] = []
+        wanted, expected = state(group.rank, 4, 2, buffers)
+        gs.load(wanted, store, process_group=group)
+        assert torch.equal(buffers[0], expected)
+
+    run_ranks(6, save)
+    assert np.array_equal(gs.open_checkpoint(store)["optimizer.state.m.layers.w"][...], layers.numpy())
+    run_ranks(8, load)
+
+
+def test_plain_tensors_are_parameters_that_nothing_cuts_and_state_of_whole_ones_may_have_their_shape() -> None:
+    """As torch's ZeroRedundancyOptimizer has it: each rank the whole state of some parameters."""
+    shapes, owner = {"a": (4, 3), "b": (5,), "c": (2, 2)}, {"a": 0, "b": 1, "c": 0}
+    layout = lay_out_whole([FlatParameter(name, shape, "float32") for name, shape in shapes.items()], 2, owner)
+    model = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    store, values = MemoryStore("whole"), {name: torch.rand(shape) for name, shape in shapes.items()}
+
+    def state(rank: int, value: float | None) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+        held = {name: one.clone() if value is None else torch.full_like(one, value) for name, one in values.items()}
+        mine = {name: tensor for name, tensor in held.items() if owner[name] == rank}
+        return reshardable_state(layout, rank, {"exp_avg": mine}, model), mine
+
+    run_ranks(2, lambda group: gs.save(state(group.rank, None)[0], store, process_group=group))
+    assert gs.open_checkpoint(store).keys() == [f"optimizer.state.exp_avg.{name}" for name in shapes]
+
+    def load(group: object) -> None:
+        wanted, mine = state(group.rank, 0.0)
+        gs.load(wanted, store, process_group=group)
+        assert all(torch.equal(tensor, values[name]) for name, tensor in mine.items())
+
+    run_ranks(2, load)
+
+
+def _distributed(rank: int, path: str) -> dict[str, bool]:
+    """Two tensor-parallel by two data-parallel processes; parameters are DTensors over the former."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tensor_parallel, place = mesh["tp"], mesh["dp"].get_local_rank()
+    values = {"row": torch.arange(24.0).view(6, 4), "column": torch.arange(35.0).view(5, 7), "same": torch.arange(9.0)}
+    placements = {"row": [Shard(0)], "column": [Shard(1)], "same": [Replicate()]}
+    values["strided"] = torch.arange(40.0).view(8, 5)
+    model = {name: distribute_tensor(values[name], tensor_parallel, where) for name, where in placements.items()}
+    strided = values["strided"].view(2, 2, 2, 5)[:, tensor_parallel.get_local_rank()].reshape(4, 5)
+    model["strided"] = DTensor.from_local(
+        strided, tensor_parallel, [_StridedShard(0, split_factor=2)], run_check=False, shape=(8, 5), stride=(5, 1)
+    )
+    local = {name: tensor.to_local() for name, tensor in model.items()}
+    layout = lay_out([FlatParameter(name, tuple(one.shape), "float32") for name, one in local.items()], 2)
+    flat = torch.cat([one.flatten() for one in local.values()])
+    low, high = layout.buckets[0].range_of(place)
+    buffer = torch.zeros(high - low)
+    buffer[: min(high, len(flat)) - low] = flat[low:high]
+    gs.save(reshardable_state(layout, place, {"m": [buffer]}, model), path)
+    stored = gs.open_checkpoint(path)
+    return {name: np.array_equal(stored[f"optimizer.state.m.{name}"][...], value.numpy()) for name, value in values.items()}
+
+
+def test_parameters_may_be_dtensors_over_tensor_parallel_ranks(tmp_path: Path) -> None:
+    found = results(run_processes(4, _distributed, str(tmp_path / "step")))
+    assert found == [dict.fromkeys(("row", "column", "same", "strided"), True)] * 4
+
+
 # Wrong calls.
 
 
@@ -237,7 +326,8 @@ def one_rank(**changes: object) -> dict[str, object]:
         ({"rank": 2}, "rank 2 must be an int from 0 to 1"),
         ({"instance": -1}, "instance -1"),
         ({"model": {}}, "parameter 'w' of the flat layout: expected .* found nothing"),
-        ({"model": {"w": torch.zeros(4, 3)}}, "found a Tensor"),
+        ({"model": {"w": [1.0]}}, "found a list"),
+        ({"model": {"w": torch.zeros(3, 4)}}, r"has shape \(4, 3\) in the flat layout, the model's 'w' has \(3, 4\)"),
         (
             {"model": {"w": gs.ShardedTensor.from_rank_offsets("w", torch.zeros(2, 3), (0, 0, 2))}},
             r"\(4, 3\) .* 'w' has \(2, 3\)",

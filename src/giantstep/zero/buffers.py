@@ -16,7 +16,8 @@ BucketTensors = Sequence[torch.Tensor | None]
 """Per bucket of the layout a 1-dimensional tensor of the rank's own range; None where the bucket has no such state."""
 
 ParameterTensors = Mapping[str, torch.Tensor]
-"""By parameter name a 1-dimensional tensor of the rank's own range of it; absent where there is no such state."""
+"""By parameter name a 1-dimensional tensor of the rank's own range of it, or one of the parameter's shape where the rank
+owns all of it; absent where there is no such state."""
 
 
 def empty_buffers(layout: FlatLayout, rank: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[torch.Tensor]:
@@ -69,7 +70,10 @@ def _views_by_name(
             continue
         left.discard(parameter)
         what = f"state {name!r} of parameter {parameter!r}: rank {rank} owns elements {owned.start}:{owned.stop}"
-        _check_flat(tensor, owned.stop - owned.start, what)
+        count = owned.stop - owned.start
+        if count == owned.parameter.elements and tensor.shape == owned.parameter.shape and tensor.is_contiguous():
+            tensor = tensor.view(-1)
+        _check_flat(tensor, count, what)
         yield owned, tensor.detach()
     for parameter in sorted(left):
         if tensors[parameter].numel():

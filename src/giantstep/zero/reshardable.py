@@ -14,13 +14,11 @@ import torch
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.factory import ShardedTensorFactory
 from giantstep.mapping.flat_factory import FlatFactory
+from giantstep.mapping.model_parameter import Described, ModelParameter, described
 from giantstep.mapping.replica import ReplicaId
 from giantstep.mapping.sharded_object import LocalNonpersistentObject
-from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.shards.flat_buffers import FlatLayout, OwnedRange
 from giantstep.zero.buffers import BucketTensors, ParameterTensors, views_of
-
-ModelParameter = ShardedTensor | ShardedTensorFactory
 
 
 def reshardable_state(
@@ -44,7 +42,8 @@ def reshardable_state(
             its own range of that. Dtypes may differ from the parameters'. Owned by the caller.
         model: by the names in the layout, how the model describes its parameters: with their position in tensor, pipeline
             and expert parallelism, as for saving the model. Only those that the rank owns a part of are looked up. Of
-            fused ones the factory; it may be told nothing of ranges (see `FlatFactory`).
+            fused ones the factory, which need know nothing of ranges (see `FlatFactory`). DTensors of meshes without a
+            data-parallel axis, and plain tensors where nothing cuts them, have the name in the layout as their key.
         prefix: put before the name of the state.
         instance: number of this copy of the optimizer where several hold the same state, such as groups of a hybrid sharded
             optimizer; the model is saved by instance 0.
@@ -78,13 +77,14 @@ class _Maker:
         if type(instance) is not int or instance < 0:
             raise BadArgumentError(f"instance {instance!r} must be an int of at least 0")
         self._model, self._prefix, self._instance = model, prefix, instance
-        self._known: dict[str, ModelParameter] = {}
+        self._known: dict[str, Described] = {}
 
-    def leaf(self, name: str, owned: OwnedRange, view: torch.Tensor) -> ModelParameter:
+    def leaf(self, name: str, owned: OwnedRange, view: torch.Tensor) -> Described:
         """What is saved for one range of one state."""
         model = self._known.get(owned.parameter.name)
         if model is None:
-            model = self._known[owned.parameter.name] = self._checked(owned)
+            known = self._model.get(owned.parameter.name)
+            model = self._known[owned.parameter.name] = described(owned.parameter, known)
         key, replica_id = f"{self._prefix}.{name}.{model.key}", self._replica_id(model.replica_id)
         flat = slice(owned.start, owned.stop)
         if isinstance(model, ShardedTensorFactory):
@@ -98,25 +98,3 @@ class _Maker:
 
     def _replica_id(self, replica_id: ReplicaId) -> ReplicaId:
         return (*replica_id[:-1], self._instance) if isinstance(replica_id, tuple) and replica_id else self._instance
-
-    def _checked(self, owned: OwnedRange) -> ModelParameter:
-        name, expected = owned.parameter.name, owned.parameter.shape
-        model = self._model.get(name)
-        if not isinstance(model, ShardedTensor | ShardedTensorFactory):
-            found = "nothing" if model is None else f"a {type(model).__name__}"
-            raise BadArgumentError(
-                f"parameter {name!r} of the flat layout: expected the model's ShardedTensor or ShardedTensorFactory, "
-                f"found {found}"
-            )
-        if model.flattened_range is not None:
-            raise BadArgumentError(
-                f"parameter {name!r}: the model's {model.key!r} is flattened itself; give it as it is in the model"
-            )
-        shape = model.local_shape if isinstance(model, ShardedTensor) else tuple(model.data.shape)
-        if shape != expected:
-            raise BadArgumentError(
-                f"parameter {name!r} has shape {expected} in the flat layout, the model's {model.key!r} has {shape}: lay out "
-                "the local parameters, as tensor parallelism leaves them"
-            )
-        # The model's values are not needed any more.
-        return model.without_data() if isinstance(model, ShardedTensor) else model
