@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -16,7 +15,6 @@ from giantstep.mapping.factory import ShardedTensorFactory
 from giantstep.mapping.flat_factory import FlatFactory
 from giantstep.mapping.model_parameter import Described, ModelParameter, described
 from giantstep.mapping.replica import ReplicaId
-from giantstep.mapping.sharded_object import LocalNonpersistentObject
 from giantstep.shards.flat_buffers import FlatLayout, OwnedRange
 from giantstep.zero.buffers import BucketTensors, ParameterTensors, views_of
 
@@ -29,7 +27,7 @@ def reshardable_state(
     *,
     prefix: str = "optimizer.state",
     instance: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Described]]:
     """A rank's optimizer state for `save` or `load`, under any layout.
 
     The tensor of state `exp_avg` of a model parameter with key `k` has the key `optimizer.state.exp_avg.k` and the model
@@ -62,12 +60,10 @@ def reshardable_state(
     """
     layout.check_rank(rank)
     maker = _Maker(model, prefix, instance)
-    found: dict[str, Any] = {}
-    for name, tensors in states.items():
-        leaves = {owned.parameter.name: maker.leaf(name, owned, view) for owned, view in views_of(layout, rank, name, tensors)}
-        # An empty dict would be common state, and differ from other ranks'.
-        found[name] = leaves or LocalNonpersistentObject({})
-    return found
+    return {
+        name: {owned.parameter.name: maker.leaf(name, owned, view) for owned, view in views_of(layout, rank, name, tensors)}
+        for name, tensors in states.items()
+    }
 
 
 class _Maker:
