@@ -18,6 +18,7 @@ from methods import DCP, Dcp, Giantstep, Method, Part, Waits
 from raw_io import copy_memory, knows_direct, write_file
 from states import Shape, Share, aligned_memory
 from torch.distributed.device_mesh import DeviceMesh
+
 from training import Ticker
 
 QUIET, RAW, _OURS = "no save", "raw", "giantstep"

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from states import Shape
 from torch.distributed.device_mesh import DeviceMesh
+
 from training import Ticker, python_loop, torch_loop
 
 _MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 - the file system that is measured

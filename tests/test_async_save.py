@@ -225,6 +225,32 @@ def test_the_guard_makes_the_next_step_wait_until_the_save_is_staged_and_later_s
         pending.guard(object())
 
 
+def test_the_guard_of_a_wrapped_optimizer_is_called_by_the_one_inside() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        """As accelerate's: an optimizer whose own part was never made."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self, closure: Any = None) -> None:
+            self.optimizer.step()
+
+    gated, store = GatedStore(), SlowStore()
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = Wrapper(torch.optim.SGD([weight], lr=1.0))
+    weight.grad = torch.ones(4)
+    options = gs.SaveOptions(staging="background", max_pending=2)
+    gs.async_save({"x": torch.ones(1)}, gated, options=options)
+    pending = gs.async_save({"w": weight}, store, options=options).guard(optimizer)
+    threading.Timer(0.2, gated.gate.set).start()
+    optimizer.step()
+    assert pending.staged()
+    pending.result()
+    assert gs.open_checkpoint(store)["w"][...].tolist() == [1.0] * 4
+    with pytest.raises(BadArgumentError, match="working register_step_pre_hook"):
+        pending.guard(Wrapper(object()))  # type: ignore[arg-type]
+
+
 def test_guards_of_several_saves_and_hooks_of_the_users_own_get_along() -> None:
     store, calls = SlowStore(), []
     weight = torch.nn.Parameter(torch.ones(4))

@@ -9,7 +9,8 @@
     ├── MismatchError               fix the request or the strictness: the checkpoint holds something else
     │   ├── KeyMismatchError        keys that one side has and the other has not
     │   ├── ShapeMismatchError      same key, another global shape
-    │   └── DtypeMismatchError      same key, another dtype, and casting was not allowed
+    │   ├── DtypeMismatchError      same key, another dtype, and casting was not allowed
+    │   └── LayoutMismatchError     state that loads only in the layout that saved it, in another one
     ├── OpenError                   choose another path or another version of the library
     │   ├── CheckpointNotFoundError nothing is at the path
     │   ├── NotACheckpointError     something is there, but not a checkpoint
@@ -128,6 +129,12 @@ class DtypeMismatchError(MismatchError):
     """A key is stored with another dtype, and casting was not allowed."""
 
     code = "dtype_mismatch"
+
+
+class LayoutMismatchError(MismatchError):
+    """State that loads only in the layout that saved it is requested in another one."""
+
+    code = "layout_mismatch"
 
 
 class OpenError(GiantstepError):

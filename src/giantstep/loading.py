@@ -13,6 +13,7 @@ import numpy as np
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.collection import uncollected
+from giantstep.conditions import check_conditions
 from giantstep.errors import BadArgumentError
 from giantstep.filling import compare_sinks, fill_sinks, plan_filling
 from giantstep.format.names import RECORD_NAME
@@ -184,6 +185,7 @@ class _Load:
         if kept is None and self._options.plan_cache is not None:
             keep_index(self._options.plan_cache, self._stored)
         self._common = self._checkpoint.common
+        check_conditions(self._described, self._stored, self._options)
         self._matched = match(self._described, self._stored, self._common, self._options)
         return self._matched.requests.encode()
 

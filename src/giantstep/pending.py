@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from giantstep.errors import BadArgumentError, GiantstepError, PhaseTimeoutError
@@ -89,16 +89,11 @@ class PendingSave:
             This handle, so that the call can follow `async_save` on its line.
         """
         for optimizer in optimizers:
-            register = getattr(optimizer, "register_step_pre_hook", None)
-            if not callable(register):
-                raise BadArgumentError(
-                    f"{type(optimizer).__name__} has no register_step_pre_hook, so its steps cannot be made to wait: use "
-                    "`with staging_guard(pending):` around what changes tensors"
-                )
             guard = _GUARDS.get(optimizer)
             if guard is None:
-                guard = _GUARDS[optimizer] = _Guard()
-                register(guard)
+                guard = _Guard()
+                _register(optimizer, guard)
+                _GUARDS[optimizer] = guard
             guard.add(self)
         return self
 
@@ -142,6 +137,26 @@ class _Guard:
     def __call__(self, *_arguments: Any) -> None:
         while self._awaited:
             self._awaited.popleft().wait_staged()
+
+
+def _register(optimizer: Any, guard: _Guard) -> None:
+    """Have an optimizer call the guard before each step.
+
+    Classes that wrap an optimizer, such as accelerate's, may inherit the method without what it needs.
+    """
+    register = getattr(optimizer, "register_step_pre_hook", None)
+    if callable(register):
+        with suppress(AttributeError):
+            register(guard)
+            return
+        wrapped = getattr(optimizer, "optimizer", None)
+        if wrapped is not None:
+            _register(wrapped, guard)
+            return
+    raise BadArgumentError(
+        f"{type(optimizer).__name__} has no working register_step_pre_hook, so its steps cannot be made to wait: use "
+        "`with staging_guard(pending):` around what changes tensors"
+    )
 
 
 # By optimizer, and forgotten with it.

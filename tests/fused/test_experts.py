@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unsharded import flat_cuts, fused_of, numbered
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, CoverageError
@@ -19,6 +18,7 @@ from giantstep.experts import Inner, LocalExperts, grouped, sequential
 from giantstep.fused import Cut, Fused, Gated
 from giantstep.testing import check_coverage, round_trip
 from giantstep.testing.ranks import run_ranks
+from unsharded import flat_cuts, fused_of, numbered
 
 HIDDEN, FFN = 2, 6
 FORMS = ("stacked", "transposed", "concatenated", "sequential")

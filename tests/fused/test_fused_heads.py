@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unsharded import Attention, attentions, flat_cuts
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError
 from giantstep.fused import Heads, qkv
 from giantstep.testing import check_coverage, round_trip
+from unsharded import Attention, attentions, flat_cuts
 
 ORDERS = st.sampled_from(["grouped", "blocks"])
 

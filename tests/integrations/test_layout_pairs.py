@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
-import giantstep as gs
 from parallel_layouts import LAYOUTS, PLAIN_LAYOUTS, SINGLE, Trainer
+
 from processes import results, run_processes
 
 FORMS = {"named": (SINGLE, *LAYOUTS), "plain": (SINGLE, *PLAIN_LAYOUTS)}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from parallel_layouts import LAYOUTS, Trainer
 
 import giantstep as gs
-from parallel_layouts import LAYOUTS, Trainer
 from processes import results, run_processes
 
 SHARDED = ("FSDP1", "FSDP1 flat", "FSDP1 hybrid")

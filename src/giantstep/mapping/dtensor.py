@@ -63,6 +63,10 @@ class DTensorLayout:
                 f"this rank a local shape of {self.local_shape}, but the local tensor has {tuple(local.shape)}. A DTensor made "
                 "by from_local with uneven shards needs its global shape and stride given."
             )
+        return self.parts(local)
+
+    def parts(self, local: torch.Tensor) -> list[tuple[Region, torch.Tensor]]:
+        """The same of any tensor of the local shape."""
         return [(box.region, local if box.place is None else _narrowed(local, box.place)) for box in self.boxes]
 
 

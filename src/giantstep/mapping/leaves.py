@@ -103,7 +103,10 @@ class TensorLeaf:
         for _, view in self.pieces:
             if view is None:
                 return True
-        return isinstance(self.source, ShardedTensor) and self.source.data is None
+        if self.pieces or not isinstance(self.source, ShardedTensor):
+            return False
+        # An empty flat range has no pieces.
+        return self.source.data is None or self.source.data.is_meta
 
     @property
     def layout(self) -> Hashable:
