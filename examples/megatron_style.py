@@ -23,7 +23,7 @@ LAYERS, WIDTH, INNER, BATCH = 4, 32, 96, 24
 
 
 class Block(torch.nn.Module):
-    """x + down(silu(gate(n)) * up(n)) of normalised n: gate and up are one weight; a tensor-parallel rank has a part of both."""
+    """x + down(silu(gate(n)) * up(n)) of normalised n: gate and up are one weight; tensor parallelism cuts both."""
 
     def __init__(self, tp_group: dist.ProcessGroup) -> None:
         super().__init__()

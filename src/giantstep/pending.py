@@ -89,11 +89,7 @@ class PendingSave:
             This handle, so that the call can follow `async_save` on its line.
         """
         for optimizer in optimizers:
-            guard = _GUARDS.get(optimizer)
-            if guard is None:
-                guard = _Guard()
-                _register(optimizer, guard)
-                _GUARDS[optimizer] = guard
+            guard = _guard_of(optimizer)
             guard.add(self)
         return self
 
@@ -139,28 +135,31 @@ class _Guard:
             self._awaited.popleft().wait_staged()
 
 
-def _register(optimizer: Any, guard: _Guard) -> None:
-    """Have an optimizer call the guard before each step.
+# By optimizer, and forgotten with it.
+_GUARDS: weakref.WeakKeyDictionary[Any, _Guard] = weakref.WeakKeyDictionary()
 
-    Classes that wrap an optimizer, such as accelerate's, may inherit the method without what it needs.
+
+def _guard_of(optimizer: Any) -> _Guard:
+    """The guard that an optimizer calls before each step.
+
+    Classes that wrap an optimizer, such as accelerate's, may inherit the method to register it without what that needs.
     """
     register = getattr(optimizer, "register_step_pre_hook", None)
     if callable(register):
+        guard = _GUARDS.get(optimizer)
+        if guard is not None:
+            return guard
+        guard = _Guard()
         with suppress(AttributeError):
             register(guard)
-            return
-        wrapped = getattr(optimizer, "optimizer", None)
-        if wrapped is not None:
-            _register(wrapped, guard)
-            return
+            _GUARDS[optimizer] = guard
+            return guard
+        if hasattr(optimizer, "optimizer"):
+            return _guard_of(optimizer.optimizer)
     raise BadArgumentError(
         f"{type(optimizer).__name__} has no working register_step_pre_hook, so its steps cannot be made to wait: use "
         "`with staging_guard(pending):` around what changes tensors"
     )
-
-
-# By optimizer, and forgotten with it.
-_GUARDS: weakref.WeakKeyDictionary[Any, _Guard] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
