@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "giantstep"
 # From the highest layer to the lowest; a module may import only from layers below its own, or from its own package.
 LAYERS: list[set[str]] = [
     {"cli", "integrations", "testing", "__init__"},
-    {"metadata", "async_saving"},
+    {"metadata", "async_saving", "optimizer"},
     {"opening", "saving", "loading", "removal", "saver"},
     {"planned_save", "planned_load"},
     {"filling", "unwrapping", "kept_index", "kept_outlines"},
@@ -83,7 +83,7 @@ def test_effects_happen_where_they_may(path: Path) -> None:
         assert not tops & (EFFECTS - OBJECT_TYPES.get(relative, set())), f"{relative} is pure"
     if any(name.startswith("torch.distributed") for name in names):
         assert house == "group" or relative in (
-            *(f"mapping/{name}.py" for name in ("dtensor", "expand", "leaves", "outline", "wrappers")),
+            *(f"mapping/{name}.py" for name in ("dtensor", "expand", "leaves", "optimizer", "outline", "wrappers")),
         )
     if "os" in tops:
         assert relative in ("storage/local.py", "storage/locate.py", "options.py", "ending.py"), "files, environment, exit"

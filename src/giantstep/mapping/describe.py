@@ -17,7 +17,7 @@ from giantstep.mapping.expand import Expanded, Joint, expand, stands_for_itself
 from giantstep.mapping.leaves import LeafMaker, TensorLeaf
 from giantstep.mapping.outline import Outline, outline_of
 from giantstep.mapping.replica import is_main_replica
-from giantstep.mapping.sharded_object import LocalNonpersistentObject, ShardedObject
+from giantstep.mapping.sharded_object import LocalNonpersistentObject, ShardedObject, SharedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.survey import survey
 from giantstep.mapping.tree import DROPPED, Tree, map_leaves, prune
@@ -217,8 +217,14 @@ def _stored(objects: Sequence[ObjectLeaf], *, for_load: bool) -> dict[str, Store
                 "different keys or positions."
             )
         places[name] = leaf.path
-        found[name] = StoredObject(leaf.source.data, MAIN if is_main_replica(leaf.source.replica_id) else COPY, leaf.path)
+        found[name] = StoredObject(leaf.source.data, _role_of(leaf.source), leaf.path)
     return found
+
+
+def _role_of(item: ShardedObject) -> int:
+    if isinstance(item, SharedObject):
+        return IMPLICIT
+    return MAIN if is_main_replica(item.replica_id) else COPY
 
 
 def _check_unicode(key: str, noun: str) -> None:
