@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [
     {"planned_save", "planned_load"},
     {"filling", "unwrapping", "kept_index", "kept_outlines"},
     {"describing", "requesting", "restoring", "sources", "pending", "sharing"},
+    {"stored_view"},
     {"codecs", "reports", "phases", "writers", "stored_plans", "targets", "stored_state"},
     {"mapping", "staging", "writing", "reading", "commit"},
     {"words"},

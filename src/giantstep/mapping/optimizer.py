@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.factory import ShardedTensorFactory
+from giantstep.mapping.placed import PlacedState
 from giantstep.mapping.sharded_object import SharedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.tree import Tree, map_leaves
@@ -42,7 +43,8 @@ def sharded_params(model_state: Tree, path: Path = ()) -> list[tuple[str, Sharde
 
     Args:
         model_state: nested dicts and lists with `ShardedTensor`s, factories, DTensors, tensors, modules and other objects
-            with a state dict; or a module itself. Of a module these are its parameters and buffers, not copies.
+            with a state dict; or a module itself. Of a module these are its parameters and buffers, not copies. Optimizers
+            in it do not count, so it may be the state dict that is saved.
         path: where it stands, for the keys of leaves without a key of their own.
     """
     found: list[tuple[str, ShardedParam]] = []
@@ -54,11 +56,16 @@ def sharded_params(model_state: Tree, path: Path = ()) -> list[tuple[str, Sharde
             found.append((dotted(where), leaf))
         elif isinstance(leaf, torch.nn.Module):
             found.extend(sharded_params(leaf.state_dict(keep_vars=True), where))
-        elif callable(getattr(leaf, "state_dict", None)) and not isinstance(leaf, type):
+        elif callable(getattr(leaf, "state_dict", None)) and not isinstance(leaf, type | PlacedState) and not _steps(leaf):
             found.extend(sharded_params(leaf.state_dict(), where))
 
     map_leaves(model_state, note, path)
     return found
+
+
+def _steps(leaf: Any) -> bool:
+    """Whether it is an optimizer, whose state holds no parameters."""
+    return hasattr(leaf, "param_groups")
 
 
 def data_of(param: ShardedParam) -> torch.Tensor | None:
@@ -142,7 +149,8 @@ def make_sharded_optimizer_tensor(model_param: ShardedParam, optim_param: torch.
         expected = model_param.data_shape()
         if tensor.shape != expected and not (tensor.numel() == _product(expected) and tensor.is_contiguous()):
             raise _unlike(model_param.key, expected, tensor)
-        return replace(model_param, key=f"{prefix}.{model_param.key}", data=tensor.view(expected), dtype=tensor.dtype)
+        data = tensor if tensor.shape == expected else tensor.view(expected)
+        return replace(model_param, key=f"{prefix}.{model_param.key}", data=data, dtype=tensor.dtype)
     return shaped_like(model_param, tensor, prefix)
 
 

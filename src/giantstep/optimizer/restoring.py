@@ -1,0 +1,156 @@
+"""A loaded tree put into an optimizer: state by parameter, `step` and the like, hyper-parameters of groups.
+
+Tensors are filled by now; what the optimizer had keeps its memory. torch's own `load_state_dict` is not used: it casts state
+to the parameter's dtype. Called by `OptimizerState`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from giantstep.mapping.optimizer import data_of, local_of
+from giantstep.optimizer.groups import plan_groups, set_option
+from giantstep.optimizer.kinds import MAIN_PARAM, PART_OBJECT
+from giantstep.optimizer.options import OptimizerOptions
+from giantstep.optimizer.report import OptimizerReport
+from giantstep.optimizer.slots import Name, Slot
+
+
+class Restorer:
+    """Puts the state of one optimizer in place.
+
+    Args:
+        optimizer: has `state` and `param_groups`.
+        slots: its parameters.
+        tree: what was loaded, as `requests.want_optimizer` asked for it.
+        options: see `OptimizerOptions`.
+    """
+
+    def __init__(self, optimizer: Any, slots: Sequence[Slot], tree: Mapping[str, Any], options: OptimizerOptions) -> None:
+        self._optimizer = optimizer
+        self._slots = slots
+        self._tree = tree
+        self._options = options
+        self._report = OptimizerReport()
+
+    def restore(self) -> OptimizerReport:
+        """Do it; say what was done."""
+        members: list[dict[str, str]] = [{} for _ in self._optimizer.param_groups]
+        for slot in self._slots:
+            found = [(name, record) for name in slot.names if (record := self._record(name)) is not None]
+            if not found:
+                self._report.added += (slot.names[0].key,)
+                if slot.is_copy:
+                    self._derive(slot, slot.names[0])
+                continue
+            members[slot.group][slot.names[0].place] = found[0][1]["group"]
+            self._put(slot, *found[0])
+        stored = {digest: group for digest, group in self._tree.get("group", {}).items() if isinstance(group, dict)}
+        keep = self._options.on_group_conflict == "keep"
+        plans = plan_groups(self._optimizer.param_groups, members, stored, keep_conflicts=keep)
+        for group, plan in zip(self._optimizer.param_groups, plans, strict=True):
+            for name, value in plan.values.items():
+                set_option(group, name, value)
+            self._report.groups += (plan.note,) if plan.note else ()
+        rest = self._tree.get("rest")
+        if isinstance(rest, dict):
+            self._optimizer.state.update(rest)
+            self._report.values += len(rest)
+        return self._report
+
+    def _record(self, name: Name) -> dict[str, Any] | None:
+        found = self._tree.get("param", {}).get(name.place)
+        record = found[0] if found else None
+        return record if isinstance(record, dict) else None
+
+    def _loaded(self, what: str, name: Name) -> Any:
+        """What was loaded; `_ABSENT` if it was not requested."""
+        places = self._tree.get("state", {}).get(what, {})
+        for place in (name.place, name.key + name.layout.cut, name.key):
+            if place in places:
+                return places[place]
+        return _ABSENT
+
+    def _put(self, slot: Slot, name: Name, record: Mapping[str, Any]) -> None:
+        kinds = {what: tuple(kind) for what, kind in record["tensors"].items() if what != MAIN_PARAM or slot.is_copy}
+        tensors = {what: self._loaded(what, name) for what in kinds}
+        if any(value is _ABSENT for value in tensors.values()):
+            self._report.dropped += (name.key,)
+            self._optimizer.state.pop(slot.param, None)
+            return
+        hollow = [value for what, value in tensors.items() if kinds[what] != PART_OBJECT and _is_hollow(value)]
+        if hollow:
+            self._report.skipped += (name.key,)
+            return
+        if slot.is_copy and tensors.pop(MAIN_PARAM, None) is None:
+            self._derive(slot, name)
+        elif slot.is_copy:
+            self._report.loaded += (f"{MAIN_PARAM} of {name.key}",)
+        held = self._optimizer.state.get(slot.param) or {}
+        gone = [what for what in held if what not in tensors and what not in record["values"]]
+        self._report.removed += tuple(f"{what} of {name.key}" for what in gone)
+        state = {what: as_state(value, slot.param) for what, value in tensors.items()}
+        for what, value in record["values"].items():
+            state[what] = self._value(held.get(what), value, slot, what, record)
+        self._report.loaded += tuple(f"{what} of {name.key}" for what in tensors)
+        self._report.values += len(record["values"])
+        if not state:
+            self._report.without_state += (name.key,)
+            self._optimizer.state.pop(slot.param, None)
+            return
+        for what in gone:
+            del held[what]
+        held.update(state)
+        self._optimizer.state[slot.param] = held
+
+    def _value(self, current: Any, value: Any, slot: Slot, what: str, record: Mapping[str, Any]) -> Any:
+        """A stored value as the optimizer keeps such: a tensor on the device where it is, or would be, used."""
+        if isinstance(current, Tensor):
+            place = local_of(current)
+            with torch.no_grad():
+                if not isinstance(value, Tensor):
+                    place.fill_(value)
+                    return current
+                if value.dtype == place.dtype and value.shape == place.shape:
+                    place.copy_(value)
+                    return current
+                return value.to(place.device)
+        if not isinstance(value, Tensor):
+            return value
+        group = self._optimizer.param_groups[slot.group]
+        on_device = what in record["beside"] or (what == "step" and (group.get("fused") or group.get("capturable")))
+        return value.to(local_of(slot.param).device) if on_device else value
+
+    def _derive(self, slot: Slot, name: Name) -> None:
+        """Of a main parameter that is not stored: it is the model's parameter, unless that is it already, rounded."""
+        data = data_of(name.leaf)
+        if data is None:
+            return
+        with torch.no_grad():
+            place, model = local_of(slot.param).detach(), local_of(data).detach()
+            if not torch.equal(place.to(model.device, model.dtype).reshape(model.shape), model):
+                place.copy_(model.reshape(place.shape))
+                self._report.derived += (name.key,)
+
+
+_ABSENT = object()
+
+
+def _is_hollow(value: Any) -> bool:
+    return value is None or (isinstance(value, Tensor) and local_of(value).is_meta)
+
+
+def as_state(value: Any, param: Tensor) -> Any:
+    """A loaded tensor as the optimizer is to have it: shaped like the parameter if it is a view of another shape."""
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(value, DTensor) and not isinstance(param, DTensor):
+        value = local_of(value)
+    if value.shape != param.shape and value.numel() == param.numel() and value.is_contiguous() and value.dim() != param.dim():
+        return value.view(param.shape)
+    return value
