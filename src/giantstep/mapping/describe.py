@@ -164,7 +164,7 @@ def describe(
     if found is not None and stands_for_itself(found):
         expanded = Expanded(state_dict)
     else:
-        expanded = expand(state_dict, stored)
+        expanded = expand(state_dict, stored, for_load=for_load)
         found = survey(expanded.tree)
     for outline in known or ():
         seen = None if found is None else outline.views(found, for_load=for_load)

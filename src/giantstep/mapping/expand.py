@@ -52,6 +52,7 @@ class Expanded:
         joints: of Stateful objects, factories and wrappers; inner ones before outer ones.
         wrappers: key and description of every wrapper tensor.
         stored: what objects that ask for it are told of the checkpoint; None if it is not open.
+        for_load: whether they are to ask, and stand for nothing as long as it is not open.
         asks: whether there is any such object.
     """
 
@@ -59,20 +60,22 @@ class Expanded:
     joints: list[Joint] = field(default_factory=list)
     wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
     stored: StoredNames | None = None
+    for_load: bool = False
     asks: bool = False
 
 
-def expand(state_dict: Tree, stored: StoredNames | None = None) -> Expanded:
+def expand(state_dict: Tree, stored: StoredNames | None = None, *, for_load: bool = False) -> Expanded:
     """Replace what is stored as something else.
 
     Args:
         state_dict: of the caller.
         stored: the checkpoint that is to be loaded, once it is open.
+        for_load: whether one is to be loaded.
 
     Raises:
         BadArgumentError: a wrapper tensor cannot be taken apart; names its path or key.
     """
-    found = Expanded(stored=stored)
+    found = Expanded(stored=stored, for_load=for_load)
     found.tree = _expand(state_dict, (), found)
     return found
 
@@ -109,7 +112,9 @@ def _state_of(leaf: Any, where: Path, found: Expanded) -> Tree:
     if not isinstance(leaf, PlacedState):
         return leaf.state_dict()
     found.asks = True
-    return leaf.state_at(dotted(where)) if found.stored is None else leaf.state_for_load(dotted(where), found.stored)
+    if found.stored is not None:
+        return leaf.state_for_load(dotted(where), found.stored)
+    return {} if found.for_load else leaf.state_at(dotted(where))
 
 
 def stands_for_itself(found: Survey) -> bool:

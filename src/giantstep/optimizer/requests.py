@@ -96,7 +96,7 @@ class _Asker:
         self._read_groups()
 
     def _note_record(self, place: str, positions: Sequence[ObjectPosition], records: Sequence[Record]) -> None:
-        differing = [n for n, record in enumerate(records) if not same(record, records[0])]
+        differing = [n for n, record in enumerate(records) if n and not same(record, records[0])]
         if differing:
             pair = f"{positions[0].offset} and {positions[differing[0]].offset}"
             self._problems.append(f"{place}: positions {pair} had different steps, groups or kinds of state, and are one now")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from giantstep.mapping.optimizer import data_of, local_of
+from giantstep.mapping.optimizer import data_of, local_of, place_in_memory
 from giantstep.optimizer.groups import plan_groups, set_option
 from giantstep.optimizer.kinds import MAIN_PARAM, PART_OBJECT
 from giantstep.optimizer.options import OptimizerOptions
@@ -94,7 +94,7 @@ class Restorer:
         held = self._optimizer.state.get(slot.param) or {}
         gone = [what for what in held if what not in tensors and what not in record["values"]]
         self._report.removed += tuple(f"{what} of {name.key}" for what in gone)
-        state = {what: as_state(value, slot.param) for what, value in tensors.items()}
+        state = {what: _kept(held.get(what), as_state(value, slot.param)) for what, value in tensors.items()}
         for what, value in record["values"].items():
             state[what] = self._value(held.get(what), value, slot, what, record)
         self._report.loaded += tuple(f"{what} of {name.key}" for what in tensors)
@@ -143,6 +143,12 @@ _ABSENT = object()
 
 def _is_hollow(value: Any) -> bool:
     return value is None or (isinstance(value, Tensor) and local_of(value).is_meta)
+
+
+def _kept(current: Any, value: Any) -> Any:
+    """The tensor that the optimizer has, if that is what was filled."""
+    both = isinstance(current, Tensor) and isinstance(value, Tensor)
+    return current if both and place_in_memory(current) == place_in_memory(value) else value
 
 
 def as_state(value: Any, param: Tensor) -> Any:
