@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_jobs import LAYOUTS, OPTIMIZERS, Job, _muon, assembled, load, same_state, save
 
 import giantstep as gs
-from tiny_jobs import LAYOUTS, OPTIMIZERS, Job, _muon, assembled, load, same_state, save
 
 CHANGES = [
     ("one", "one"),

@@ -113,7 +113,9 @@ def _manner(group: Group, options: Group, note: str, what: str = "") -> GroupPla
 
 
 def _several(what: str, members: Mapping[str, str], stored: Mapping[str, Group], *, keep_conflicts: bool) -> GroupPlan:
-    firsts = {digest: key for key, digest in reversed(list(members.items()))}
+    firsts: dict[str, str] = {}
+    for key, digest in members.items():
+        firsts.setdefault(digest, key)
     options = [{name: value for name, value in stored[digest].items() if name not in _MANNER} for digest in firsts]
     names = list(dict.fromkeys(name for found in options for name in found))
     differing = [

@@ -21,8 +21,8 @@ from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.tree import Tree
 
 MainParams = Mapping[Tensor, Any]
-"""Tensor that an optimizer updates -> the model's parameter of which it is a copy, or (parameter, slice) if it is a copy of
-this range of the flattened parameter."""
+"""Tensor that an optimizer updates -> what it is a copy of: the model's parameter; or (parameter, slice), this range of the
+flattened parameter, of which data-parallel ranks have the rest; or a ShardedTensor or factory that describes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,8 @@ class ParamFinder:
 
     def _leaves_of(self, param: Tensor, what: str) -> Sequence[tuple[str, ShardedParam]]:
         source, flat = self._main.get(id(param), param), None
+        if isinstance(source, ShardedTensor | ShardedTensorFactory):
+            return [(source.key, source)]
         if isinstance(source, tuple):
             source, flat = source
         leaves = self._by_object.get(id(source)) or self._by_place.get(place_in_memory(source))
@@ -118,16 +120,18 @@ class ParamFinder:
                 "CPU offload) main_params={copy: parameter}."
             )
         # Tied ones: those that are the very object come with those that are the same memory.
-        every = {id(leaf): (key, leaf) for key, leaf in (*leaves, *self._by_place.get(place_in_memory(source), ()))}
+        every = {(key, id(leaf)): (key, leaf) for key, leaf in (*leaves, *self._by_place.get(place_in_memory(source), ()))}
         return [(key, leaf if flat is None else _ranged(leaf, flat, what)) for key, leaf in every.values()]
 
 
 def _ranged(leaf: ShardedParam, flat: slice, what: str) -> ShardedParam:
     """The sharded parameter, of which the optimizer's is a flat range."""
-    if isinstance(leaf, ShardedTensorFactory):
-        return replace(leaf, data=leaf.data.detach().reshape(-1)[flat], flattened_range=flat)
-    if isinstance(leaf, ShardedTensor) and leaf.flattened_range is None and leaf.data is not None:
-        return replace(leaf, data=leaf.data.detach().reshape(-1)[flat], flattened_range=flat)
+    if isinstance(leaf, ShardedTensor | ShardedTensorFactory) and leaf.flattened_range is None and leaf.data is not None:
+        # Invariant: the last part of a replica id is the place among data-parallel ranks, which hold different ranges.
+        replica = (*leaf.replica_id[:-1], 0) if isinstance(leaf.replica_id, tuple) else 0
+        data = leaf.data.detach().reshape(-1)[flat]
+        ranged: ShardedParam = replace(leaf, data=data, flattened_range=flat, replica_id=replica)
+        return ranged
     raise BadArgumentError(
         f"{what} is a range of a {type(leaf).__name__}: expected a ShardedTensor that is not flat itself, or a factory"
     )
