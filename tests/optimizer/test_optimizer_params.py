@@ -185,7 +185,10 @@ def test_tied_parameters_have_state_under_both_names_and_load_untied(tmp_path: P
     model.embed.weight.grad = torch.ones(6, 4)
     optimizer.step()
     report = gs.save({"model": model, "optimizer": OptimizerState(optimizer, {"model": model})}, tmp_path / "c")
-    assert (report.tensors, report.bytes - 3 * 6 * 4 * 4 < 6 * 4 * 4) == (6, True)
+    assert report.tensors == 6
+    checkpoint = gs.open_checkpoint(tmp_path / "c")
+    chunks = [checkpoint.info(f"optimizer.state.exp_avg.model.{name}.weight").chunks for name in ("embed", "head")]
+    assert chunks[0] == chunks[1], "stored once"
     apart = Tied(tie=False)
     other = torch.optim.AdamW(apart.parameters())
     gs.load({"model": apart, "optimizer": OptimizerState(other, {"model": apart})}, tmp_path / "c")
