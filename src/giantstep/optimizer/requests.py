@@ -21,7 +21,17 @@ from giantstep.mapping.param_layout import built_tensors, distributed_empty, red
 from giantstep.mapping.placed import StoredNames
 from giantstep.mapping.sharded_object import SharedObject
 from giantstep.optimizer.groups import same
-from giantstep.optimizer.kinds import DISTRIBUTED, ELEMENTS, MAIN_PARAM, PART, PART_OBJECT, Kind, leaf_of, stored_name
+from giantstep.optimizer.kinds import (
+    DISTRIBUTED,
+    ELEMENTS,
+    MAIN_PARAM,
+    PART,
+    PART_OBJECT,
+    Kind,
+    leaf_of,
+    statistic,
+    stored_name,
+)
 from giantstep.optimizer.options import OptimizerOptions
 from giantstep.optimizer.slots import Name, Slot
 from giantstep.shards.object_keys import ObjectPosition
@@ -166,6 +176,7 @@ class _Asker:
     def _leaf(self, slot: Slot, name: Name, what: str, kind: Kind) -> tuple[str, Any] | str:
         """The leaf to be filled, or a problem. What is not stored, or left out, is requested without memory."""
         prefix = f"{self._place}.state.{what}"
+        kind = self._kind_here(kind, slot, name, what)
         if kind == PART_OBJECT:
             where, leaf = leaf_of(kind, None, name, prefix)
             return (where, leaf) if self._stored.grid(leaf.key) is not None else self._uncuttable(name, what)
@@ -186,6 +197,16 @@ class _Asker:
             value = self._empty(slot, name, kind, held)
         self._made[id(slot), what] = value
         return leaf_of(kind, value, name, prefix)
+
+    def _kind_here(self, kind: Kind, slot: Slot, name: Name, what: str) -> Kind:
+        """The kind of stored state under this layout: what is whole in the checkpoint may be a DTensor here, or was one."""
+        of_parts = kind == PART or kind[0] == "statistic"
+        if of_parts and isinstance(slot.param, DTensor) and self._stored.tensor(f"{self._place}.state.{what}.{name.key}"):
+            return DISTRIBUTED
+        if kind == DISTRIBUTED and name.layout.cut and not isinstance(data_of(name.leaf), DTensor):
+            axis, keeps = self._options.statistics.get(what, (0, True))
+            return statistic(axis, keeps_axis=keeps) if axis else PART
+        return kind
 
     def _fitting(self, slot: Slot, what: str, kind: Kind) -> Tensor | None:
         """The tensor that the optimizer has, if it can be filled."""
