@@ -118,6 +118,19 @@ def test_a_learning_rate_that_is_a_tensor_stays_the_tensor_that_it_is(before: bo
     assert (found is rate) if after else isinstance(found, float)
 
 
+def test_one_tensor_of_several_groups_becomes_several_where_values_differ(tmp_path: Path) -> None:
+    model, fresh = params("abc"), params("abc")
+    saved(
+        tmp_path / "c", [{"params": [model[name]], "lr": rate} for name, rate in (("a", 0.5), ("b", 0.25), ("c", 0.5))], model
+    )
+    rate = torch.tensor(0.0)
+    optimizer, _ = loaded(tmp_path / "c", [{"params": [fresh[name]], "lr": rate} for name in "abc"], fresh)
+    found = [group["lr"] for group in optimizer.param_groups]
+    assert found == [0.5, 0.25, 0.5]
+    assert found[0] is rate
+    assert found[2] is rate
+
+
 def test_schedulers_go_on_where_they_were(tmp_path: Path) -> None:
     def make() -> Any:
         model = params("ab")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -16,6 +16,31 @@ from giantstep.optimizer.options import STATISTICS
 from giantstep.testing.ranks import RanksFailedError, run_ranks
 
 WHOLE = torch.arange(48.0).reshape(8, 6) + 1
+
+
+class RowScaled(torch.Tensor):
+    """int8 values, and a scale for every four rows."""
+
+    int8: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> Self:
+        self = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+        self.int8, self.scale = values, scale
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+gs.register_wrapper(
+    RowScaled,
+    name="test_optimizer_kinds.RowScaled",
+    take_apart=lambda tensor: ({"int8": tensor.int8, "scale": tensor.scale}, {}),
+    put_together=lambda parts, attributes: RowScaled(parts["int8"], parts["scale"]),
+)
 
 
 class Rank:
@@ -297,3 +322,27 @@ def test_a_scalar_parameter_keeps_moment_and_step_apart(fused: bool, tmp_path: P
     fresh, other = make()
     gs.load({"optimizer": OptimizerState(other, {"w": fresh})}, tmp_path / "c")
     assert same_values(optimizer.state[param], other.state[fresh])
+
+
+def test_wrapper_tensors_as_state_load_where_the_optimizer_has_them(tmp_path: Path) -> None:
+    """As of optimizers with quantised moments: of a class without `detach`, stored as its parts."""
+
+    def make() -> Any:
+        param = torch.nn.Parameter(torch.ones(8, 2))
+        return param, torch.optim.SGD([param]), gs.ShardedTensor.from_rank_offsets("w", param)
+
+    param, optimizer, leaf = make()
+    quantised = RowScaled(torch.arange(16, dtype=torch.int8).reshape(8, 2), torch.tensor([[2.0], [3.0]]))
+    optimizer.state[param] = {"moment": quantised, "step": torch.tensor(3.0)}
+    gs.save({"optimizer": OptimizerState(optimizer, [leaf])}, tmp_path / "c")
+    assert "optimizer.state.moment.w.int8" in gs.open_checkpoint(tmp_path / "c")
+    fresh, other, leaf = make()
+    with pytest.raises(MismatchError, match="let the optimizer make its state before loading"):
+        gs.load({"optimizer": OptimizerState(other, [leaf])}, tmp_path / "c")
+    target = RowScaled(torch.zeros(8, 2, dtype=torch.int8), torch.zeros(2, 1))
+    other.state[fresh] = {"moment": target, "step": torch.tensor(0.0)}
+    gs.load({"optimizer": OptimizerState(other, [leaf])}, tmp_path / "c")
+    assert other.state[fresh]["moment"] is target
+    assert torch.equal(target.int8, quantised.int8)
+    assert torch.equal(target.scale, quantised.scale)
+    assert other.state[fresh]["step"] == 3

@@ -493,3 +493,54 @@ def test_two_shards_of_one_tensor_keep_their_own_state(tmp_path: Path) -> None:
     other = torch.optim.SGD([whole], momentum=0.9)
     gs.load({"optimizer": OptimizerState(other, [gs.ShardedTensor.from_rank_offsets("w", whole)])}, tmp_path / "c")
     assert other.state[whole]["momentum_buffer"][:, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_what_was_not_loaded_is_not_taken_for_loaded() -> None:
+    model = params("a")
+    state = OptimizerState(adamw(model, "a"), model)
+    for wrong in (state.state_dict(), torch.optim.AdamW(model.values()).state_dict()):
+        with pytest.raises(BadArgumentError, match="Pass the OptimizerState to load"):
+            state.load_state_dict(wrong)
+
+
+def test_an_empty_part_without_state_does_not_speak_for_its_parameter(tmp_path: Path) -> None:
+    """Ranges of a flat buffer: a rank's may be empty, and its optimizer leave such a parameter out of its steps."""
+
+    def save(group: Any) -> None:
+        part = [slice(0, 6), slice(6, 6)][group.rank]
+        param = torch.nn.Parameter(torch.ones(part.stop - part.start))
+        optimizer = torch.optim.AdamW([param])
+        if group.rank == 0:
+            param.grad = torch.ones(6)
+            optimizer.step()
+        leaf = gs.ShardedTensor.from_rank_offsets_flat("w", param.detach(), (2, 3), flattened_range=part)
+        options = gs.SaveOptions(on_object_difference="raise")
+        gs.save({"optimizer": OptimizerState(optimizer, [leaf])}, tmp_path / "c", process_group=group, options=options)
+
+    run_ranks(2, save)
+    whole = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.AdamW([whole])
+    gs.load({"optimizer": OptimizerState(optimizer, [gs.ShardedTensor.from_rank_offsets("w", whole)])}, tmp_path / "c")
+    assert optimizer.state[whole]["step"] == 1
+    assert optimizer.state[whole]["exp_avg"].shape == (2, 3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True}, {}], ids=str)
+def test_steps_of_gpu_optimizers_are_where_they_are_used(options: dict[str, Any], tmp_path: Path) -> None:
+    def make() -> Any:
+        model = {name: torch.nn.Parameter(param.detach().cuda()) for name, param in params("ab").items()}
+        return model, torch.optim.AdamW(model.values(), **options)
+
+    model, optimizer = make()
+    stepped(optimizer, model, "ab")
+    gs.save({"optimizer": OptimizerState(optimizer, model)}, tmp_path / "c")
+    fresh, other = make()
+    gs.load({"optimizer": OptimizerState(other, fresh)}, tmp_path / "c")
+    for name in "ab":
+        for what, value in optimizer.state[model[name]].items():
+            found = other.state[fresh[name]][what]
+            assert found.device == value.device
+            assert torch.equal(found, value)
+    stepped(other, fresh, "ab")

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.factory import ShardedTensorFactory
-from giantstep.mapping.placed import PlacedState
 from giantstep.mapping.sharded_object import SharedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.tree import Tree, map_leaves
@@ -42,9 +41,9 @@ def sharded_params(model_state: Tree, path: Path = ()) -> list[tuple[str, Sharde
     """Key and leaf of every tensor of a model's state, in order.
 
     Args:
-        model_state: nested dicts and lists with `ShardedTensor`s, factories, DTensors, tensors, modules and other objects
-            with a state dict; or a module itself. Of a module these are its parameters and buffers, not copies. Optimizers
-            in it do not count, so it may be the state dict that is saved.
+        model_state: nested dicts and lists with `ShardedTensor`s, factories, DTensors, tensors and modules; or a module. Of a
+            module these are its parameters and buffers, not copies. Other objects do not count, so it may be the whole state
+            dict that is saved.
         path: where it stands, for the keys of leaves without a key of their own.
     """
     found: list[tuple[str, ShardedParam]] = []
@@ -56,16 +55,9 @@ def sharded_params(model_state: Tree, path: Path = ()) -> list[tuple[str, Sharde
             found.append((dotted(where), leaf))
         elif isinstance(leaf, torch.nn.Module):
             found.extend(sharded_params(leaf.state_dict(keep_vars=True), where))
-        elif callable(getattr(leaf, "state_dict", None)) and not isinstance(leaf, type | PlacedState) and not _steps(leaf):
-            found.extend(sharded_params(leaf.state_dict(), where))
 
     map_leaves(model_state, note, path)
     return found
-
-
-def _steps(leaf: Any) -> bool:
-    """Whether it is an optimizer, whose state holds no parameters."""
-    return hasattr(leaf, "param_groups")
 
 
 def data_of(param: ShardedParam) -> torch.Tensor | None:
@@ -78,9 +70,14 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def without_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without autograd; tensors that have none as they are, since wrapper tensors may not know `detach`."""
+    return tensor.detach() if tensor.requires_grad or isinstance(tensor, torch.nn.Parameter) else tensor
+
+
 def place_in_memory(tensor: torch.Tensor) -> Hashable:
     """Equal for tensors that are the same elements of one storage, also where there are no elements, or no memory."""
-    local = local_of(tensor).detach()
+    local = local_of(tensor)
     if local.layout != torch.strided:
         return id(tensor)
     try:
@@ -138,7 +135,7 @@ def make_sharded_optimizer_tensor(model_param: ShardedParam, optim_param: torch.
     Raises:
         BadArgumentError: the shapes differ.
     """
-    tensor = optim_param.detach()
+    tensor = without_grad(optim_param)
     if isinstance(model_param, DTensor):
         return tensor if isinstance(tensor, DTensor) else distributed_like(model_param, tensor)
     tensor = local_of(tensor)

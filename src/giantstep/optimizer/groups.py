@@ -151,13 +151,19 @@ def _constant(group: Group) -> dict[str, Any]:
     return {name: value for name, value in options_of(group).items() if name not in _VARYING | _MANNER}
 
 
-def set_option(group: dict[str, Any], name: str, value: Any) -> None:
-    """Give a hyper-parameter a stored value; a tensor stays the tensor that it is, and a number a number."""
-    current = group.get(name)
-    if isinstance(current, torch.Tensor):
-        with torch.no_grad():
-            current.copy_(value) if isinstance(value, torch.Tensor) else current.fill_(value)
-    elif isinstance(value, torch.Tensor) and isinstance(current, float | int):
-        group[name] = value.item()
-    else:
-        group[name] = value
+def set_options(groups: Sequence[dict[str, Any]], plans: Sequence[GroupPlan]) -> None:
+    """Give groups their hyper-parameters; what is a tensor stays the tensor that it is, and a number a number."""
+    written: dict[int, Any] = {}
+    for group, plan in zip(groups, plans, strict=True):
+        for name, value in plan.values.items():
+            current = group.get(name)
+            if isinstance(current, torch.Tensor):
+                with torch.no_grad():
+                    if not same(written.setdefault(id(current), value), value):
+                        # torch gives all groups one tensor at first: these are to have different values.
+                        group[name] = current = current.clone()
+                    current.copy_(value) if isinstance(value, torch.Tensor) else current.fill_(value)
+            elif isinstance(value, torch.Tensor) and isinstance(current, float | int):
+                group[name] = value.item()
+            else:
+                group[name] = value

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantstep.mapping.optimizer import local_of, make_sharded_optimizer_tensor
+from giantstep.mapping.optimizer import local_of, make_sharded_optimizer_tensor, without_grad
 from giantstep.mapping.param_layout import reduced, reduced_shape
 from giantstep.mapping.sharded_object import SharedObject
 from giantstep.mapping.tree import flatten
@@ -81,14 +81,14 @@ def leaf_of(kind: Kind, value: Any, name: Name, prefix: str) -> tuple[str, Any]:
     if kind == ELEMENTS:
         return name.place, make_sharded_optimizer_tensor(name.leaf, value, prefix)
     if kind == DISTRIBUTED:
-        return name.key, value.detach()
+        return name.key, without_grad(value)
     if kind == PART_OBJECT:
         return key, SharedObject(f"{prefix}.{key}", value, (), ())
     if kind[0] == "statistic":
-        sharded = reduced(name.leaf, value.detach(), kind[1], prefix, keeps_axis=kind[2])
+        sharded = reduced(name.leaf, without_grad(value), kind[1], prefix, keeps_axis=kind[2])
         if sharded is not None:
             return name.place, sharded
-    return key, value.detach()
+    return key, without_grad(value)
 
 
 def stored_name(kind: Kind, name: Name, prefix: str, sample: Any) -> str:
@@ -103,7 +103,7 @@ def on_host(values: list[dict[str, Any]]) -> None:
     for held in values:
         for name, value in held.items():
             if isinstance(value, Tensor):
-                held[name] = local_of(value).detach()
+                held[name] = without_grad(local_of(value))
                 if value.device.type != "cpu" and value.numel() == 1:
                     far.setdefault((value.device, value.dtype), []).append((held, name))
     for places in far.values():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from giantstep.mapping.optimizer import data_of, local_of, place_in_memory
-from giantstep.optimizer.groups import plan_groups, set_option
+from giantstep.optimizer.groups import plan_groups, set_options
 from giantstep.optimizer.kinds import MAIN_PARAM, PART_OBJECT
 from giantstep.optimizer.options import OptimizerOptions
 from giantstep.optimizer.report import OptimizerReport
@@ -53,10 +53,8 @@ class Restorer:
         stored = {digest: group for digest, group in self._tree.get("group", {}).items() if isinstance(group, dict)}
         keep = self._options.on_group_conflict == "keep"
         plans = plan_groups(self._optimizer.param_groups, members, stored, keep_conflicts=keep)
-        for group, plan in zip(self._optimizer.param_groups, plans, strict=True):
-            for name, value in plan.values.items():
-                set_option(group, name, value)
-            self._report.groups += (plan.note,) if plan.note else ()
+        set_options(self._optimizer.param_groups, plans)
+        self._report.groups = tuple(plan.note for plan in plans if plan.note)
         rest = self._tree.get("rest")
         if isinstance(rest, dict):
             self._optimizer.state.update(rest)

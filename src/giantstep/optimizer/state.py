@@ -12,7 +12,8 @@ from typing import Any
 
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.placed import PlacedState, StoredNames
-from giantstep.mapping.tree import Tree
+from giantstep.mapping.sharded_object import ShardedObject
+from giantstep.mapping.tree import Tree, flatten
 from giantstep.optimizer.groups import plan_groups
 from giantstep.optimizer.options import OptimizerOptions
 from giantstep.optimizer.records import describe_optimizer
@@ -35,7 +36,7 @@ class OptimizerState(PlacedState):
             stored under its number or name.
         model: whose parameters it has: what is given to `save` for them, or a module. Nested dicts of ShardedTensors,
             factories, DTensors, tensors and modules; parameters are found by object or memory, and named by their keys (of
-            leaves without one: their path in this dict). Give `{"model": module}` to name them as a checkpoint does that has
+            leaves without one: their path in this dict); it may be the whole state dict that is saved. Give `{"model": module}` to name them as a checkpoint does that has
             the module under "model".
         main_params: for optimizers that update copies of the parameters (fp32 main parameters, CPU offload): each copy with
             its parameter, or with (parameter, slice) if it is a copy of this range of the flattened parameter. Copies are
@@ -111,8 +112,18 @@ class OptimizerState(PlacedState):
         return trees.get("", trees)
 
     def load_state_dict(self, state_dict: Tree) -> None:
-        """Take over what `load` loaded. Not for what `torch.optim.Optimizer.state_dict` gives."""
+        """Take over what `load` loaded. Called by `load`.
+
+        Raises:
+            BadArgumentError: it is a state dict that was not loaded, of this class or of torch's optimizers.
+        """
         report = OptimizerReport()
+        held = [*flatten(state_dict).values()]
+        if any(isinstance(leaf, ShardedObject) for leaf in held) or {"param_groups"} & set(state_dict):
+            raise BadArgumentError(
+                "OptimizerState.load_state_dict takes what giantstep.load has loaded. Pass the OptimizerState to load as a "
+                "leaf of its state dict."
+            )
         for name, slots in self._slots().items():
             tree = state_dict.get(name, {}) if name else state_dict
             report += Restorer(self._parts[name], slots, tree, self._options).restore()
