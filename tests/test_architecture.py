@@ -36,6 +36,7 @@ OBJECT_TYPES = {
     "format/kinds.py": {"io"},
     "format/kinds_text.py": {"pathlib"},
 }
+KNOW_DTENSORS = ("dtensor", "expand", "leaves", "optimizer", "outline", "param_layout", "wrappers")
 EFFECTS = {"torch", "os", "io", "time", "threading", "socket", "subprocess", "pathlib", "tempfile", "shutil"}
 
 
@@ -84,7 +85,10 @@ def test_effects_happen_where_they_may(path: Path) -> None:
         assert not tops & (EFFECTS - OBJECT_TYPES.get(relative, set())), f"{relative} is pure"
     if any(name.startswith("torch.distributed") for name in names):
         assert house == "group" or relative in (
-            *(f"mapping/{name}.py" for name in ("dtensor", "expand", "leaves", "optimizer", "outline", "wrappers")),
+            *(
+                f"mapping/{name}.py"
+                for name in ("dtensor", "expand", "leaves", "optimizer", "outline", "param_layout", "wrappers")
+            ),
         )
     if "os" in tops:
         assert relative in ("storage/local.py", "storage/locate.py", "options.py", "ending.py"), "files, environment, exit"

@@ -11,7 +11,7 @@ import torch
 import giantstep as gs
 from giantstep.errors import BadArgumentError, MismatchError, UnsupportedTypeError
 from giantstep.optimizer import OptimizerOptions, OptimizerState
-from giantstep.optimizer.kinds import DISTRIBUTED, ELEMENTS, PART, PART_OBJECT, VALUE, kind_of, statistic
+from giantstep.optimizer.kinds import DISTRIBUTED, ELEMENTS, SHARD, SHARD_OBJECT, VALUE, kind_of, statistic
 from giantstep.optimizer.options import STATISTICS
 from giantstep.testing.ranks import RanksFailedError, run_ranks
 
@@ -201,7 +201,7 @@ def test_state_of_another_part_is_an_error_that_says_so_before_anything_changes(
         loaded(tmp_path / "c", *target, KINDS[name])
     error = caught.value.errors[0]
     assert isinstance(error, MismatchError)
-    assert "of w: no part" in str(error)
+    assert "of w: nothing is stored for the shard" in str(error)
     assert "on_uncuttable='drop'" in str(error)
     for rank in loaded(tmp_path / "c", *target, KINDS[name], OptimizerOptions(on_uncuttable="drop")):
         assert rank.weight not in rank.optimizer.state
@@ -301,12 +301,12 @@ def test_kinds_follow_from_shapes_and_names() -> None:
     assert kind("exp_avg", torch.zeros(4, 3)) == ELEMENTS
     assert kind("row_var", torch.zeros(4, 1)) == statistic(-1, keeps_axis=True)
     assert kind("exp_avg_sq_col", torch.zeros(3)) == statistic(-2, keeps_axis=False)
-    assert kind("rows", torch.zeros(4, 1)) == PART
-    assert kind("q", torch.zeros(4, 4)) == PART
+    assert kind("rows", torch.zeros(4, 1)) == SHARD
+    assert kind("q", torch.zeros(4, 4)) == SHARD
     assert kind("step", torch.zeros(4, 3)) == kind("x", torch.tensor(1.0)) == kind("n", 3) == VALUE
-    assert kind("old", [torch.zeros(12)]) == PART_OBJECT
+    assert kind("old", [torch.zeros(12)]) == SHARD_OBJECT
     assert kind_of("exp_avg", torch.zeros(()), torch.zeros(()), STATISTICS) == ELEMENTS
-    assert DISTRIBUTED != PART
+    assert DISTRIBUTED != SHARD
 
 
 @pytest.mark.parametrize("fused", [False, True])

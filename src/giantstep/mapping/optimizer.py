@@ -70,6 +70,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def is_distributed(tensor: Any) -> bool:
+    """Whether it is a DTensor."""
+    return isinstance(tensor, DTensor)
+
+
 def without_grad(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory without autograd; tensors that have none as they are, since wrapper tensors may not know `detach`."""
     return tensor.detach() if tensor.requires_grad or isinstance(tensor, torch.nn.Parameter) else tensor
@@ -160,11 +165,13 @@ def shaped_like(param: torch.Tensor, tensor: torch.Tensor, name: str) -> torch.T
     return tensor.view(param.shape)
 
 
-def distributed_like(param: DTensor, local: torch.Tensor) -> DTensor:
-    """A DTensor distributed as another one, of which this is this rank's part."""
+def distributed_like(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A DTensor distributed as another one, of which this is this rank's part; for a plain tensor the part as it is."""
+    if not isinstance(param, DTensor):
+        return local
     if local.shape != param._local_tensor.shape:
         raise _unlike("of a DTensor", tuple(param._local_tensor.shape), local)
-    found: DTensor = DTensor.from_local(
+    found: torch.Tensor = DTensor.from_local(
         local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
     return found

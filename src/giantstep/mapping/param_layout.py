@@ -151,13 +151,18 @@ def reduced_shape(shape: tuple[int, ...], axis: int, *, keeps_axis: bool) -> tup
     return None if place < 0 else (*shape[:place], *((1,) if keeps_axis else ()), *shape[place + 1 :])
 
 
-def distributed_empty(param: DTensor, shape: tuple[int, ...], dtype: torch.dtype) -> DTensor:
-    """A DTensor of another shape on the mesh of a parameter: cut along the axes that both have alike, else replicated."""
+def distributed_empty(param: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A DTensor of another shape on the mesh of a parameter: cut along the axes that both have alike, else replicated.
+
+    A plain tensor if the parameter is none.
+    """
+    if not isinstance(param, DTensor):
+        return torch.empty(shape, dtype=dtype)
     placements = [
         placement
         if type(placement) is Shard and len(shape) == param.dim() and shape[placement.dim] == param.shape[placement.dim]
         else Replicate()
         for placement in param.placements
     ]
-    made: DTensor = empty(*shape, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
+    made: torch.Tensor = empty(*shape, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
     return made

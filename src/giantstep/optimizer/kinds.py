@@ -5,8 +5,8 @@
 | `elements` | a tensor shaped like the parameter | always |
 | `statistic` | a tensor that lacks one axis of the parameter, or has size 1 there | if that axis is whole |
 | `distributed` | a DTensor of another shape | always: it says itself how it is cut |
-| `part` | any other tensor: of the part of the parameter that the rank holds | no |
-| `part object` | a value with tensors in it | no |
+| `shard` | any other tensor: it belongs to the shard of the parameter that the rank holds | no |
+| `shard object` | a value with tensors in it | no |
 | `value` | `step` and other numbers, strings, small tensors | it is the same for all of the parameter |
 
 Called by `records` and `requests`.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantstep.mapping.optimizer import local_of, make_sharded_optimizer_tensor, without_grad
+from giantstep.mapping.optimizer import is_distributed, local_of, make_sharded_optimizer_tensor, without_grad
 from giantstep.mapping.param_layout import reduced, reduced_shape
 from giantstep.mapping.sharded_object import SharedObject
 from giantstep.mapping.tree import flatten
@@ -31,8 +31,8 @@ Kind = tuple[Any, ...]
 
 ELEMENTS: Kind = ("elements",)
 DISTRIBUTED: Kind = ("distributed",)
-PART: Kind = ("part",)
-PART_OBJECT: Kind = ("part object",)
+SHARD: Kind = ("shard",)
+SHARD_OBJECT: Kind = ("shard object",)
 VALUE: Kind = ("value",)
 MAIN_PARAM = "fp32_param"
 """Under this name the copy of a parameter is stored that an optimizer updates, as in Megatron-Core."""
@@ -43,16 +43,11 @@ def statistic(axis: int, *, keeps_axis: bool) -> Kind:
     return "statistic", axis, keeps_axis
 
 
-def is_distributed(tensor: Any) -> bool:
-    """Whether it is a DTensor."""
-    return isinstance(tensor, Tensor) and local_of(tensor) is not tensor
-
-
 def kind_of(name: str, value: Any, param: Tensor, statistics: Mapping[str, tuple[int, bool]]) -> Kind:
     """The kind of a piece of state of an optimizer's parameter."""
     if not isinstance(value, Tensor):
         inside = [item for item in flatten({"": value}).values() if isinstance(item, Tensor) and item.numel() != 1]
-        return PART_OBJECT if inside else VALUE
+        return SHARD_OBJECT if inside else VALUE
     if name == "step":
         return VALUE
     shapes = [tuple(param.shape), tuple(local_of(param).shape)]
@@ -65,7 +60,7 @@ def kind_of(name: str, value: Any, param: Tensor, statistics: Mapping[str, tuple
         return ELEMENTS
     if value.numel() == 1:
         return VALUE
-    return DISTRIBUTED if is_distributed(value) else PART
+    return DISTRIBUTED if is_distributed(value) else SHARD
 
 
 def leaf_of(kind: Kind, value: Any, name: Name, prefix: str) -> tuple[str, Any]:
@@ -82,7 +77,7 @@ def leaf_of(kind: Kind, value: Any, name: Name, prefix: str) -> tuple[str, Any]:
         return name.place, make_sharded_optimizer_tensor(name.leaf, value, prefix)
     if kind == DISTRIBUTED:
         return name.key, without_grad(value)
-    if kind == PART_OBJECT:
+    if kind == SHARD_OBJECT:
         return key, SharedObject(f"{prefix}.{key}", value, (), ())
     if kind[0] == "statistic":
         sharded = reduced(name.leaf, without_grad(value), kind[1], prefix, keeps_axis=kind[2])

@@ -31,8 +31,8 @@ class OptimizerOptions:
     optimizer's own values of those that differ."""
 
     on_uncuttable: OnUncuttable = "raise"
-    """On load, state that was computed from a rank's part of a parameter as a whole (a statistic over an axis that is cut,
-    a preconditioner), and the part is another now: `raise`, or `drop` the state of that parameter, which then begins anew."""
+    """On load, state that was computed from a rank's shard of a parameter as a whole (a statistic over an axis that is cut,
+    a preconditioner), and the shard is another now: `raise`, or `drop` the state of that parameter, which then begins anew."""
 
     statistics: Mapping[str, tuple[int, bool]] = field(default_factory=lambda: dict(STATISTICS))
     """State that is a statistic over one axis of the parameter, by name: the axis, counted from the last (-1, -2, ...), and

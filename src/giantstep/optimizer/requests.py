@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from giantstep.errors import CorruptionError, MismatchError
 from giantstep.mapping.factory import ShardedTensorFactory
-from giantstep.mapping.optimizer import data_of, distributed_like, local_of
+from giantstep.mapping.optimizer import data_of, distributed_like, is_distributed, local_of
 from giantstep.mapping.param_layout import built_tensors, distributed_empty, reduced_shape
 from giantstep.mapping.placed import StoredNames
 from giantstep.mapping.sharded_object import SharedObject
@@ -25,8 +24,8 @@ from giantstep.optimizer.kinds import (
     DISTRIBUTED,
     ELEMENTS,
     MAIN_PARAM,
-    PART,
-    PART_OBJECT,
+    SHARD,
+    SHARD_OBJECT,
     Kind,
     leaf_of,
     statistic,
@@ -177,13 +176,13 @@ class _Asker:
         """The leaf to be filled, or a problem. What is not stored, or left out, is requested without memory."""
         prefix = f"{self._place}.state.{what}"
         kind = self._kind_here(kind, slot, name, what)
-        if kind == PART_OBJECT:
+        if kind == SHARD_OBJECT:
             where, leaf = leaf_of(kind, None, name, prefix)
             return (where, leaf) if self._stored.grid(leaf.key) is not None else self._uncuttable(name, what)
         sample = leaf_of(kind, self._shaped(slot, kind, None), name, prefix)[1]
         key = _first_key(sample) or stored_name(kind, name, prefix, sample)
         held = self._stored.tensor(key)
-        if held is None and (kind == PART or kind[0] == "statistic"):
+        if held is None and (kind == SHARD or kind[0] == "statistic"):
             return self._uncuttable(name, what)
         value = self._made.get((id(slot), what))
         if value is None:
@@ -200,12 +199,12 @@ class _Asker:
 
     def _kind_here(self, kind: Kind, slot: Slot, name: Name, what: str) -> Kind:
         """The kind of stored state under this layout: what is whole in the checkpoint may be a DTensor here, or was one."""
-        of_parts = kind == PART or kind[0] == "statistic"
-        if of_parts and isinstance(slot.param, DTensor) and self._stored.tensor(f"{self._place}.state.{what}.{name.key}"):
+        of_shards = kind == SHARD or kind[0] == "statistic"
+        if of_shards and is_distributed(slot.param) and self._stored.tensor(f"{self._place}.state.{what}.{name.key}"):
             return DISTRIBUTED
-        if kind == DISTRIBUTED and name.layout.cut and not isinstance(data_of(name.leaf), DTensor):
+        if kind == DISTRIBUTED and name.layout.cut and not is_distributed(data_of(name.leaf)):
             axis, keeps = self._options.statistics.get(what, (0, True))
-            return statistic(axis, keeps_axis=keeps) if axis else PART
+            return statistic(axis, keeps_axis=keeps) if axis else SHARD
         return kind
 
     def _fitting(self, slot: Slot, what: str, kind: Kind) -> Tensor | None:
@@ -216,10 +215,10 @@ class _Asker:
             return None
         shapes = {tuple(current.shape), tuple(local_of(current).shape)}
         expected = self._shaped(slot, kind, None)
-        return current if kind in (PART, DISTRIBUTED) or tuple(local_of(expected).shape) in shapes else None
+        return current if kind in (SHARD, DISTRIBUTED) or tuple(local_of(expected).shape) in shapes else None
 
     def _shaped(self, slot: Slot, kind: Kind, dtype: torch.dtype | None, device: Any = "meta") -> Tensor:
-        """A tensor shaped as state of a kind is; of parts, whose shape is theirs, one without elements."""
+        """A tensor shaped as state of a kind is; of kinds with shapes of their own, one without elements."""
         local = local_of(slot.param).detach()
         if kind == ELEMENTS:
             return torch.empty_like(local, dtype=dtype, device=device, requires_grad=False)
@@ -234,16 +233,15 @@ class _Asker:
             return self._shaped(slot, kind, None)
         shape, dtype = held
         device = local_of(slot.param).device if self._options.device is None else torch.device(self._options.device)
-        data = data_of(name.leaf)
         if kind == DISTRIBUTED:
-            return distributed_empty(data, shape, dtype) if isinstance(data, DTensor) else torch.empty(shape, dtype=dtype)
-        if kind == PART:
+            return distributed_empty(data_of(name.leaf), shape, dtype)
+        if kind == SHARD:
             return torch.empty(shape, dtype=dtype, device=device)
         made = self._shaped(slot, kind, dtype, device)
-        return distributed_like(slot.param, made) if isinstance(slot.param, DTensor) and kind == ELEMENTS else made
+        return distributed_like(slot.param, made) if kind == ELEMENTS else made
 
     def _uncuttable(self, name: Name, what: str) -> str:
-        return f"{what} of {name.key}: no part {name.layout.cut or '(the whole)'} is stored"
+        return f"{what} of {name.key}: nothing is stored for the shard {name.layout.cut or '(all of it)'}"
 
     # The whole.
 
@@ -254,8 +252,8 @@ class _Asker:
             more = f"\n  ... and {len(self._problems) - _SHOWN} more" if len(self._problems) > _SHOWN else ""
             raise MismatchError(
                 f"{len(self._problems)} pieces of state of {self._place} cannot be cut as its parameters are now. They were "
-                "computed from the part of a parameter that a rank held (a statistic over an axis that is cut, a "
-                f"preconditioner), and hold for that part only:\n{shown}{more}\nLoad in the layout in which they were saved, "
+                "computed from the shard of a parameter that a rank held (a statistic over an axis that is cut, a "
+                f"preconditioner), and hold for that shard only:\n{shown}{more}\nLoad in the layout in which they were saved, "
                 "or pass OptimizerOptions(on_uncuttable='drop') to let these parameters begin without state."
             )
         rest = f"{self._place}.rest"

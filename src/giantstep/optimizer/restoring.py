@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from giantstep.mapping.optimizer import data_of, local_of, place_in_memory
+from giantstep.mapping.optimizer import data_of, is_distributed, local_of, place_in_memory
 from giantstep.optimizer.groups import plan_groups, set_options
-from giantstep.optimizer.kinds import MAIN_PARAM, PART_OBJECT
+from giantstep.optimizer.kinds import MAIN_PARAM, SHARD_OBJECT
 from giantstep.optimizer.options import OptimizerOptions
 from giantstep.optimizer.report import OptimizerReport
 from giantstep.optimizer.slots import Name, Slot
@@ -81,7 +80,7 @@ class Restorer:
             self._report.dropped += (name.key,)
             self._optimizer.state.pop(slot.param, None)
             return
-        hollow = [value for what, value in tensors.items() if kinds[what] != PART_OBJECT and _is_hollow(value)]
+        hollow = [value for what, value in tensors.items() if kinds[what] != SHARD_OBJECT and _is_hollow(value)]
         if hollow:
             self._report.skipped += (name.key,)
             return
@@ -153,7 +152,7 @@ def as_state(value: Any, param: Tensor) -> Any:
     """A loaded tensor as the optimizer is to have it: shaped like the parameter if it is a view of another shape."""
     if not isinstance(value, Tensor):
         return value
-    if isinstance(value, DTensor) and not isinstance(param, DTensor):
+    if is_distributed(value) and not is_distributed(param):
         value = local_of(value)
     if value.shape != param.shape and value.numel() == param.numel() and value.is_contiguous() and value.dim() != param.dim():
         return value.view(param.shape)

@@ -35,9 +35,9 @@ class OptimizerState(PlacedState):
         optimizer: has `param_groups` and `state`, as those of `torch.optim`; several as a list or by name, each of which is
             stored under its number or name.
         model: whose parameters it has: what is given to `save` for them, or a module. Nested dicts of ShardedTensors,
-            factories, DTensors, tensors and modules; parameters are found by object or memory, and named by their keys (of
-            leaves without one: their path in this dict); it may be the whole state dict that is saved. Give `{"model": module}` to name them as a checkpoint does that has
-            the module under "model".
+            factories, DTensors, tensors and modules; may be the whole state dict that is saved. Parameters are found by
+            object or memory, and named by their keys (of leaves without one: their path in this dict). Give
+            `{"model": module}` to name them as a checkpoint does that has the module under "model".
         main_params: for optimizers that update copies of the parameters (fp32 main parameters, CPU offload): each copy with
             its parameter, or with (parameter, slice) if it is a copy of this range of the flattened parameter. Copies are
             stored, as `fp32_param`.
