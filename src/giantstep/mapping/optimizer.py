@@ -223,19 +223,18 @@ def optim_state_to_sharding_state(
                 f"optimizer state of parameter {number} has no sharded parameter: expected it in the map of "
                 f"{len(id_to_sharded_param_map)}. Give get_param_id_to_sharded_param_map the state dict of the whole model."
             )
-        sharded[number] = {}
         for name, value in state.items():
             if name in exclude_keys:
                 continue
             key = f"optimizer.state.{name}.{name_of(number)}"
             if not isinstance(value, torch.Tensor) or value.dim() == 0:
-                sharded[number][name] = SharedObject(key, value, (), ())
+                sharded.setdefault(number, {})[name] = SharedObject(key, value, (), ())
                 continue
             made = make_sharded_optimizer_tensor(leaf, value, f"optimizer.state.{name}")
             if isinstance(made, torch.Tensor):
                 sharded.setdefault(name, {})[str(name_of(number))] = made
             else:
-                sharded[number][name] = made
+                sharded.setdefault(number, {})[name] = made
     groups = [
         {**group, "params": [name_of(number) for number in group["params"]]} for group in optim_state_dict["param_groups"]
     ]
