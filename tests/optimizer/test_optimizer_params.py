@@ -335,6 +335,41 @@ def test_experts_without_tokens_have_no_state_while_others_of_their_key_have(tmp
     assert {n: has for held in found for n, has in held.items()} == {0: True, 1: False, 2: True, 3: True}
 
 
+def test_places_filled_for_parameters_without_state_are_not_missing(tmp_path: Path) -> None:
+    """No expert has state; another parameter of the group has, so that all are filled."""
+
+    def job() -> Any:
+        weights = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+        dense = torch.nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.AdamW([*weights, dense])
+        leaves = [*(expert(n, weight, 2) for n, weight in enumerate(weights)), gs.ShardedTensor.from_rank_offsets("d", dense)]
+        return dense, optimizer, OptimizerState(optimizer, leaves)
+
+    dense, optimizer, state = job()
+    dense.grad = torch.ones(4)
+    optimizer.step()
+    gs.save({"optimizer": state}, tmp_path / "c")
+    assert "optimizer.state.exp_avg.experts" in gs.open_checkpoint(tmp_path / "c")
+    fresh, other, state = job()
+    report = gs.load({"optimizer": state}, tmp_path / "c").report
+    assert report.missing == report.unexpected == ()
+    assert set(other.state) == {fresh}
+    assert state.report.without_state == ("experts", "experts")
+
+
+def test_state_that_was_not_saved_is_removed(tmp_path: Path) -> None:
+    model = params("a")
+    gs.save({"optimizer": OptimizerState(adamw(model, "a"), model)}, tmp_path / "c")
+    fresh = params("a")
+    optimizer = stepped(torch.optim.AdamW(fresh.values(), amsgrad=True), fresh, "a")
+    state = OptimizerState(optimizer, fresh)
+    gs.load({"optimizer": state}, tmp_path / "c")
+    assert state.report.removed == ("max_exp_avg_sq of a",)
+    assert set(optimizer.state[fresh["a"]]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert optimizer.param_groups[0]["amsgrad"] is False
+    stepped(optimizer, fresh, "a")
+
+
 def test_experts_that_become_one_parameter_must_agree(tmp_path: Path) -> None:
     def save(path: Path, steps: list[int]) -> None:
         weights = [torch.nn.Parameter(torch.ones(2, 3)) for _ in steps]
