@@ -90,16 +90,25 @@ def test_a_shared_object_is_stored_by_any_of_its_holders(holders: tuple[int, ...
     assert gs.load({"x": gs.ShardedObject("x", None, (), ())}, tmp_path / "c")["x"] == {"n": 7}
 
 
-def test_a_shared_object_that_differs_is_met_by_the_policy(tmp_path: Path) -> None:
+def test_a_shared_object_that_differs_is_an_error_under_every_policy(tmp_path: Path) -> None:
     def save(group: Any) -> None:
-        options = gs.SaveOptions(on_object_difference="raise")
+        options = gs.SaveOptions(on_object_difference="warn")
         gs.save({"x": SharedObject("x", group.rank, (), ())}, tmp_path / "c", process_group=group, options=options)
 
     with pytest.raises(RanksFailedError) as caught:
         run_ranks(2, save)
     assert all(isinstance(error, DisagreementError) for error in caught.value.errors)
+    assert "'x/shard__'" in str(caught.value.errors[1])
 
 
 def test_a_grid_of_shared_objects_must_be_complete(tmp_path: Path) -> None:
     with pytest.raises(CoverageError, match="no rank saves position"):
         gs.save({"x": SharedObject("x", 1, (2,), (0,))}, tmp_path / "c")
+
+
+def test_common_state_that_differs_still_is_a_matter_of_policy(tmp_path: Path) -> None:
+    def save(group: Any) -> None:
+        gs.save({"x": SharedObject("x", 1, (), ()), "rank": group.rank}, tmp_path / "c", process_group=group)
+
+    run_ranks(2, save)
+    assert gs.load({}, tmp_path / "c", strict=gs.StrictHandling.IGNORE_ALL) == {"rank": 0}

@@ -303,6 +303,29 @@ def test_flat_ranges_of_main_parameters_load_into_other_ranges(tmp_path: Path) -
     assert all(run_ranks(5, load))
 
 
+def test_a_copy_may_be_described_by_a_sharded_tensor(tmp_path: Path) -> None:
+    """Ranges that ranks of an outer group hold twice: their replica ids are the caller's to say."""
+
+    def job(group: Any) -> Any:
+        part = slice(12 * (group.rank % 2), 12 * (group.rank % 2) + 12)
+        copy = torch.arange(24.0)[part].clone().requires_grad_()
+        shard = gs.ShardedTensor.from_rank_offsets_flat(
+            "w", copy.detach(), (6, 4), flattened_range=part, replica_id=group.rank // 2
+        )
+        optimizer = torch.optim.SGD([copy], momentum=0.9)
+        return copy, optimizer, OptimizerState(optimizer, {}, main_params={copy: shard})
+
+    def save(group: Any) -> None:
+        copy, optimizer, state = job(group)
+        optimizer.state[copy] = {"momentum_buffer": copy.detach() + 1}
+        gs.save({"optimizer": state}, tmp_path / "c", process_group=group)
+
+    run_ranks(4, save)
+    checkpoint = gs.open_checkpoint(tmp_path / "c")
+    assert checkpoint["optimizer.state.momentum_buffer.w"][...].reshape(-1).tolist() == [n + 1.0 for n in range(24)]
+    assert checkpoint["optimizer.state.fp32_param.w"].shape == (6, 4)
+
+
 # Stacked parameters.
 
 
@@ -416,7 +439,7 @@ def test_parts_of_one_parameter_on_a_rank_must_have_had_the_same_steps() -> None
         state.state_dict()
 
 
-def test_ranks_whose_steps_of_one_parameter_differ_can_be_an_error(tmp_path: Path) -> None:
+def test_ranks_whose_steps_of_one_parameter_differ_are_an_error(tmp_path: Path) -> None:
     def save(group: Any) -> None:
         weight = torch.nn.Parameter(torch.ones(2, 3))
         optimizer = torch.optim.AdamW([weight])
@@ -424,8 +447,7 @@ def test_ranks_whose_steps_of_one_parameter_differ_can_be_an_error(tmp_path: Pat
         optimizer.step()
         optimizer.state[weight]["step"] += group.rank
         leaf = gs.ShardedTensor.from_rank_offsets("w", weight, (0, group.rank, 2))
-        options = gs.SaveOptions(on_object_difference="raise")
-        gs.save({"optimizer": OptimizerState(optimizer, [leaf])}, tmp_path / "c", process_group=group, options=options)
+        gs.save({"optimizer": OptimizerState(optimizer, [leaf])}, tmp_path / "c", process_group=group)
 
     with pytest.raises(RanksFailedError) as caught:
         run_ranks(2, save)
@@ -549,8 +571,7 @@ def test_an_empty_part_without_state_does_not_speak_for_its_parameter(tmp_path: 
             param.grad = torch.ones(6)
             optimizer.step()
         leaf = gs.ShardedTensor.from_rank_offsets_flat("w", param.detach(), (2, 3), flattened_range=part)
-        options = gs.SaveOptions(on_object_difference="raise")
-        gs.save({"optimizer": OptimizerState(optimizer, [leaf])}, tmp_path / "c", process_group=group, options=options)
+        gs.save({"optimizer": OptimizerState(optimizer, [leaf])}, tmp_path / "c", process_group=group)
 
     run_ranks(2, save)
     whole = torch.nn.Parameter(torch.ones(2, 3))

@@ -53,6 +53,11 @@ class StoredObject:
     role: int
     path: Path = ()
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether no rank is declared to be the main one: all that have it say that it is the same."""
+        return self.role == IMPLICIT
+
 
 class Described:
     """A state dict taken apart.

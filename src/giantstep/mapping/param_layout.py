@@ -54,8 +54,13 @@ class ParamLayout:
         return found
 
 
-def layout_of(key: str, param: ShardedParam) -> ParamLayout:
+def layout_of(key: str, param: ShardedParam, reader: DTensorReader | None = None) -> ParamLayout:
     """The layout of a sharded parameter of this key.
+
+    Args:
+        key: of the parameter.
+        param: the parameter.
+        reader: for many parameters: it remembers meshes.
 
     Raises:
         BadArgumentError: a DTensor's local tensor or placements cannot be described.
@@ -66,7 +71,7 @@ def layout_of(key: str, param: ShardedParam) -> ParamLayout:
         return _of_factory(param)
     shape = tuple(param.shape)
     if isinstance(param, DTensor):
-        boxes = DTensorReader().layout(key, param).boxes
+        boxes = (reader or DTensorReader()).layout(key, param).boxes
         regions = [box.region for box in boxes]
         cut = "" if regions == [Region.whole(shape)] else "[" + ";".join(str(region)[1:-1] for region in regions) + "]"
         return ParamLayout((), (), regions[0] if regions else Region.whole(shape), shape, cut, param.numel())

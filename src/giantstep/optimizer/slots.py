@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from giantstep.errors import BadArgumentError
+from giantstep.mapping.dtensor import DTensorReader
 from giantstep.mapping.factory import ShardedTensorFactory
 from giantstep.mapping.optimizer import ShardedParam, data_of, place_in_memory, sharded_params
 from giantstep.mapping.param_layout import ParamLayout, layout_of
@@ -68,6 +69,7 @@ class ParamFinder:
     """
 
     def __init__(self, model: Tree, main_params: MainParams) -> None:
+        self._reader = DTensorReader()
         self._by_object: dict[int, list[tuple[str, ShardedParam]]] = {}
         self._by_place: dict[Hashable, list[tuple[str, ShardedParam]]] = {}
         self._main = {id(copy): source for copy, source in main_params.items()}
@@ -102,7 +104,7 @@ class ParamFinder:
                 for key, leaf in leaves:
                     place = f"{key}#{taken[key]}" if taken[key] else key
                     taken[key] += 1
-                    names.append(Name(key, leaf, place, layout_of(key, leaf)))
+                    names.append(Name(key, leaf, place, layout_of(key, leaf, self._reader)))
                 found.append(Slot(param, number, tuple(names), id(param) in self._main))
         return found
 
