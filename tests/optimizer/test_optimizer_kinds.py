@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import giantstep as gs
-from giantstep.errors import BadArgumentError, MismatchError, UnsupportedTypeError
+from giantstep.errors import BadArgumentError, CorruptionError, MismatchError, UnsupportedTypeError
 from giantstep.optimizer import OptimizerOptions, OptimizerState
 from giantstep.optimizer.kinds import DISTRIBUTED, ELEMENTS, SHARD, SHARD_OBJECT, VALUE, kind_of, statistic
 from giantstep.optimizer.options import STATISTICS
@@ -337,7 +337,7 @@ def test_wrapper_tensors_as_state_load_where_the_optimizer_has_them(tmp_path: Pa
     gs.save({"optimizer": OptimizerState(optimizer, [leaf])}, tmp_path / "c")
     assert "optimizer.state.moment.w.int8" in gs.open_checkpoint(tmp_path / "c")
     fresh, other, leaf = make()
-    with pytest.raises(MismatchError, match="let the optimizer make its state before loading"):
+    with pytest.raises(MismatchError, match="Let the optimizer make its state before loading"):
         gs.load({"optimizer": OptimizerState(other, [leaf])}, tmp_path / "c")
     target = RowScaled(torch.zeros(8, 2, dtype=torch.int8), torch.zeros(2, 1))
     other.state[fresh] = {"moment": target, "step": torch.tensor(0.0)}
@@ -346,3 +346,23 @@ def test_wrapper_tensors_as_state_load_where_the_optimizer_has_them(tmp_path: Pa
     assert torch.equal(target.int8, quantised.int8)
     assert torch.equal(target.scale, quantised.scale)
     assert other.state[fresh]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        3,
+        {},
+        {"group": "", "tensors": {"a": ["elements"]}, "values": {}, "beside": [], "filler": []},
+        {"group": 3, "tensors": {}, "values": {}, "beside": [], "filler": []},
+        {"group": "g", "tensors": {"a": ["statistic", 1, True]}, "values": {}, "beside": [], "filler": []},
+        {"group": "g", "tensors": {"a": "elements"}, "values": {}, "beside": [], "filler": []},
+        {"group": "g", "tensors": {3: ["elements"]}, "values": {}, "beside": [], "filler": []},
+    ],
+)
+def test_what_is_no_record_is_called_damaged(wrong: Any, tmp_path: Path) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    gs.save({"x": gs.ShardedObject("optimizer.param.w", wrong, (), ())}, tmp_path / "c")
+    state = OptimizerState(torch.optim.SGD([param]), {"w": param})
+    with pytest.raises(CorruptionError, match=r"optimizer\.(param|group)"):
+        gs.load({"optimizer": state}, tmp_path / "c")

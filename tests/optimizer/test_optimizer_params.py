@@ -40,6 +40,7 @@ def test_parameters_without_state_have_none_after_loading(tmp_path: Path) -> Non
     state = OptimizerState(adamw(model, "a"), model)
     gs.save({"optimizer": state}, tmp_path / "c")
     assert state.report.without_state == ("b", "c")
+    assert state.report.stored == ("exp_avg of a", "exp_avg_sq of a")
     fresh = params("abc")
     optimizer = adamw(fresh, "ab")
     state = OptimizerState(optimizer, fresh)
@@ -326,6 +327,32 @@ def test_a_copy_may_be_described_by_a_sharded_tensor(tmp_path: Path) -> None:
     assert checkpoint["optimizer.state.fp32_param.w"].shape == (6, 4)
 
 
+def test_a_main_parameter_is_loaded_where_other_state_of_it_is_dropped(tmp_path: Path) -> None:
+    """An optimizer with a preconditioner of its range of a parameter, under other ranges."""
+
+    def job(part: slice) -> Any:
+        weight = torch.nn.Parameter(torch.zeros(6, 4, dtype=torch.bfloat16))
+        copy = torch.zeros(part.stop - part.start, requires_grad=True)
+        optimizer = torch.optim.SGD([copy])
+        options = OptimizerOptions(on_uncuttable="drop")
+        main = {copy: (weight, part)}
+        leaf = gs.ShardedTensor.from_rank_offsets("w", weight)
+        return copy, optimizer, OptimizerState(optimizer, [leaf], main_params=main, options=options)
+
+    def save(group: Any) -> None:
+        copy, optimizer, state = job(slice(12 * group.rank, 12 * group.rank + 12))
+        copy.data.fill_(1 / 3)
+        optimizer.state[copy] = {"inverse": torch.ones(5, 5)}
+        gs.save({"optimizer": state}, tmp_path / "c", process_group=group)
+
+    run_ranks(2, save)
+    copy, optimizer, state = job(slice(0, 24))
+    assert gs.load({"optimizer": state}, tmp_path / "c").report.missing == ()
+    assert (state.report.dropped, state.report.derived) == (("w",), ())
+    assert torch.equal(copy.detach(), torch.full((24,), 1 / 3))
+    assert not optimizer.state
+
+
 # Stacked parameters.
 
 
@@ -411,6 +438,26 @@ def test_experts_that_become_one_parameter_must_agree(tmp_path: Path) -> None:
     save(tmp_path / "different", [5, 6])
     with pytest.raises(MismatchError, match=r"positions \(0,\) and \(1,\) had different steps"):
         gs.load({"optimizer": OptimizerState(optimizer, [leaf])}, tmp_path / "different")
+    state = OptimizerState(optimizer, [leaf], options=OptimizerOptions(on_uncuttable="drop"))
+    report = gs.load({"optimizer": state}, tmp_path / "different").report
+    assert report.missing == report.unexpected == ()
+    assert state.report.dropped == ("experts",)
+    assert not optimizer.state
+
+
+def test_a_parameter_stacked_otherwise_than_it_can_be_is_named(tmp_path: Path) -> None:
+    weights = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(4)]
+    optimizer = torch.optim.SGD(weights, momentum=0.9)
+    gs.save(
+        {"optimizer": OptimizerState(optimizer, [expert(n, weight, 4) for n, weight in enumerate(weights)])}, tmp_path / "c"
+    )
+    flat = torch.nn.Parameter(torch.ones(8, 3))
+    other = torch.optim.SGD([flat], momentum=0.9)
+    with pytest.raises(MismatchError, match=r"experts: stacked \(4,\) when saved, its shape is \(8, 3\) now"):
+        gs.load({"optimizer": OptimizerState(other, {"experts": flat})}, tmp_path / "c")
+    state = OptimizerState(other, {"experts": flat}, options=OptimizerOptions(on_uncuttable="drop"))
+    assert gs.load({"optimizer": state}, tmp_path / "c").report.missing == ()
+    assert state.report.dropped == ("experts",)
 
 
 def test_one_parameter_becomes_experts(tmp_path: Path) -> None:

@@ -43,6 +43,17 @@ def statistic(axis: int, *, keeps_axis: bool) -> Kind:
     return "statistic", axis, keeps_axis
 
 
+def checked_kind(stored: Any) -> Kind | None:
+    """A kind as a record has it; None if there is no such."""
+    if not isinstance(stored, list):
+        return None
+    kind = tuple(stored)
+    if kind[:1] == ("statistic",):
+        fits = len(kind) == 3 and type(kind[1]) is int and kind[1] < 0 and isinstance(kind[2], bool)
+        return kind if fits else None
+    return kind if kind in (ELEMENTS, DISTRIBUTED, SHARD, SHARD_OBJECT) else None
+
+
 def kind_of(name: str, value: Any, param: Tensor, statistics: Mapping[str, tuple[int, bool]]) -> Kind:
     """The kind of a piece of state of an optimizer's parameter."""
     if not isinstance(value, Tensor):

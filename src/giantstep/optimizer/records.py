@@ -21,7 +21,7 @@ from giantstep.mapping.optimizer import local_of
 from giantstep.mapping.sharded_object import SharedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.optimizer.groups import digest_of, options_of, same
-from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, VALUE, Kind, kind_of, leaf_of, on_host, stored_name
+from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, VALUE, Kind, kind_of, leaf_of, on_host
 from giantstep.optimizer.report import OptimizerReport
 from giantstep.optimizer.slots import Name, Slot, stale_state
 
@@ -139,7 +139,7 @@ class _Builder:
         prefix = f"{self._place}.state.{what}"
         where, leaf = leaf_of(kind, value, name, prefix)
         self._tree.setdefault("state", {}).setdefault(what, {})[where] = leaf
-        self._stored.append(stored_name(kind, name, prefix, leaf))
+        self._stored.append(f"{what} of {name.key}")
 
     def _put_record(self, record: Record, name: Name) -> None:
         layout = name.layout

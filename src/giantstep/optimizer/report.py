@@ -10,14 +10,14 @@ class OptimizerReport:
     """One save or load of optimizer state, on this rank. Parameters are named by their keys.
 
     Attributes:
-        stored, loaded: keys of state tensors.
+        stored, loaded: tensors of state, as `name of parameter`.
         values: how many other values (`step` and the like) were stored or loaded.
         without_state: parameters that were saved without state, as before their first gradient, and frozen ones. After a
             load they have none.
         added: parameters of which the checkpoint has no record; their state is what it was.
         skipped: parameters whose state was left out by `LoadOptions.rename`, or is not stored; it is what it was.
         dropped: parameters whose state could not be cut anew; they have none now.
-        removed: state that the optimizer had and the checkpoint does not, as `name of parameter`; it is gone.
+        removed: state that the optimizer had and the checkpoint does not, named likewise; it is gone.
         derived: main parameters that the checkpoint does not hold, and that were made from the model's.
         groups: what was done about param groups where it was not plain.
     """

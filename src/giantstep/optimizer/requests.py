@@ -6,7 +6,7 @@ The optimizer itself is not touched. Called by `OptimizerState` when `load` has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from giantstep.mapping.factory import ShardedTensorFactory
 from giantstep.mapping.optimizer import data_of, distributed_like, is_distributed, local_of
 from giantstep.mapping.param_layout import built_tensors, distributed_empty, reduced_shape
 from giantstep.mapping.placed import StoredNames
-from giantstep.mapping.sharded_object import SharedObject
+from giantstep.mapping.sharded_object import LocalNonpersistentObject, SharedObject
 from giantstep.optimizer.groups import same
 from giantstep.optimizer.kinds import (
     DISTRIBUTED,
@@ -27,6 +27,7 @@ from giantstep.optimizer.kinds import (
     SHARD,
     SHARD_OBJECT,
     Kind,
+    checked_kind,
     leaf_of,
     statistic,
     stored_name,
@@ -36,7 +37,8 @@ from giantstep.optimizer.slots import Name, Slot
 from giantstep.shards.object_keys import ObjectPosition
 
 Record = dict[str, Any]
-_FIELDS = {"group", "tensors", "values", "beside", "filler"}
+StoredTensor = tuple[tuple[int, ...], torch.dtype]
+_FIELDS: dict[str, type] = {"group": str, "tensors": dict, "values": dict, "beside": list, "filler": list}
 _SHOWN = 10
 
 
@@ -78,6 +80,9 @@ class _Asker:
         self._stored = stored
         self._options = options
         self._records: dict[str, Record] = {}
+        # By place, what is wrong with a record.
+        self._faults: dict[str, str] = {}
+        self._dropped: list[str] = []
         self._wanted = Wanted()
         # Tensors by parameter and name: tied names share them.
         self._made: dict[tuple[int, str], Tensor] = {}
@@ -94,7 +99,7 @@ class _Asker:
             if grid is not None:
                 places = name.layout.positions(grid)
                 if places is None:
-                    self._problems.append(f"{name.key}: stacked {grid} when saved, its shape is {name.layout.shape} now")
+                    self._faults[name.place] = f"{name.key}: stacked {grid} when saved, its shape is {name.layout.shape} now"
                 touched[name.place] = [ObjectPosition(key, grid, position) for position in places or ()]
         flat = [position for positions in touched.values() for position in positions]
         found = iter(self._stored.objects(flat))
@@ -108,7 +113,7 @@ class _Asker:
         differing = [n for n, record in enumerate(records) if n and not same(record, records[0])]
         if differing:
             pair = f"{positions[0].offset} and {positions[differing[0]].offset}"
-            self._problems.append(f"{place}: positions {pair} had different steps, groups or kinds of state, and are one now")
+            self._faults[place] = f"{place}: positions {pair} had different steps, groups or kinds of state, and are one now"
         self._records[place] = records[0]
         self._wanted.tree.setdefault("param", {})[place] = [
             SharedObject(position.key, None, position.shape, position.offset) for position in positions
@@ -139,10 +144,7 @@ class _Asker:
         """Request what is stored of a parameter's state."""
         known = [name for name in slot.names if name.place in self._records]
         if not known:
-            name = slot.names[0]
-            asked = SharedObject(self._record_key(name), None, name.layout.grid, name.layout.position)
-            if self._stored.grid(asked.key) is None:
-                self._wanted.tree.setdefault("param", {})[name.place] = [asked]
+            self._ask_unknown(slot.names[0])
             self._wanted.digests.append(None)
             return
         self._wanted.digests.append(self._records[known[0].place]["group"])
@@ -152,9 +154,21 @@ class _Asker:
                 self._stored.settle(f"{self._place}.state.{what}.{name.key}")
             self._ask_tensors(slot, name, record)
 
+    def _ask_unknown(self, name: Name) -> None:
+        """A parameter without a record: added, or stacked so that no record can be its."""
+        key = self._record_key(name)
+        if self._stored.grid(key) is None:
+            asked = SharedObject(key, None, name.layout.grid, name.layout.position)
+            self._wanted.tree.setdefault("param", {})[name.place] = [asked]
+        elif self._options.on_uncuttable == "drop":
+            self._stored.settle(key)
+            self._dropped.append(name.place)
+        else:
+            self._problems.append(self._faults[name.place])
+
     def _ask_tensors(self, slot: Slot, name: Name, record: Record) -> None:
         leaves: dict[str, tuple[str, Any]] = {}
-        problems: list[str] = []
+        problems = [self._faults[name.place]] if name.place in self._faults else []
         for what, kind in record["tensors"].items():
             if what == MAIN_PARAM and not slot.is_copy:
                 # Not requested, and so reported as missing: the model's own parameter has fewer bits.
@@ -165,9 +179,10 @@ class _Asker:
             else:
                 leaves[what] = made
         if problems and self._options.on_uncuttable == "drop":
-            for what in record["tensors"]:
+            self._dropped.append(name.place)
+            for what in record["tensors"].keys() - {MAIN_PARAM}:
                 self._stored.settle(f"{self._place}.state.{what}.{name.key}")
-            return
+            leaves, problems = {what: leaf for what, leaf in leaves.items() if what == MAIN_PARAM}, []
         self._problems += problems
         for what, (where, leaf) in leaves.items():
             self._wanted.tree.setdefault("state", {}).setdefault(what, {})[where] = leaf
@@ -186,11 +201,11 @@ class _Asker:
             return self._uncuttable(name, what)
         value = self._made.get((id(slot), what))
         if value is None:
-            value = self._fitting(slot, what, kind)
+            value = self._fitting(slot, what, kind, held)
         if value is None and held is None and self._stored.is_wrapper(key):
-            return (
-                f"{what} of {name.key}: is stored as a wrapper tensor, which cannot be made here: let the optimizer make its "
-                "state before loading, with a step whose result is overwritten"
+            raise MismatchError(
+                f"state {what!r} of parameter {name.key!r} is stored as a wrapper tensor, which cannot be made here: expected "
+                f"one in {self._place}. Let the optimizer make its state before loading, by a step whose result is overwritten."
             )
         if value is None:
             value = self._empty(slot, name, kind, held)
@@ -207,15 +222,16 @@ class _Asker:
             return statistic(axis, keeps_axis=keeps) if axis else SHARD
         return kind
 
-    def _fitting(self, slot: Slot, what: str, kind: Kind) -> Tensor | None:
+    def _fitting(self, slot: Slot, what: str, kind: Kind, held: StoredTensor | None) -> Tensor | None:
         """The tensor that the optimizer has, if it can be filled."""
         state = self._optimizer.state.get(slot.param) or {}
         current = slot.param if what == MAIN_PARAM else state.get(what)
         if not isinstance(current, Tensor) or local_of(current).is_meta:
             return None
+        if kind in (SHARD, DISTRIBUTED):
+            return current if held is None or tuple(current.shape) == held[0] else None
         shapes = {tuple(current.shape), tuple(local_of(current).shape)}
-        expected = self._shaped(slot, kind, None)
-        return current if kind in (SHARD, DISTRIBUTED) or tuple(local_of(expected).shape) in shapes else None
+        return current if tuple(self._shaped(slot, kind, None).shape) in shapes else None
 
     def _shaped(self, slot: Slot, kind: Kind, dtype: torch.dtype | None, device: Any = "meta") -> Tensor:
         """A tensor shaped as state of a kind is; of kinds with shapes of their own, one without elements."""
@@ -227,7 +243,7 @@ class _Asker:
             shape = reduced_shape(tuple(local.shape), kind[1], keeps_axis=kind[2]) or ()
         return torch.empty(shape, dtype=dtype or local.dtype, device=device)
 
-    def _empty(self, slot: Slot, name: Name, kind: Kind, held: tuple[tuple[int, ...], torch.dtype] | None) -> Tensor:
+    def _empty(self, slot: Slot, name: Name, kind: Kind, held: StoredTensor | None) -> Tensor:
         """Memory for a tensor that the optimizer does not have; none if it is not stored."""
         if held is None:
             return self._shaped(slot, kind, None)
@@ -251,14 +267,16 @@ class _Asker:
             shown = "\n".join(f"  {problem}" for problem in self._problems[:_SHOWN])
             more = f"\n  ... and {len(self._problems) - _SHOWN} more" if len(self._problems) > _SHOWN else ""
             raise MismatchError(
-                f"{len(self._problems)} pieces of state of {self._place} cannot be cut as its parameters are now. They were "
-                "computed from the shard of a parameter that a rank held (a statistic over an axis that is cut, a "
-                f"preconditioner), and hold for that shard only:\n{shown}{more}\nLoad in the layout in which they were saved, "
+                f"{len(self._problems)} pieces of state of {self._place} cannot be cut as its parameters are now. State that "
+                "was computed from the shard of a parameter that a rank held (a statistic over an axis that is cut, a "
+                f"preconditioner) holds for that shard only:\n{shown}{more}\nLoad in the layout in which they were saved, "
                 "or pass OptimizerOptions(on_uncuttable='drop') to let these parameters begin without state."
             )
         rest = f"{self._place}.rest"
         if self._stored.grid(rest) == ():
             self._wanted.tree["rest"] = SharedObject(rest, None, (), ())
+        if self._dropped:
+            self._wanted.tree["dropped"] = LocalNonpersistentObject(self._dropped)
         return self._wanted
 
 
@@ -270,12 +288,11 @@ def _first_key(leaf: Any) -> str | None:
 
 def _checked(found: Any, position: ObjectPosition) -> Record:
     """A record, with kinds as tuples."""
-    fits = isinstance(found, dict) and set(found) >= _FIELDS
-    fits = (
-        fits and isinstance(found["tensors"], dict) and isinstance(found["values"], dict) and isinstance(found["filler"], list)
-    )
-    fits = fits and all(isinstance(kind, list) and kind for kind in found["tensors"].values())
+    kinds: dict[Any, Kind | None] = {}
+    fits = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in _FIELDS.items())
+    if fits:
+        kinds = {name: checked_kind(kind) for name, kind in found["tensors"].items()}
+        fits = None not in kinds.values() and all(isinstance(name, str) for name in (*kinds, *found["filler"]))
     if not fits:
         raise CorruptionError(f"object {position.unique_key!r} is no record of a parameter's state")
-    tensors: Mapping[str, Kind] = {name: tuple(kind) for name, kind in found["tensors"].items()}
-    return {**found, "tensors": tensors}
+    return {**found, "tensors": kinds}

@@ -40,15 +40,18 @@ class Restorer:
     def restore(self) -> OptimizerReport:
         """Do it; say what was done."""
         members: list[dict[str, str]] = [{} for _ in self._optimizer.param_groups]
+        dropped = set(self._tree.get("dropped", ()))
         for slot in self._slots:
             found = [(name, record) for name in slot.names if (record := self._record(name)) is not None]
-            if not found:
+            if found:
+                members[slot.group][slot.names[0].place] = found[0][1]["group"]
+            if dropped & {name.place for name in slot.names}:
+                self._drop(slot)
+            elif found:
+                self._put(slot, *found[0])
+            else:
                 self._report.added += (slot.names[0].key,)
-                if slot.is_copy:
-                    self._derive(slot, slot.names[0])
-                continue
-            members[slot.group][slot.names[0].place] = found[0][1]["group"]
-            self._put(slot, *found[0])
+                self._derive(slot, slot.names[0])
         stored = {digest: group for digest, group in self._tree.get("group", {}).items() if isinstance(group, dict)}
         keep = self._options.on_group_conflict == "keep"
         plans = plan_groups(self._optimizer.param_groups, members, stored, keep_conflicts=keep)
@@ -66,27 +69,29 @@ class Restorer:
         return record if isinstance(record, dict) else None
 
     def _loaded(self, what: str, name: Name) -> Any:
-        """What was loaded; `_ABSENT` if it was not requested."""
+        """What was loaded; None if nothing was."""
         places = self._tree.get("state", {}).get(what, {})
         for place in (name.place, name.key + name.layout.cut, name.key):
             if place in places:
                 return places[place]
-        return _ABSENT
+        return None
+
+    def _drop(self, slot: Slot) -> None:
+        """Let a parameter begin without state; of a copy, its own elements can always be loaded."""
+        self._report.dropped += (slot.names[0].key,)
+        self._optimizer.state.pop(slot.param, None)
+        if _is_hollow(self._loaded(MAIN_PARAM, slot.names[0])):
+            self._derive(slot, slot.names[0])
 
     def _put(self, slot: Slot, name: Name, record: Mapping[str, Any]) -> None:
         kinds = {what: tuple(kind) for what, kind in record["tensors"].items() if what != MAIN_PARAM or slot.is_copy}
         tensors = {what: self._loaded(what, name) for what in kinds}
-        if any(value is _ABSENT for value in tensors.values()):
-            self._report.dropped += (name.key,)
-            self._optimizer.state.pop(slot.param, None)
-            return
-        hollow = [value for what, value in tensors.items() if kinds[what] != SHARD_OBJECT and _is_hollow(value)]
-        if hollow:
+        if any(_is_hollow(value) for what, value in tensors.items() if kinds[what] != SHARD_OBJECT):
             self._report.skipped += (name.key,)
             return
-        if slot.is_copy and tensors.pop(MAIN_PARAM, None) is None:
+        if tensors.pop(MAIN_PARAM, None) is None:
             self._derive(slot, name)
-        elif slot.is_copy:
+        else:
             self._report.loaded += (f"{MAIN_PARAM} of {name.key}",)
         held = self._optimizer.state.get(slot.param) or {}
         gone = [what for what in held if what not in tensors and what not in record["values"]]
@@ -126,16 +131,13 @@ class Restorer:
     def _derive(self, slot: Slot, name: Name) -> None:
         """Of a main parameter that is not stored: it is the model's parameter, unless that is it already, rounded."""
         data = data_of(name.leaf)
-        if data is None:
+        if data is None or not slot.is_copy:
             return
         with torch.no_grad():
             place, model = local_of(slot.param).detach(), local_of(data).detach()
             if not torch.equal(place.to(model.device, model.dtype).reshape(model.shape), model):
                 place.copy_(model.reshape(place.shape))
                 self._report.derived += (name.key,)
-
-
-_ABSENT = object()
 
 
 def _is_hollow(value: Any) -> bool:
