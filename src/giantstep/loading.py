@@ -41,6 +41,7 @@ from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
 from giantstep.stored_state import StoredState
+from giantstep.stored_view import StoredView
 from giantstep.unwrapping import Moved, fill_dequantised, read_objects, verify_parts
 
 _LOG = logging.getLogger("giantstep")
@@ -185,8 +186,12 @@ class _Load:
         if kept is None and self._options.plan_cache is not None:
             keep_index(self._options.plan_cache, self._stored)
         self._common = self._checkpoint.common
+        view = StoredView(self._stored, self._options)
+        if self._described.asks:
+            self._described = describe(self._state_dict, for_load=True, stored=view)
         check_conditions(self._described, self._stored, self._options)
         self._matched = match(self._described, self._stored, self._common, self._options)
+        view.note_settled(self._matched.requests)
         return self._matched.requests.encode()
 
     def _judge(self, reports: Sequence[bytes]) -> list[bytes]:

@@ -30,11 +30,12 @@ from giantstep.planning.description import Description, decode_descriptions
 from giantstep.planning.reuse import PLAN_ID_BYTES, all_as_before, fingerprint, token, weighted
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save
 from giantstep.planning.stored_plan import StoredPlan
-from giantstep.shards.object_keys import wrapped_tensor
+from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.stored_plans import find_plan, keep_plan, remember_plan
 from giantstep.writers import Balanced, Caller
 
 _LOG = logging.getLogger("giantstep")
+_SHARED, _OTHER = b"s", b"-"
 # First part of a report: a token, or a cell and a description.
 _AS_BEFORE, _NEW = b"T", b"D"
 # First part of an answer: what the plan is, that the one before holds, that descriptions are wanted, a refusal.
@@ -205,16 +206,18 @@ class SavePlanner:
     def _meet_differing_objects(self, names: Sequence[str]) -> None:
         def decide(reports: Sequence[bytes]) -> list[bytes]:
             differing = self.planned().objects.differing()
-            message = describe_differences(reports, differing)
-            # How a tensor is to be read is no matter of policy.
-            unreadable = any(wrapped_tensor(name) is not None for name in differing)
-            if unreadable or self._options.on_object_difference == "raise":
+            message = describe_differences([report[1:] for report in reports], differing)
+            shared = any(report[:1] == _SHARED for report in reports)
+            if shared or self._options.on_object_difference == "raise":
                 raise DisagreementError(message + ". Make them equal, or give each rank a ShardedObject position of its own.")
             _LOG.warning("%s; what its main replica or the lowest rank that holds it has is stored", message)
             return [b""] * len(reports)
 
         def told() -> bytes:
-            return fingerprints(self._described.stored, names, OBJECT_CODEC)
+            stored = self._described.stored
+            # How a tensor is to be read, and the state of one parameter, are no matter of policy.
+            shared = any(name in stored and stored[name].is_shared and name != COMMON_KEY for name in names)
+            return (_SHARED if shared else _OTHER) + fingerprints(stored, names, OBJECT_CODEC)
 
         consult(self._group, "describe", self._options.timeout_secs, told, decide)
 

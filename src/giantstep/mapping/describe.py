@@ -16,8 +16,9 @@ from giantstep.errors import BadArgumentError
 from giantstep.mapping.expand import Expanded, Joint, expand, stands_for_itself
 from giantstep.mapping.leaves import LeafMaker, TensorLeaf
 from giantstep.mapping.outline import Outline, outline_of
+from giantstep.mapping.placed import StoredNames
 from giantstep.mapping.replica import is_main_replica
-from giantstep.mapping.sharded_object import LocalNonpersistentObject, ShardedObject
+from giantstep.mapping.sharded_object import LocalNonpersistentObject, ShardedObject, SharedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.survey import survey
 from giantstep.mapping.tree import DROPPED, Tree, map_leaves, prune
@@ -52,6 +53,11 @@ class StoredObject:
     role: int
     path: Path = ()
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether no rank is declared to be the main one: all that have it say that it is the same."""
+        return self.role == IMPLICIT
+
 
 class Described:
     """A state dict taken apart.
@@ -70,9 +76,10 @@ class Described:
             state, i.e. all other leaves (see `tree.prune`; an empty dict if there are none).
         tree: the state dict with Stateful objects, factories and wrapper tensors replaced by what stands for them.
         joints: see `Expanded`.
+        asks: whether it has objects that ask what there is to be loaded: it is to be described again when that is known.
     """
 
-    __slots__ = ("_leaves", "_sources", "joints", "locals", "objects", "outline", "stored", "tree", "views")
+    __slots__ = ("_leaves", "_sources", "asks", "joints", "locals", "objects", "outline", "stored", "tree", "views")
 
     def __init__(
         self,
@@ -84,6 +91,7 @@ class Described:
         joints: list[Joint],
     ) -> None:
         self.objects, self.locals, self.stored, self.tree, self.joints = objects, locals_, stored, tree, joints
+        self.asks = False
         self.outline: Outline | None = None
         self._leaves: list[TensorLeaf] | None = None
         self._sources: Sequence[Any] = ()
@@ -140,7 +148,9 @@ def _given(views: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     return found
 
 
-def describe(state_dict: Any, *, for_load: bool, known: Sequence[Outline] | None = None) -> Described:
+def describe(
+    state_dict: Any, *, for_load: bool, known: Sequence[Outline] | None = None, stored: StoredNames | None = None
+) -> Described:
     """Take a state dict apart.
 
     Args:
@@ -148,6 +158,7 @@ def describe(state_dict: Any, *, for_load: bool, known: Sequence[Outline] | None
         for_load: tensors without memory (None, meta) are allowed; `TensorLeaf.allocate` gives it to them.
         known: outlines of state dicts as they were before; one that looks the same is taken apart much faster. None if
             no outline is wanted, not even of this one.
+        stored: what is told to objects that ask what is to be loaded; None as long as that is not known.
 
     Raises:
         BadArgumentError: a leaf cannot be described; names its path or key.
@@ -158,7 +169,7 @@ def describe(state_dict: Any, *, for_load: bool, known: Sequence[Outline] | None
     if found is not None and stands_for_itself(found):
         expanded = Expanded(state_dict)
     else:
-        expanded = expand(state_dict)
+        expanded = expand(state_dict, stored, for_load=for_load)
         found = survey(expanded.tree)
     for outline in known or ():
         seen = None if found is None else outline.views(found, for_load=for_load)
@@ -202,7 +213,9 @@ def _described(
     stored = _stored(objects, for_load=for_load)
     stored |= {name: StoredObject(value, IMPLICIT, (name,)) for name, value in expanded.wrappers.items()}
     stored[COMMON_KEY] = StoredObject({} if common is DROPPED else common, IMPLICIT)
-    return Described(tensors, objects, local, stored, expanded.tree, expanded.joints)
+    described = Described(tensors, objects, local, stored, expanded.tree, expanded.joints)
+    described.asks = expanded.asks
+    return described
 
 
 def _stored(objects: Sequence[ObjectLeaf], *, for_load: bool) -> dict[str, StoredObject]:
@@ -217,8 +230,14 @@ def _stored(objects: Sequence[ObjectLeaf], *, for_load: bool) -> dict[str, Store
                 "different keys or positions."
             )
         places[name] = leaf.path
-        found[name] = StoredObject(leaf.source.data, MAIN if is_main_replica(leaf.source.replica_id) else COPY, leaf.path)
+        found[name] = StoredObject(leaf.source.data, _role_of(leaf.source), leaf.path)
     return found
+
+
+def _role_of(item: ShardedObject) -> int:
+    if isinstance(item, SharedObject):
+        return IMPLICIT
+    return MAIN if is_main_replica(item.replica_id) else COPY
 
 
 def _check_unicode(key: str, noun: str) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.factory import ShardedTensorFactory
+from giantstep.mapping.placed import PlacedState, StoredNames
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.survey import Survey
 from giantstep.mapping.tree import Tree, map_leaves
@@ -50,20 +51,31 @@ class Expanded:
         tree: the state dict with subtrees in their place.
         joints: of Stateful objects, factories and wrappers; inner ones before outer ones.
         wrappers: key and description of every wrapper tensor.
+        stored: what objects that ask for it are told of the checkpoint; None if it is not open.
+        for_load: whether they are to ask, and stand for nothing as long as it is not open.
+        asks: whether there is any such object.
     """
 
     tree: Tree = None
     joints: list[Joint] = field(default_factory=list)
     wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stored: StoredNames | None = None
+    for_load: bool = False
+    asks: bool = False
 
 
-def expand(state_dict: Tree) -> Expanded:
+def expand(state_dict: Tree, stored: StoredNames | None = None, *, for_load: bool = False) -> Expanded:
     """Replace what is stored as something else.
+
+    Args:
+        state_dict: of the caller.
+        stored: the checkpoint that is to be loaded, once it is open.
+        for_load: whether one is to be loaded.
 
     Raises:
         BadArgumentError: a wrapper tensor cannot be taken apart; names its path or key.
     """
-    found = Expanded()
+    found = Expanded(stored=stored, for_load=for_load)
     found.tree = _expand(state_dict, (), found)
     return found
 
@@ -86,13 +98,23 @@ def _expand(tree: Tree, path: Path, found: Expanded) -> Tree:
             found.joints.append(Joint(where, wrapped.restore.wrapper, wrapped.restore))
             return inner
         is_stateful = callable(getattr(leaf, "state_dict", None)) and callable(getattr(leaf, "load_state_dict", None))
+        is_stateful = is_stateful or isinstance(leaf, PlacedState)
         if not is_stateful or isinstance(leaf, torch.Tensor | type):
             return leaf
-        inner = _expand(leaf.state_dict(), where, found)
+        inner = _expand(_state_of(leaf, where, found), where, found)
         found.joints.append(Joint(where, leaf, None))
         return inner
 
     return map_leaves(tree, replace, path)
+
+
+def _state_of(leaf: Any, where: Path, found: Expanded) -> Tree:
+    if not isinstance(leaf, PlacedState):
+        return leaf.state_dict()
+    found.asks = True
+    if found.stored is not None:
+        return leaf.state_for_load(dotted(where), found.stored)
+    return {} if found.for_load else leaf.state_at(dotted(where))
 
 
 def stands_for_itself(found: Survey) -> bool:

@@ -79,6 +79,15 @@ class ShardedObject:
         self.replica_id = check_replica_id(self.replica_id, what)
 
 
+class SharedObject(ShardedObject):
+    """A sharded object that is equal on all ranks that hold it, of which any may write it: `replica_id` means nothing.
+
+    For what belongs to a parameter and so is on whichever ranks that is on: nobody need say which of them is the main one.
+    """
+
+    __slots__ = ()
+
+
 class LocalNonpersistentObject:
     """A value that is never stored: on load, the local value is put in its place.
 

@@ -233,7 +233,7 @@ class Checkpoint:
 
     def _read_objects(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Encoded objects, those that lie near each other read together."""
-        places = [self._place_of(key) for key in keys]
+        places = [self._placed(key, place) for key, place in zip(keys, self._index.find_objects(keys), strict=True)]
         table, wanted = tabulate_spans(*([place[column] for place in places] for column in range(3)))
         targets = [np.empty(size, dtype=np.uint8) for _, _, size in places]
         plan = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
@@ -246,9 +246,8 @@ class Checkpoint:
             fetch(source, plan, ArraySinks([ArraySink(target, (0,)) for target in targets]), _THREADS)
         return {key: target.tobytes() for key, target in zip(keys, targets, strict=True)}
 
-    def _place_of(self, key: str) -> tuple[int, int, int]:
-        """File, first byte and length of an object."""
-        found = self._index.find_object(key)
+    def _placed(self, key: str, found: tuple[int, int, int] | None) -> tuple[int, int, int]:
+        """File, first byte and length of an object, which must be there."""
         if found is None:
             raise KeyMismatchError(
                 f"no object {key!r} in {self.location}; it holds {', '.join(map(repr, self.object_keys()[:20])) or 'none'}"

@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ from giantstep.shards.dtypes import BY_CODE, DType
 from giantstep.shards.partition import partitioned
 from giantstep.shards.region import MAX_DIMS, MAX_ELEMENTS, Region
 from giantstep.storage.base import Store, reading
+
+# A search for one key costs about as much as this many rows of a table of all.
+_SEARCH_STEPS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +263,22 @@ class IndexReader:
         file, start, size = (self._ints(f"object_{name}", row, row + 1)[0] for name in ("file", "start", "bytes"))
         self._check_extent(file, start, size, key)
         return file, start, size
+
+    def find_objects(self, keys: Sequence[str]) -> list[tuple[int, int, int] | None]:
+        """`find_object` of each key; of many, by a table of all instead of a search for each."""
+        if len(keys) * _SEARCH_STEPS < self.object_count:
+            return [self.find_object(key) for key in keys]
+        row = {key: number for number, key in enumerate(self.object_keys())}
+        columns = [self._ints(f"object_{name}") for name in ("file", "start", "bytes")]
+        found: list[tuple[int, int, int] | None] = []
+        for key in keys:
+            place = None
+            if key in row:
+                file, start, size = (column[row[key]] for column in columns)
+                self._check_extent(file, start, size, key)
+                place = file, start, size
+            found.append(place)
+        return found
 
     def check_objects(self) -> None:
         """Raise `CorruptionError` where objects share bytes: all of them together would be larger than what is stored."""

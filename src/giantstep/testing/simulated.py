@@ -174,7 +174,9 @@ def _differences(described: Sequence[Described], plan: SavePlan, options: SaveOp
         return ""
     reports = [fingerprints(found.stored, list(differing), OBJECT_CODEC) for found in described]
     message = describe_differences(reports, differing)
-    if options.on_object_difference == "raise":
+    held = [(name, found.stored[name]) for found in described for name in differing if name in found.stored]
+    shared = any(name != COMMON_KEY and item.is_shared for name, item in held)
+    if shared or options.on_object_difference == "raise":
         raise DisagreementError(message + ". Make them equal, or give each rank a ShardedObject position of its own.")
     return message
 
