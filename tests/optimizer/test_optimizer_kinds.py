@@ -35,14 +35,6 @@ class RowScaled(torch.Tensor):
         raise NotImplementedError(func)
 
 
-gs.register_wrapper(
-    RowScaled,
-    name="test_optimizer_kinds.RowScaled",
-    take_apart=lambda tensor: ({"int8": tensor.int8, "scale": tensor.scale}, {}),
-    put_together=lambda parts, attributes: RowScaled(parts["int8"], parts["scale"]),
-)
-
-
 class Rank:
     """A weight, and a bias that all ranks hold, in a layout: how many parts along which axis, or flat."""
 
@@ -326,6 +318,12 @@ def test_a_scalar_parameter_keeps_moment_and_step_apart(fused: bool, tmp_path: P
 
 def test_wrapper_tensors_as_state_load_where_the_optimizer_has_them(tmp_path: Path) -> None:
     """As of optimizers with quantised moments: of a class without `detach`, stored as its parts."""
+    gs.register_wrapper(
+        RowScaled,
+        name="test_optimizer_kinds.RowScaled",
+        take_apart=lambda tensor: ({"int8": tensor.int8, "scale": tensor.scale}, {}),
+        put_together=lambda parts, attributes: RowScaled(parts["int8"], parts["scale"]),
+    )
 
     def make() -> Any:
         param = torch.nn.Parameter(torch.ones(8, 2))

@@ -69,6 +69,23 @@ def test_state_that_is_there_already_is_filled_in_place(name: str, tmp_path: Pat
             assert value is before[id(param)][what] or not isinstance(value, torch.Tensor)
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=" to ".join)
+@pytest.mark.parametrize("name", ["adamw", "sgd, momentum"])
+def test_fp32_copies_of_bf16_parameters_go_through_every_change(name: str, change: tuple[str, str], tmp_path: Path) -> None:
+    saved = save(change[0], OPTIMIZERS[name], tmp_path / "c", copies=True)
+    loaded = load(change[1], OPTIMIZERS[name], tmp_path / "c", copies=True)
+    assert same_state(assembled(saved), assembled(loaded)), "copies and moments"
+    for job in loaded:
+        assert job.report.missing == job.report.unexpected == ()
+        assert {f"fp32_param of {key}" for key, _ in job.params} <= set(job.state.report.loaded)
+        assert all(param.dtype == torch.float32 for _, param in job.params)
+        assert all(shard.data.dtype == torch.bfloat16 for shard in job.shards if shard.data is not None)
+    if change[0] == change[1]:
+        for job in (*saved, *loaded):
+            job.train(3, 6)
+        assert same_state(assembled(saved), assembled(loaded))
+
+
 MATRIX_CHANGES = [change for change in CHANGES if not any("flat" in layout for layout in change)]
 
 

@@ -181,19 +181,31 @@ OPTIMIZERS: dict[str, Callable[[Params], Any]] = {
 
 
 class Job:
-    """One rank of a training job."""
+    """One rank of a training job; `copies`: of a bf16 model whose optimizers update fp32 copies, which are the `params`."""
 
     def __init__(
-        self, layout: str, rank: int, make: Callable[[Params], Any], seed: int = 0, options: OptimizerOptions | None = None
+        self,
+        layout: str,
+        rank: int,
+        make: Callable[[Params], Any],
+        seed: int = 0,
+        options: OptimizerOptions | None = None,
+        *,
+        copies: bool = False,
     ):
         self.shards = []
         self.params: Params = []
+        main = {}
         for shard in LAYOUTS[layout][1](rank):
             param = torch.nn.Parameter(cut(whole(shard.key) + seed, shard))
             self.params.append((shard.key, param))
-            self.shards.append(replace(shard, data=param.detach()))
+            data = param.detach().bfloat16() if copies else param.detach()
+            self.shards.append(replace(shard, data=data, dtype=data.dtype))
+            main[param] = data
         self.optimizer = make(self.params)
-        self.state = OptimizerState(self.optimizer, {"model": self.shards}, options=options)
+        self.state = OptimizerState(
+            self.optimizer, {"model": self.shards}, options=options, main_params=main if copies else None
+        )
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -233,9 +245,9 @@ class Job:
         }
 
 
-def save(layout: str, make: Callable[[Params], Any], path: Any, steps: int = 3) -> list[Job]:
+def save(layout: str, make: Callable[[Params], Any], path: Any, steps: int = 3, *, copies: bool = False) -> list[Job]:
     def rank_of(group: Any) -> Job:
-        job = Job(layout, group.rank, make)
+        job = Job(layout, group.rank, make, copies=copies)
         job.train(0, steps)
         gs.save(job.tree(), path, process_group=group)
         return job
@@ -243,12 +255,11 @@ def save(layout: str, make: Callable[[Params], Any], path: Any, steps: int = 3) 
     return run_ranks(LAYOUTS[layout][0], rank_of)
 
 
-def load(layout: str, make: Callable[[Params], Any], path: Any, before: int = 0, **options: Any) -> list[Job]:
-    """Jobs of other values, of which `before` steps are over, after a load."""
+def load(layout: str, make: Callable[[Params], Any], path: Any, *, copies: bool = False) -> list[Job]:
+    """Jobs of other values, with optimizers that have no state yet, after a load."""
 
     def rank_of(group: Any) -> Job:
-        job = Job(layout, group.rank, make, seed=1, options=options.get("state"))
-        job.train(10, 10 + before)
+        job = Job(layout, group.rank, make, seed=1, copies=copies)
         job.report = gs.load(job.tree(), path, process_group=group).report  # type: ignore[attr-defined]
         return job
 
