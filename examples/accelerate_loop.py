@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from giantstep.optimizer import OptimizerState
 
 import giantstep as gs
+from giantstep.optimizer import OptimizerState
 
 WIDTH, BATCH = 32, 24
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from giantstep.optimizer import OptimizerState
 from torch.nn.parallel import DistributedDataParallel
 
 import giantstep as gs
+from giantstep.optimizer import OptimizerState
 
 WIDTH, BATCH = 32, 24
 

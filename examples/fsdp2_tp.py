@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from giantstep.optimizer import OptimizerState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import giantstep as gs
+from giantstep.optimizer import OptimizerState
 
 WIDTH, INNER, BATCH = 32, 96, 24
 

@@ -15,12 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
-from giantstep.optimizer import OptimizerState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 import giantstep as gs
+from giantstep.optimizer import OptimizerState
 
 BATCH, LENGTH = 8, 16
 CONFIG = LlamaConfig(

@@ -15,10 +15,10 @@ from typing import Any
 
 import lightning
 import torch
-from giantstep.optimizer import OptimizerState
 from torch.utils.data import DataLoader
 
 import giantstep as gs
+from giantstep.optimizer import OptimizerState
 
 WIDTH, BATCH = 32, 24
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from giantstep.optimizer import OptimizerState
 
 import giantstep as gs
 from giantstep.experts import Inner, LocalExperts, grouped
 from giantstep.fused import Gated
+from giantstep.optimizer import OptimizerState
 
 WIDTH, INNER, BATCH = 32, 48, 24
 

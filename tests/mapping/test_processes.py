@@ -21,7 +21,7 @@ def whole_weight() -> torch.Tensor:
 
 
 def rng_state(rank: int) -> Any:
-    return random.Random(rank).getstate()  # noqa: S311 - training needs no secrets
+    return random.Random(rank).getstate()
 
 
 def state_of(rank: int, size: int, *, filled: bool) -> dict[str, Any]:

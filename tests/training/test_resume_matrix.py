@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from giantstep.optimizer import OptimizerState
 from small_model import Layout, Model, Place, batch
 from small_optimizers import OPTIMIZERS
 from thread_comm import Hall, run_threads
 
 import giantstep as gs
 from giantstep.group.threads import ThreadGroup
+from giantstep.optimizer import OptimizerState
 
 STEPS, SAVED_AFTER = 8, 4
 # In float32, additions in another order change a loss of about 4 by up to 1e-6 here, within 8 steps.

@@ -17,6 +17,9 @@ from giantstep.group.threads import ThreadGroup
 from giantstep.testing.ranks import RanksFailedError, run_ranks
 from giantstep.training_state import LoaderState
 
+# torchdata and torch's loader look at names that torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning")
+
 
 class Counting(IterableDataset[int]):
     """Counts, and knows how far it came."""
