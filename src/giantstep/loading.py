@@ -186,7 +186,7 @@ class _Load:
         if kept is None and self._options.plan_cache is not None:
             keep_index(self._options.plan_cache, self._stored)
         self._common = self._checkpoint.common
-        view = StoredView(self._stored, self._options)
+        view = self._view = StoredView(self._stored, self._options)
         if self._described.asks:
             self._described = describe(self._state_dict, for_load=True, stored=view)
         check_conditions(self._described, self._stored, self._options)
@@ -291,7 +291,7 @@ class _Load:
             unexpected=self._differences.unexpected,
             cast=tuple(sorted(matched.cast)),
             dequantised=tuple(sorted(dequantised)),
-            skipped=tuple(sorted(matched.skipped)),
+            skipped=tuple(sorted({*matched.skipped, *self._view.left})),
             dropped=tuple(sorted(matched.dropped)),
             bytes_filled=int(self._filling.filled.bytes.sum()) + self._dequantised.filled,
             bytes_read=self._moved.bytes_read + self._dequantised.read,

@@ -79,9 +79,10 @@ Rename = Mapping[str, str | None] | Callable[[str], str | None]
 """From a requested key to the stored key; None leaves the request out. A mapping leaves keys that it has not as they are."""
 
 
-def longest_prefix(prefixes: Mapping[str, Any], key: str) -> str | None:
-    """The longest prefix of the key among those given."""
-    return max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default=None)
+def longest_match(patterns: Mapping[str, Any], key: str) -> str | None:
+    """The longest of the patterns that fit the key: prefixes, or endings if they begin with `*`."""
+    fitting = (one for one in patterns if (key.endswith(one[1:]) if one.startswith("*") else key.startswith(one)))
+    return max(fitting, key=len, default=None)
 
 
 def _require(condition: bool, field: str, value: object, expected: str) -> None:
@@ -259,8 +260,9 @@ class LoadOptions:
     does not check tensors; objects always are."""
 
     strict_overrides: Mapping[str, StrictHandling] = field(default_factory=dict)
-    """Other policies than `strict` for keys that begin with a prefix; the longest prefix decides. Requested keys that are
-    not stored are looked up as requested, keys that nobody requested as stored."""
+    """Other policies than `strict` for keys that begin with a prefix, or, where it begins with `*`, that end in what follows;
+    the longest decides. Requested keys that are not stored are looked up as requested, keys that nobody requested as
+    stored."""
 
     rename: Rename | None = None
     """Where requested tensors and sharded objects are found, for checkpoints with other names: a function or mapping
@@ -270,7 +272,7 @@ class LoadOptions:
     on_object_reshard: OnObjectReshard | Mapping[str, OnObjectReshard] = "raise"
     """A `ShardedObject` that is stored in a grid of another shape (another number of ranks): `raise`; `drop` the stored
     ones and keep the local value; or a function `(key, stored values by position, shape, position) -> value`. Or a
-    mapping from key prefixes to these; the longest prefix decides, and keys without one raise."""
+    mapping from key prefixes, or endings after `*`, to these; the longest decides, and keys without one raise."""
 
     dequantise: bool = False
     """Whether a plain floating-point tensor may be loaded from a wrapper tensor (quantised data and scales) that is
@@ -361,5 +363,5 @@ class LoadOptions:
         policies = self.on_object_reshard
         if not isinstance(policies, Mapping):
             return policies
-        prefix = longest_prefix(policies, key)
+        prefix = longest_match(policies, key)
         return "raise" if prefix is None else policies[prefix]

@@ -21,12 +21,16 @@ class StoredView:
     Args:
         stored: names, shapes and dtypes.
         options: how requested names become stored ones.
+
+    Attributes:
+        left: keys of what stays as it is, since nothing is stored for it.
     """
 
     def __init__(self, stored: StoredState, options: LoadOptions) -> None:
         self._stored = stored
         self._options = options
         self._settled: set[str] = set()
+        self.left: set[str] = set()
 
     def tensor(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         row = self._stored.row.get(self._options.stored_key(key))
@@ -59,6 +63,9 @@ class StoredView:
             # Objects that several positions name are decoded once.
             found = {name: self._stored.checkpoint.object(name) for name in dict.fromkeys(names)}
         return [found[name] for name in names]
+
+    def leave(self, key: str) -> None:
+        self.left.add(key)
 
     def settle(self, key: str) -> None:
         name = self._options.stored_key(key)

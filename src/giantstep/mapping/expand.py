@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.factory import ShardedTensorFactory
+from giantstep.mapping.module_state import module_state
 from giantstep.mapping.placed import PlacedState, StoredNames
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.survey import Survey
@@ -109,6 +110,10 @@ def _expand(tree: Tree, path: Path, found: Expanded) -> Tree:
 
 
 def _state_of(leaf: Any, where: Path, found: Expanded) -> Tree:
+    if isinstance(leaf, torch.nn.Module):
+        state, asks = module_state(leaf, where, found.stored)
+        found.asks |= asks
+        return state
     if not isinstance(leaf, PlacedState):
         return leaf.state_dict()
     found.asks = True

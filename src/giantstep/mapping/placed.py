@@ -39,6 +39,10 @@ class StoredNames(Protocol):
         """The stored objects of these positions, read together."""
         ...
 
+    def leave(self, key: str) -> None:
+        """Nothing is stored under the key, and what the caller has stays as it is: the report lists it as skipped."""
+        ...
+
     def settle(self, key: str) -> None:
         """The caller accounts for what is stored under a key, or the key followed by a region: it is not missing."""
         ...

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from giantstep.errors import DtypeMismatchError, KeyMismatchError, MismatchError, ShapeMismatchError
-from giantstep.options import StrictHandling, longest_prefix
+from giantstep.options import StrictHandling, longest_match
 
 # Names shown per kind of mismatch, and lines of a whole message: nobody reads more.
 _SHOWN = 20
@@ -97,14 +97,14 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True)
 class Strictness:
-    """Which differences of keys are met how: a policy, and others for keys with certain prefixes."""
+    """Which differences of keys are met how: a policy, and others for keys with certain prefixes or endings."""
 
     default: StrictHandling
     overrides: Mapping[str, StrictHandling] = field(default_factory=dict)
 
     def of(self, key: str) -> StrictHandling:
         """The policy for a key."""
-        prefix = longest_prefix(self.overrides, key)
+        prefix = longest_match(self.overrides, key)
         return self.default if prefix is None else self.overrides[prefix]
 
 

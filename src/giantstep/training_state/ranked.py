@@ -101,6 +101,7 @@ class RankedState(PlacedState):
         """
         wanted, shape = self._object(place, _ABSENT), stored.grid(place)
         if shape is None and self._on_missing == "keep":
+            stored.leave(place)
             return {_VALUE: LocalNonpersistentObject(_ABSENT)}
         if shape is None or shape == wanted.global_shape:
             return {_VALUE: wanted}
