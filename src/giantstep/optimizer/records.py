@@ -95,8 +95,8 @@ class _Builder:
         self._values.append(values)
         state = self._optimizer.state.get(slot.param) or {}
         for name in slot.names:
-            # A part without elements may have no state where the others have.
-            if not local.numel() and not state and name.layout.elements != 0:
+            # A part without elements may have no state where the others have, or have taken fewer steps: it gets no gradients.
+            if not local.numel() and name.layout.elements != 0:
                 continue
             filler = {} if state else self._filler(slot, name)
             for what, (kind, value) in pieces.items():
