@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"codecs", "reports", "phases", "writers", "stored_plans", "targets", "stored_state"},
     {"fused", "experts", "pipeline"},
     {"mapping", "staging", "writing", "reading", "commit"},
-    {"words"},
+    {"words", "held_memory"},
     {"planning", "storage", "group"},
     {"format"},
     {"shards"},

@@ -33,7 +33,7 @@ from giantstep.pending import PendingSave
 from giantstep.phases import same_call, settings, with_call
 from giantstep.planned_save import Subject
 from giantstep.reports import SaveReport
-from giantstep.saver import Saver, Work, line_up, saver_of
+from giantstep.saver import Saver, Work, check_not_ending, line_up, saver_of
 from giantstep.saving import Save
 from giantstep.shards.paths import dotted
 from giantstep.staging.snapshot import Layout, Snapshot, lay_out
@@ -147,6 +147,7 @@ class _AsyncSave:
         raise error
 
     def _describe(self) -> Parts:
+        check_not_ending()
         self._save.describe(self._group)
         self._take_apart(self._save.described)
         limit = self._options.staging_bytes
@@ -183,11 +184,11 @@ class _AsyncSave:
         limit = self._options.staging_bytes
         return limit is None or self._saver.memory.taken_bytes + self._layout.bytes <= limit
 
-    def _stage(self, pending: PendingSave) -> Work:
-        """Copy, or begin to; what is to be done in the background."""
+    def _stage(self, pending: PendingSave) -> tuple[Work, Callable[[], None]]:
+        """Copy, or begin to; what is to be done in the background, and what instead if it is not."""
         self._saver.wait_for(self._has_memory)
         memory, limit = self._saver.memory, self._options.staging_bytes
-        if limit is not None and memory.held_bytes + self._layout.bytes > limit:
+        if limit is not None and memory.held_bytes + self._layout.bytes > limit and not memory.has_free(self._layout.bytes):
             # What is free but too small would come on top.
             memory.clear()
         described, tensors, self._tensors = self._save.described, self._tensors, []
@@ -206,7 +207,7 @@ class _AsyncSave:
                 snapshot.release()
                 self._forget()
 
-        return work
+        return work, snapshot.release
 
     def _failed(self, error: GiantstepError) -> Work:
         """The others are in the background already, or will be."""
@@ -244,9 +245,9 @@ class _AsyncSave:
         return save.report(removed)
 
     def _forget(self) -> None:
-        """What was saved is not needed by whoever keeps the handle."""
-        self._save.described = Described([], [], [], {}, None, [])
-        self._save.objects, self._encoded = {}, {}
+        """What was saved is not needed by whoever keeps the handle, or an error of the save."""
+        self._save.forget()
+        self._encoded = {}
 
 
 def _stop_if_cancelled(pending: PendingSave) -> None:

@@ -41,6 +41,15 @@ def end_as_failed() -> None:
     atexit.register(_leave)
 
 
+def after_fork(function: Callable[[], None]) -> None:
+    """Call the function in each child that is forked from this process, before anything else runs there.
+
+    Nothing here forks; but users do, as workers of torch's DataLoader.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+
+
 _leaving = False
 
 

@@ -11,8 +11,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from giantstep.errors import BadArgumentError
+from giantstep.held_memory import hold
 from giantstep.mapping.leaves import TensorLeaf
 from giantstep.mapping.overlap import memory_of
 from giantstep.planning.in_place import Memory, nowhere
@@ -112,6 +114,7 @@ class _FillSinks:
         self._targets = targets
         self._stored = stored
         self._made: dict[int, Sink] = {}
+        self._owner: Sequence[torch.UntypedStorage] = ()
 
     def __getitem__(self, row: int) -> Sink:
         # Called from several threads: should two of them make one sink, either will do.
@@ -133,7 +136,13 @@ class _FillSinks:
         for number in np.flatnonzero(plain & ~targets.contiguous).tolist():
             view = targets.views[number]
             strides[number, wanted.width - view.dim() :] = [stride * view.element_size() for stride in view.stride()]
-        return Memory(np.where(plain, targets.address, 0), strides)
+        rows = np.flatnonzero(plain)
+        # What is filled by its address exists until the load is through.
+        held = hold([targets.views[row] for row in rows.tolist()], lambda row: targets.leaves[int(rows[row])].key)
+        self._owner = held.owner
+        address = np.zeros(len(targets), dtype=np.int64)
+        address[rows] = held.address
+        return Memory(address, strides)
 
 
 def fill_sinks(targets: Targets, stored: StoredState) -> Sinks:

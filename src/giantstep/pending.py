@@ -13,6 +13,31 @@ from giantstep.errors import BadArgumentError, GiantstepError, PhaseTimeoutError
 from giantstep.reports import SaveReport
 
 
+class _Gate:
+    """Closed, and opened once; made of one lock, so that no interrupt finds it half open, as it may an `Event`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self.is_open = False
+
+    def open(self) -> None:
+        """Let everybody pass."""
+        # It is open already, or somebody passes at this moment.
+        with suppress(RuntimeError):
+            self._lock.release()
+        self.is_open = True
+
+    def wait(self, timeout: float | None) -> bool:
+        """Pass when it is open; False if that takes longer than `timeout` seconds."""
+        if not self.is_open:
+            if not self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+                return self.is_open
+            with suppress(RuntimeError):
+                self._lock.release()
+        return True
+
+
 class PendingSave:
     """A save that was handed off. All methods may be called from any thread, and on some ranks only.
 
@@ -23,8 +48,8 @@ class PendingSave:
     def __init__(self, location: str, told: Callable[[], None]) -> None:
         self.location = location
         self._told = told
-        self._staged = threading.Event()
-        self._finished = threading.Event()
+        self._staged = _Gate()
+        self._finished = _Gate()
         self._cancelled = threading.Event()
         self._report: SaveReport | None = None
         self._error: GiantstepError | None = None
@@ -38,11 +63,11 @@ class PendingSave:
 
     def staged(self) -> bool:
         """Whether tensors and objects may change again."""
-        return self._staged.is_set()
+        return self._staged.is_open
 
     def done(self) -> bool:
         """Whether the checkpoint is committed, or the save has failed."""
-        return self._finished.is_set()
+        return self._finished.is_open
 
     def result(self, timeout: float | None = None) -> SaveReport:
         """Wait until the checkpoint is committed and durable.
@@ -77,7 +102,7 @@ class PendingSave:
         before the wish was noticed. Files that were written are deleted.
         """
         self._cancelled.set()
-        return not self._finished.is_set()
+        return not self._finished.is_open
 
     def guard(self, *optimizers: Any) -> PendingSave:
         """Have the next step of each optimizer wait until the save is staged; later steps wait for nothing.
@@ -102,7 +127,7 @@ class PendingSave:
 
     def mark_staged(self) -> None:
         """Tensors may change."""
-        self._staged.set()
+        self._staged.open()
 
     def finish(self, outcome: SaveReport | GiantstepError) -> None:
         """The save is committed, or has failed."""
@@ -110,8 +135,8 @@ class PendingSave:
             self._report = outcome
         else:
             self._error = outcome
-        self._staged.set()
-        self._finished.set()
+        self._staged.open()
+        self._finished.open()
 
     def __repr__(self) -> str:
         state = "staged" if self.staged() else "staging"
@@ -128,6 +153,8 @@ class _Guard:
 
     def add(self, pending: PendingSave) -> None:
         """The next step waits for this one too."""
+        while self._awaited and self._awaited[0].staged():
+            self._awaited.popleft()
         self._awaited.append(pending)
 
     def __call__(self, *_arguments: Any) -> None:

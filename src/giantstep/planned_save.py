@@ -21,7 +21,7 @@ from giantstep.errors import BadArgumentError, CoverageError, DisagreementError
 from giantstep.format.data_file import ChunkLayout
 from giantstep.group.base import Group, Parts, consult, consult_parts
 from giantstep.group.subgroup import name_of
-from giantstep.mapping.describe import Described
+from giantstep.mapping.describe import NOTHING, Described
 from giantstep.mapping.differences import describe_differences, fingerprints
 from giantstep.mapping.flat_ranges import describe_flat, flat_shards
 from giantstep.options import SaveOptions
@@ -231,6 +231,10 @@ class SavePlanner:
             self._known = replace(self._known, layout=layout)
             remember_plan(self._options.plan_cache, self._group.rank, self._known)
         return layout
+
+    def forget(self) -> None:
+        """Let go of the state that was planned for."""
+        self._described = NOTHING
 
     def planned(self) -> SavePlan:
         """The whole plan; on rank 0, after `agree`."""

@@ -69,7 +69,7 @@ class LoadReport:
         unexpected: keys that some rank requested and the checkpoint has not; their tensors are unchanged.
         cast: keys that this rank loaded into another dtype, as "key: stored -> loaded".
         dequantised: keys that this rank loaded from quantised tensors into floating-point ones.
-        skipped: keys that this rank requested and `LoadOptions.rename` left out; and state of this rank that may be missing from a
+        skipped: keys that this rank requested and `LoadOptions.rename` left out; and state that may be missing from a
             checkpoint, and was: it stays as it is.
         dropped: keys of sharded objects that are stored for another number of positions and were dropped.
         bytes_filled: bytes of this rank's tensors that were filled.

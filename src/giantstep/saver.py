@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from giantstep.ending import before_the_end, end_as_failed
-from giantstep.errors import CancelledError, GiantstepError, PeerFailureError, PhaseTimeoutError, located
+from giantstep.collection import forget
+from giantstep.ending import after_fork, before_the_end, end_as_failed
+from giantstep.errors import BadArgumentError, CancelledError, GiantstepError, PeerFailureError, PhaseTimeoutError, located
 from giantstep.group.base import Group, consult
 from giantstep.group.faults import ended
 from giantstep.mapping.outline import Outline
@@ -41,11 +43,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Something to be done in the background. The number is 0 if it is no save."""
+    """Something to be done in the background, or to be dropped instead. The number is 0 if it is no save."""
 
     number: int
     pending: PendingSave
     work: Work
+    drop: Callable[[], None]
     fail: Callable[[GiantstepError], Work]
     warns: bool
 
@@ -67,7 +70,9 @@ class Saver:
         self._rank = group.rank
         self._layouts: weakref.WeakKeyDictionary[Outline, Layout] = weakref.WeakKeyDictionary()
         self._group = group.beside()
-        self._changed = threading.Condition()
+        # Taken by itself, not by way of the condition, whose methods are Python's: an interrupt in them would leave it held.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._jobs: deque[_Job] = deque()
         self._thread: threading.Thread | None = None
         # Failures by number; and numbers of unfinished saves of whose failure a call has told already.
@@ -88,14 +93,14 @@ class Saver:
 
     def wait_for(self, ready: Callable[[int], bool]) -> None:
         """Wait until `ready(number of unfinished saves)`, or none is unfinished."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: not self._jobs or ready(len(self._jobs)))
 
     def submit(
         self,
         number: int,
         location: str,
-        make: Callable[[PendingSave], Work],
+        make: Callable[[PendingSave], tuple[Work, Callable[[], None]]],
         fail: Callable[[GiantstepError], Work],
         *,
         warns: bool,
@@ -105,21 +110,22 @@ class Saver:
         Args:
             number: the same on all ranks, and larger than that of any save before.
             location: where the checkpoint will be.
-            make: makes the work, once there is a handle.
+            make: makes the work, once there is a handle; and what is to be called if it is not carried out.
             fail: makes the work of telling the other ranks, which will wait for this one, that `make` failed here. Of
                 that the handle tells; an interrupt is raised too.
             warns: a failure is logged and then forgotten.
         """
         pending = PendingSave(location, lambda: self._tell(number))
         interrupt: BaseException | None = None
+        drop: Callable[[], None] = _nothing
         try:
-            work = make(pending)
+            work, drop = make(pending)
         except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
             work = fail(located(error, self._rank, "stage"))
         except BaseException as error:  # noqa: BLE001 - raised below, once the others can hear of it
             interrupt = error
             work = fail(ended(error, self._rank, "stage"))
-        self._queue(_Job(number, pending, work, fail, warns))
+        self._queue(_Job(number, pending, work, drop, fail, warns))
         if interrupt is not None:
             raise interrupt
         return pending
@@ -132,10 +138,10 @@ class Saver:
             raise error
 
         # Nobody has a handle of it, and the call tells of the error.
-        self._queue(_Job(0, PendingSave("", lambda: None), work, lambda _error: work, warns=False))
+        self._queue(_Job(0, PendingSave("", _nothing), work, _nothing, lambda _error: work, warns=False))
 
     def _queue(self, job: _Job) -> None:
-        with self._changed:
+        with self._lock:
             self._jobs.append(job)
             if self._thread is not None:
                 return
@@ -146,6 +152,7 @@ class Saver:
             except RuntimeError as error:
                 # None can be had. The others are in the background, so this thread joins them, to tell them.
                 self._thread = None
+                job.drop()
                 self._jobs[-1] = replace(job, work=job.fail(located(error, self._rank, "stage")))
             else:
                 return
@@ -153,25 +160,25 @@ class Saver:
 
     def first_failure(self) -> Failure | None:
         """The earliest of which no call has told."""
-        with self._changed:
+        with self._lock:
             return min(self._failures.values(), key=lambda failure: failure.number, default=None)
 
     def tell_until(self, number: int) -> None:
         """A call has told of a failure, here or on another rank: it and those before need not be told of."""
-        with self._changed:
+        with self._lock:
             for known in [*self._failures, *(job.number for job in self._jobs)]:
                 if known <= number:
                     self._tell(known)
 
     def _tell(self, number: int) -> None:
-        with self._changed:
+        with self._lock:
             self._failures.pop(number, None)
             if any(job.number == number for job in self._jobs):
                 self._told.add(number)
 
     def wait(self, timeout_secs: float | None) -> bool:
         """Wait until nothing is to be done and the thread has ended; False if that takes longer."""
-        with self._changed:
+        with self._lock:
             thread = self._thread
             if not self._changed.wait_for(lambda: self._thread is None, timeout_secs):
                 return False
@@ -184,7 +191,7 @@ class Saver:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if not self._jobs:
                     self._thread = None
                     self._changed.notify_all()
@@ -193,15 +200,19 @@ class Saver:
             self._carry_out(job)
             del job
 
-    def _carry_out(self, job: _Job) -> None:
-        outcome: SaveReport | GiantstepError
+    def _outcome_of(self, job: _Job) -> SaveReport | GiantstepError:
         try:
-            outcome = job.work(self._group)
+            return job.work(self._group)
         except GiantstepError as error:
-            outcome = error
+            return error
         except BaseException as error:  # noqa: BLE001 - whatever it is, the handle must tell of it
-            outcome = located(error if isinstance(error, Exception) else RuntimeError(repr(error)), self._rank, "save")
-        with self._changed:
+            return located(error if isinstance(error, Exception) else RuntimeError(repr(error)), self._rank, "save")
+
+    def _carry_out(self, job: _Job) -> None:
+        outcome = self._outcome_of(job)
+        if isinstance(outcome, BaseException):
+            _let_go(outcome)
+        with self._lock:
             untold = isinstance(outcome, GiantstepError) and not isinstance(outcome, CancelledError)
             if isinstance(outcome, GiantstepError) and untold and job.number and job.number not in self._told and not job.warns:
                 self._failures[job.number] = Failure(job.number, job.pending.location, outcome)
@@ -211,6 +222,22 @@ class Saver:
             self._changed.notify_all()
         if job.warns and untold:
             _LOG.warning("%s: the save failed, the checkpoint before it stays the latest: %s", job.pending.location, outcome)
+
+
+def _nothing() -> None:
+    """What there is to be done where there is nothing to be done."""
+
+
+def _let_go(error: BaseException) -> None:
+    """Frames that an error came through hold copies of the whole state; who keeps the error must not keep these."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        found = left.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            traceback.clear_frames(found.__traceback__)
+            left += [found.__cause__, found.__context__]
 
 
 def line_up(group: Group, number: int, timeout_secs: float) -> None:
@@ -244,7 +271,7 @@ def line_up(group: Group, number: int, timeout_secs: float) -> None:
 _OF_GROUP: weakref.WeakKeyDictionary[Group, Saver] = weakref.WeakKeyDictionary()
 _SAVERS: list[weakref.ref[Saver]] = []
 _REGISTRY_LOCK = threading.RLock()
-_watched = False
+_watched = _ending = False
 
 
 def saver_of(group: Group) -> Saver:
@@ -293,16 +320,35 @@ def _watch_the_end() -> None:
     global _watched  # noqa: PLW0603 - once per process, whatever the number of savers
     if not _watched:
         before_the_end(_at_end)
+        after_fork(_in_child)
         _watched = True
 
 
+def _in_child() -> None:
+    """A forked child has none of the threads that carry saves out, and nothing to tell of them."""
+    global _REGISTRY_LOCK, _OF_GROUP  # noqa: PLW0603 - of the process
+    _REGISTRY_LOCK = threading.RLock()
+    _OF_GROUP = weakref.WeakKeyDictionary()
+    _SAVERS.clear()
+    forget()
+
+
+def check_not_ending() -> None:
+    """Raise `BadArgumentError` once the interpreter waits for no more saves."""
+    if _ending:
+        raise BadArgumentError("the interpreter is ending: nothing can be begun in the background. Call save, or call earlier.")
+
+
 def _at_end() -> None:
+    global _ending  # noqa: PLW0603 - of the process
     savers = _all_savers()
     try:
         for saver in savers:
             saver.wait(None)
     except KeyboardInterrupt:
         _LOG.warning("interrupted while asynchronous saves were unfinished: they are not committed")
+        end_as_failed()
+    _ending = True
     for saver in savers:
         while (failure := saver.first_failure()) is not None:
             saver.tell_until(failure.number)

@@ -23,7 +23,7 @@ from giantstep.format.record import CommitRecord, Json, check_content_metadata
 from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.kept_outlines import keep_outline, kept_outlines
-from giantstep.mapping.describe import Described, describe
+from giantstep.mapping.describe import NOTHING, Described, describe
 from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
@@ -231,6 +231,14 @@ class Save:
             discard(self._store, self._save_id, self._group.rank)
         except OSError as error:
             _LOG.warning("%s: files of a failed save could not be deleted: %s", self._store.location, error)
+
+    def forget(self) -> None:
+        """Let go of the state."""
+        self.described, self.objects, self._state_dict = NOTHING, {}, {}
+        # There is none if the save came to nothing before.
+        planner: SavePlanner | None = getattr(self, "_planner", None)
+        if planner is not None:
+            planner.forget()
 
     def report(self, removed: list[str]) -> SaveReport:
         """The report of this rank."""

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.format.data_file import ChunkLayout, DataFilePlan, chunk_entry, object_entry, plan_data_files
+from giantstep.held_memory import Held, hold
 from giantstep.mapping.describe import Described, StoredObject
 from giantstep.planning.description import COPY, Description
 from giantstep.planning.index_plan import WriteReport
 from giantstep.planning.save_plan import WritePart, cut_regions
 from giantstep.shards.dtypes import DType
 from giantstep.shards.object_keys import COMMON_KEY
-from giantstep.shards.region import Int64s, Region
+from giantstep.shards.region import Region
 from giantstep.staging.host import host_pieces
 from giantstep.writing.write import Sources, Written
 
@@ -94,23 +95,25 @@ class PartSources:
                 return host_pieces(views[position], piece_bytes)
             return [np.frombuffer(objects[position - len(views)], dtype=np.uint8)]
 
+        held = _addresses(views, lambda chunk: self._described.shards[0][self._rows[chunk]])
         return Sources(
             bytes=np.concatenate((layout.bytes, np.array([len(data) for data in objects], dtype=np.int64))),
-            address=np.concatenate((_addresses(views), np.zeros(len(objects), dtype=np.int64))),
-            owner=views,
+            address=np.concatenate((held.address, np.zeros(len(objects), dtype=np.int64))),
+            owner=held.owner,
             pieces=pieces,
         )
 
 
-def _addresses(views: Sequence[torch.Tensor]) -> Int64s:
+def _addresses(views: Sequence[torch.Tensor], key_of: Callable[[int], str]) -> Held:
     """Where the bytes of each lie as they are to be stored; 0 for those that must be gathered, or computed, first."""
     ready = np.ones(len(views), dtype=bool)
     for fact, wanted in _READY.items():
         ready &= np.fromiter(map(fact, views), dtype=bool, count=len(views)) == wanted
-    begins = np.fromiter(map(torch.Tensor.data_ptr, itertools.compress(views, ready.tolist())), dtype=np.int64)
+    rows = np.flatnonzero(ready)
+    held = hold(list(itertools.compress(views, ready.tolist())), lambda row: key_of(int(rows[row])))
     found = np.zeros(len(views), dtype=np.int64)
-    found[ready] = begins
-    return found
+    found[ready] = held.address
+    return Held(found, held.owner)
 
 
 _READY: dict[Callable[[torch.Tensor], bool], bool] = {

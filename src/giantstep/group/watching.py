@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NoReturn
 
+from giantstep.collection import collected
 from giantstep.errors import GiantstepError, PeerFailureError, located
 from giantstep.group.connections import Connections, Link, cause
 from giantstep.group.faults import culprits, listed
@@ -88,7 +90,9 @@ class Watch:
             self._board.check(self._phase)
             self._hear_roll(pending)
             self._connections.part()
-        self._connections.changed.wait(max(0.0, min(self._next_look, deadline) - time.monotonic()))
+        # Who is waited for that long may be for long: the collector, which rests while a call works, must not.
+        with collected() if self._waited_before else nullcontext():
+            self._connections.changed.wait(max(0.0, min(self._next_look, deadline) - time.monotonic()))
         self._connections.changed.clear()
 
     def _hear_roll(self, pending: Sequence[Link]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from giantstep.errors import BadArgumentError
+from giantstep.held_memory import no_memory
 from giantstep.mapping.expand import Expanded, Joint, expand, stands_for_itself
 from giantstep.mapping.leaves import LeafMaker, TensorLeaf
 from giantstep.mapping.outline import Outline, outline_of
@@ -129,6 +130,17 @@ class Described:
         """Views of some shards, all of which have memory."""
         return _given([self.views[shard] for shard in shards])
 
+    def check_memory(self) -> None:
+        """Raise `BadArgumentError` if a tensor with elements has no memory, although it has a place for it."""
+        views = [view for view in self.views if view is not None]
+        begins = list(map(torch.Tensor.data_ptr, views))
+        if 0 not in begins:
+            return
+        named = [(name, view) for name, view in zip(self.names, self.views, strict=True) if view is not None]
+        for (name, view), begin in zip(named, begins, strict=True):
+            if not begin and view.numel() and not view.is_meta:
+                raise no_memory(name)
+
     @property
     def sources(self) -> Sequence[Any]:
         """The user's objects that its tensors are made of."""
@@ -139,6 +151,10 @@ class Described:
         if self.outline is not None:
             return zip(self.outline.tensor_keys(), self.sources, strict=True)
         return [(leaf.key, leaf.source) for leaf in self.leaves]
+
+
+NOTHING = Described([], [], [], {}, None, [])
+"""An empty state, in the place of one that is to be let go."""
 
 
 def _given(views: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -215,6 +231,7 @@ def _described(
     stored[COMMON_KEY] = StoredObject({} if common is DROPPED else common, IMPLICIT)
     described = Described(tensors, objects, local, stored, expanded.tree, expanded.joints)
     described.asks = expanded.asks
+    described.check_memory()
     return described
 
 

@@ -85,8 +85,9 @@ class Outline:
         """The tensors of a state dict, and the parts that are saved or loaded, if it looks as it did; else None."""
         try:
             return self._views_if_alike(found, for_load=for_load)
-        except RuntimeError:
-            # Sparse tensors have no address, nor what else dense ones are asked for.
+        except (RuntimeError, TypeError, ValueError):
+            # Sparse tensors have no address, nor what else dense ones are asked for; and ShardedTensors may have been given
+            # fields that cannot be compared, such as arrays, before they are validated.
             return None
 
     def _views_if_alike(self, found: Survey, *, for_load: bool) -> tuple[list[Any], Tensors] | None:

@@ -44,7 +44,9 @@ def _walk(tree: Tree, containers: list[Hashable], leaves: list[Any], depth: int)
     keys: tuple[Hashable, ...]
     if isinstance(tree, dict):
         values, keys = list(tree.values()), tuple(tree)
-        names: Hashable = (keys, tuple(map(type, keys)))
+        kinds = tuple(map(type, keys))
+        # Keys of other classes may be equal without being the same: (1,) and (True,), 0.0 and -0.0.
+        names: Hashable = (keys, kinds, () if _PLAIN_KEYS.issuperset(kinds) else tuple(map(repr, keys)))
     else:
         values, names = list(tree), len(tree)
     if depth + bool(values) > MAX_DEPTH:
@@ -72,3 +74,4 @@ def is_container(tree: Tree) -> bool:
 
 
 _CONTAINERS = (dict, list, tuple)
+_PLAIN_KEYS = frozenset({str, int, bool, bytes, type(None)})

@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from giantstep.errors import ChangedTooSoonError
 from giantstep.shards.region import Int64s
 from giantstep.storage.buffers import memory_between
 from giantstep.words import words_of
@@ -25,7 +26,7 @@ _SHARED_FROM_BYTES = 16 << 20
 # Runs of fewer tensors than this, on average, are copied tensor by tensor.
 _WORTH_A_RUN = 4
 
-_size, _begin = operator.attrgetter("nbytes"), torch.Tensor.data_ptr
+_size, _begin, _on_host = operator.attrgetter("nbytes"), torch.Tensor.data_ptr, operator.attrgetter("is_cpu")
 
 
 def as_copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,6 +48,11 @@ def copy_all(targets: Sequence[torch.Tensor], origins: Sequence[torch.Tensor], t
     if not copies:
         return
     sizes = np.fromiter(map(_size, sources), dtype=np.int64, count=len(sources))
+    if (sizes != np.fromiter(map(_size, copies), dtype=np.int64, count=len(copies))).any():
+        # Another thread has given a tensor other memory since it was described.
+        raise ChangedTooSoonError(
+            "a tensor was given another shape (.data, set_) while it was staged: wait until a save is staged"
+        )
     in_two = threads > 1 and int(sizes.sum()) >= _SHARED_FROM_BYTES
     steps = _runs(copies, sources, sizes, in_two) or _tensors(copies, sources, sizes, in_two)
     if len(steps) == 1:
@@ -76,7 +82,8 @@ def _tensors(copies: list[torch.Tensor], sources: list[torch.Tensor], sizes: Int
 
 def _runs(copies: list[torch.Tensor], sources: list[torch.Tensor], sizes: Int64s, in_two: bool) -> list[_Step]:
     """The same by runs of neighbours; none if most tensors have no neighbours."""
-    if len(sources) < _WORTH_A_RUN or not all(map(torch.Tensor.is_contiguous, sources)):
+    # Addresses are the host's only for tensors on the host.
+    if len(sources) < _WORTH_A_RUN or not all(map(torch.Tensor.is_contiguous, sources)) or not all(map(_on_host, sources)):
         return []
     places = [np.fromiter(map(_begin, tensors), dtype=np.int64, count=len(tensors)) for tensors in (copies, sources)]
     apart = np.ones(len(sizes), dtype=bool)
@@ -86,7 +93,7 @@ def _runs(copies: list[torch.Tensor], sources: list[torch.Tensor], sizes: Int64s
         return []
     lengths = np.add.reduceat(sizes, first)
     spans = list(zip(places[0][first].tolist(), places[1][first].tolist(), lengths.tolist(), strict=True))
-    total, owners = int(sizes.sum()), (copies, sources)
+    total, owners = int(sizes.sum()), (copies, list(map(torch.Tensor.untyped_storage, sources)))
     if not in_two:
         return [partial(_copy_spans, spans, owners)]
     # To the byte: one run may be all there is.

@@ -30,10 +30,16 @@ def locked_memory(size_bytes: int) -> Arena:
     owner = whole
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
-    end = weakref.finalize(owner, runtime.cudaHostUnregister, address)
+    end = weakref.finalize(owner, _unlock, torch.cuda.current_device(), address)
     # The end of the process unlocks it anyway, and saves may be in flight until then.
     end.atexit = False
     return whole
+
+
+def _unlock(device: int, address: int) -> None:
+    # Whatever thread this runs in: its own device may be another one, on which nothing is to be set up.
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 class Streams:
@@ -54,22 +60,31 @@ class Streams:
         if stream is None:
             stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            sources = list(map(as_copied, tensors))
-            torch._foreach_copy_(list(copies), sources, non_blocking=True)
-            event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-        return Copying(event, sources)
+        try:
+            with torch.cuda.stream(stream):
+                # Detached: the caller may give its tensors other memory meanwhile.
+                sources = [as_copied(tensor.detach()) for tensor in tensors]
+                torch._foreach_copy_(list(copies), sources, non_blocking=True)
+                event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(stream)
+        except BaseException:
+            # Some may be on their way, and nobody would wait for them before the memory is used again.
+            stream.synchronize()
+            raise
+        return Copying(device, event, sources)
 
 
 class Copying:
     """Copies on their way. Memory of the tensors is not given to others meanwhile, since they are referred to."""
 
-    def __init__(self, event: torch.cuda.Event, sources: Sequence[torch.Tensor]) -> None:
+    def __init__(self, device: torch.device, event: torch.cuda.Event, sources: Sequence[torch.Tensor]) -> None:
+        self._device = device
         self._event = event
         self._sources = sources
 
     def wait(self) -> None:
         """Until the copies are made; the tensors are let go then."""
-        self._event.synchronize()
+        # The thread that waits may have another current device, on which nothing is to be set up.
+        with torch.cuda.device(self._device):
+            self._event.synchronize()
         self._sources = []

@@ -8,6 +8,7 @@ far, and run beside its later kernels. Called by `async_saving`.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -117,6 +118,10 @@ class StagingMemory:
         """What is in use."""
         return self._plain.taken_bytes + self._locked.taken_bytes
 
+    def has_free(self, size: int) -> bool:
+        """Whether there is memory for a snapshot, of either kind, that is not in use."""
+        return self._plain.has_free(size) or self._locked.has_free(size)
+
     def arenas(self, *, locked: bool) -> Arenas:
         """Those of one kind."""
         return self._locked if locked else self._plain
@@ -168,9 +173,12 @@ class Snapshot:
     ) -> None:
         self._threads = threads
         locked = not layout.is_plain and any(tensor.is_cuda for tensor in tensors)
-        self._arenas = memory.arenas(locked=locked)
-        self._arena: Arena | None = self._arenas.take(layout.bytes)
         self._queued: list[Copying] = []
+        arenas = memory.arenas(locked=locked)
+        arena = arenas.take(layout.bytes)
+        # Also where nobody comes to release it: a thread that could not be started, an interrupt.
+        self._give_back = weakref.finalize(self, _give_back, arenas, arena, self._queued)
+        self._give_back.atexit = False
         self._streams = memory.streams
         self._left: _Left | None = None
         # Tensors that must not change yet.
@@ -179,7 +187,7 @@ class Snapshot:
         try:
             # Copies outlive the mode in which the caller happens to be.
             with torch.inference_mode(mode=False), torch.no_grad():
-                self.copies = memory.views(self._arena, tensors, layout)
+                self.copies = memory.views(arena, tensors, layout)
                 self._begin(_chosen(tensors, layout), _chosen(names, layout), _chosen(self.copies, layout), outer, later=later)
         except BaseException:
             self.release()
@@ -204,6 +212,9 @@ class Snapshot:
             self._watched.append(Watch.of(_those(names, away), _those(tensors, away)))
             here = [not cuda for cuda in away]
             tensors, names, copies = _those(tensors, here), _those(names, here), _those(copies, here)
+        if later:
+            # The caller may give its tensors other memory meanwhile (`.data =`), but not these, which count the same changes.
+            tensors = [tensor.detach() for tensor in tensors]
         watch = Watch.of(names, tensors)
         if later:
             self._left = _Left(copies, watch)
@@ -244,13 +255,17 @@ class Snapshot:
 
     def release(self) -> None:
         """Give the memory back. Copies must not be used any more."""
-        arena, self._arena = self._arena, None
         self.copies, self._left, self._watched = [], None, []
-        if arena is not None:
-            # Copies that are still on their way would go into memory of the next snapshot.
-            for copying in self._queued:
-                copying.wait()
-            self._arenas.give(arena)
+        self._give_back()
+
+
+def _give_back(arenas: Arenas, arena: Arena, queued: Sequence[Copying]) -> None:
+    try:
+        # Copies that are still on their way would go into memory of the next snapshot.
+        for copying in queued:
+            copying.wait()
+    finally:
+        arenas.give(arena)
 
 
 class _Left(NamedTuple):

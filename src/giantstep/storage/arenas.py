@@ -54,6 +54,11 @@ class Arenas:
                 self.held_bytes -= size
             raise
 
+    def has_free(self, size: int) -> bool:
+        """Whether one that is not taken has at least so many bytes."""
+        with self._lock:
+            return any(arena.size >= size for arena in self._free)
+
     @property
     def taken_bytes(self) -> int:
         """Of those that are taken."""

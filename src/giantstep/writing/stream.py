@@ -54,6 +54,13 @@ class BufferPool:
         self._room.acquire()
         try:
             future = self._executor.submit(self._run, work)
+        except RuntimeError:
+            # The interpreter is ending, and gives no more threads: a last save is carried out all the same.
+            future = Future()
+            try:
+                future.set_result(self._run(work))
+            except Exception as error:  # noqa: BLE001 - as a thread's, it is the future's
+                future.set_exception(error)
         except BaseException:
             self._room.release()
             raise
