@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from giantstep.staging.copying import as_copied
 from giantstep.storage.arenas import Arena
 from giantstep.storage.buffers import address_of, device_buffer
 
@@ -53,8 +52,8 @@ class Streams:
 
         Args:
             device: of all `tensors`.
-            copies: contiguous, in page-locked host memory, of the tensors' shapes and dtypes or as words of their size.
-            tensors: of any strides. They are kept alive until the copies are made.
+            copies: contiguous, in page-locked host memory, of the tensors' shapes and dtypes.
+            tensors: of any strides. They are kept alive until the copies are made, and must keep their memory.
         """
         stream = self._streams.get(device)
         if stream is None:
@@ -62,16 +61,14 @@ class Streams:
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(stream):
-                # Detached: the caller may give its tensors other memory meanwhile.
-                sources = [as_copied(tensor.detach()) for tensor in tensors]
-                torch._foreach_copy_(list(copies), sources, non_blocking=True)
+                torch._foreach_copy_(list(copies), list(tensors), non_blocking=True)
                 event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
         except BaseException:
             # Some may be on their way, and nobody would wait for them before the memory is used again.
             stream.synchronize()
             raise
-        return Copying(device, event, sources)
+        return Copying(device, event, tensors)
 
 
 class Copying:

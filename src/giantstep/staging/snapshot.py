@@ -47,12 +47,14 @@ class Layout:
         place: for each tensor the first byte of its copy; tensors that are the same elements of the same memory share one.
         first: rows of the tensors that are copied: those with elements, the first of those that share a copy.
         bytes: of all copies.
-        is_plain: whether all lie in host memory, and torch copies them as they are.
+        as_is: whether torch copies them as they are; else they are copied as words.
+        is_plain: whether they also all lie in host memory.
     """
 
     place: list[int]
     first: list[int]
     bytes: int
+    as_is: bool
     is_plain: bool
 
 
@@ -80,11 +82,8 @@ def lay_out(tensors: Sequence[torch.Tensor], memory_of: Callable[[torch.Tensor],
             others.append(row)
         else:
             place.append(place[same])
-    return Layout(place, first, end, all(_is_plain(tensors[row]) for row in first))
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype in _COPIED and not tensor.is_neg()
+    as_is = all(tensors[row].dtype in _COPIED and not tensors[row].is_neg() for row in first)
+    return Layout(place, first, end, as_is, as_is and all(tensors[row].is_cpu for row in first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +182,7 @@ class Snapshot:
         self._left: _Left | None = None
         # Tensors that must not change yet.
         self._watched: list[Watch] = []
-        self._is_plain = layout.is_plain
+        self._is_plain, self._as_is = layout.is_plain, layout.as_is
         try:
             # Copies outlive the mode in which the caller happens to be.
             with torch.inference_mode(mode=False), torch.no_grad():
@@ -207,7 +206,9 @@ class Snapshot:
         devices = {tensor.device for tensor in _those(tensors, away)}
         for device in devices:
             chosen = [tensor.device == device for tensor in tensors]
-            self._queued.append(self._streams.queue(device, _those(copies, chosen), _those(tensors, chosen)))
+            # Detached: the caller may give its tensors other memory meanwhile.
+            sources = self._sources([tensor.detach() for tensor in _those(tensors, chosen)])
+            self._queued.append(self._streams.queue(device, _those(copies, chosen), sources))
         if devices:
             self._watched.append(Watch.of(_those(names, away), _those(tensors, away)))
             here = [not cuda for cuda in away]
@@ -227,7 +228,7 @@ class Snapshot:
 
     def _sources(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Tensors as torch can copy them."""
-        return tensors if self._is_plain else list(map(as_copied, tensors))
+        return tensors if self._as_is else list(map(as_copied, tensors))
 
     @property
     def is_on_its_way(self) -> bool:
@@ -289,7 +290,7 @@ def _those(items: Sequence[_Item], chosen: Sequence[bool]) -> list[_Item]:
 
 def _views(arena: Arena, tensors: Sequence[torch.Tensor], layout: Layout) -> list[torch.Tensor]:
     whole = torch.from_numpy(arena[: arena.size // 16 * 16]) if arena.size else torch.empty(0, dtype=torch.uint8, device="cpu")
-    kinds = [tensor.dtype if layout.is_plain else _WORDS[tensor.element_size()] for tensor in tensors]
+    kinds = [tensor.dtype if layout.as_is else _WORDS[tensor.element_size()] for tensor in tensors]
     wholes = {kind: whole.view(kind) for kind in set(kinds)}
     shapes = [tensor.shape for tensor in tensors]
     strides = {shape: _row_major(shape) for shape in set(shapes)}
