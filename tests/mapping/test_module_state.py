@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -93,9 +94,13 @@ def test_what_the_model_does_not_have_is_missing_unless_a_policy_for_this_ending
 
 
 def test_ranks_with_different_extra_states_are_told_to_give_each_its_own(tmp_path: Path) -> None:
+    model = Model(Scaled(None))
+
     def save(group: ThreadGroup) -> None:
-        torch.manual_seed(0)
-        gs.save({"model": Model(Scaled({"amax": group.rank}))}, tmp_path, process_group=group)
+        # Threads share torch's generator, so each copies one model.
+        mine = copy.deepcopy(model)
+        mine.second.extra = {"amax": group.rank}
+        gs.save({"model": mine}, tmp_path, process_group=group)
 
     with pytest.raises(RanksFailedError) as caught:
         run_ranks(2, save)
