@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"stored_view"},
     {"codecs", "reports", "phases", "writers", "stored_plans", "targets", "stored_state"},
     {"fused", "experts", "pipeline"},
-    {"mapping", "staging", "writing", "reading", "commit"},
+    {"mapping", "staging", "writing", "reading", "commit", "steps"},
     {"words", "held_memory"},
     {"planning", "storage", "group"},
     {"format"},

@@ -25,7 +25,7 @@ from giantstep.errors import (
     VersionError,
 )
 from giantstep.reading.checkpoint import Checkpoint, TensorInfo
-from giantstep.storage.base import ReadHandle
+from giantstep.storage.base import ReadHandle, Store
 
 from .guard import no_effects
 from .wrapper import wanted_wrapper
@@ -91,6 +91,21 @@ class DictStore:
 
     def delete(self, name: str) -> None:
         raise FindingError(f"reading deleted {name}")
+
+    def link(self, name: str, source: Store, source_name: str) -> None:
+        raise FindingError(f"reading linked {name}")
+
+    def free_bytes(self) -> int | None:
+        raise FindingError("reading asked for space")
+
+    def folder(self, name: str) -> Store:
+        raise FindingError(f"reading looked into {name}")
+
+    def folders(self) -> Iterator[str]:
+        raise FindingError("reading listed places")
+
+    def remove_empty(self, folder: str) -> None:
+        raise FindingError(f"reading removed the folder {folder!r}")
 
 
 class _Handle(ReadHandle):

@@ -168,6 +168,37 @@ class Store(Protocol):
         """Remove a file; succeeds where there is none."""
         ...
 
+    def link(self, name: str, source: Store, source_name: str) -> None:
+        """Let `name` be a further name of a finished file of another place of the same kind; no bytes are copied.
+
+        Each name is deleted by itself. As of a file made by `create`, the name is durable after `sync_names`.
+
+        Raises `FileExistsError` if the name is taken, `FileNotFoundError` if there is no such source, and `OSError` (errno
+        EXDEV or ENOTSUP) where the two places cannot share files: the caller then writes the bytes again.
+        """
+        ...
+
+    def free_bytes(self) -> int | None:
+        """How many bytes may still be written to the place, or to the nearest one above that is there; None if unknown."""
+        ...
+
+    # Places in places: the steps under a root.
+
+    def folder(self, name: str) -> Store:
+        """The place `name` directly inside this one, whether or not it is there."""
+        ...
+
+    def folders(self) -> Iterator[str]:
+        """Names of the places directly inside this one, in any order; nothing if this one is not there."""
+        ...
+
+    def remove_empty(self, folder: str) -> None:
+        """Durably remove a folder ("" for the place itself) that holds nothing; succeeds where there is none.
+
+        Raises `OSError` (errno ENOTEMPTY) if it holds anything.
+        """
+        ...
+
 
 def reading(store: Store, name: str) -> AbstractContextManager[ReadHandle]:
     """`store.open_read(name)` as a context manager that closes."""

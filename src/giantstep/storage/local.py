@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from giantstep.format.digests import cut_parts
-from giantstep.storage.base import Access, Buffer, ReadHandle, WriteHandle
+from giantstep.storage.base import Access, Buffer, ReadHandle, Store, WriteHandle
 from giantstep.storage.buffers import address_of
 from giantstep.storage.medium import is_memory_backed
 
@@ -118,6 +118,38 @@ class LocalStore:
 
     def delete(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
+
+    def link(self, name: str, source: Store, source_name: str) -> None:
+        if not isinstance(source, LocalStore):
+            raise OSError(errno.EXDEV, f"{self.location} cannot share files with {source.location}")
+        os.link(source._path(source_name), self._path(name), follow_symlinks=False)
+
+    def free_bytes(self) -> int | None:
+        there = next(path for path in (self._root, *self._root.parents) if path.exists())
+        found = os.statvfs(there)
+        return found.f_bavail * found.f_frsize
+
+    def folder(self, name: str) -> LocalStore:
+        return LocalStore(self._path(name))
+
+    def folders(self) -> Iterator[str]:
+        try:
+            entries = os.scandir(self._root)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        with entries:
+            yield from [entry.name for entry in entries if entry.is_dir()]
+
+    def remove_empty(self, folder: str) -> None:
+        path = self._root / folder
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            return
+        except FileExistsError as error:
+            # Some systems say so of a directory that is not empty.
+            raise OSError(errno.ENOTEMPTY, f"{path} is not empty") from error
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

@@ -9,7 +9,7 @@ import errno
 import threading
 from collections.abc import Iterator
 
-from giantstep.storage.base import Access, Buffer, ReadHandle, WriteHandle
+from giantstep.storage.base import Access, Buffer, ReadHandle, Store, WriteHandle
 
 # The medium itself, as a disk is for `LocalStore`: files by the name of the store.
 _MEDIA: dict[str, dict[str, bytearray]] = {}
@@ -68,6 +68,36 @@ class MemoryStore:
 
     def delete(self, name: str) -> None:
         self._files().pop(name, None)
+
+    def link(self, name: str, source: Store, source_name: str) -> None:
+        if not isinstance(source, MemoryStore):
+            raise OSError(errno.EXDEV, f"{self.location} cannot share files with {source.location}")
+        found = source._files().get(source_name)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, f"{source_name} is not in {source.location}")
+        if self._files().setdefault(name, found) is not found:
+            raise FileExistsError(errno.EEXIST, f"{name} exists in {self.location}")
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def folder(self, name: str) -> MemoryStore:
+        return MemoryStore(f"{self._name}/{name}")
+
+    def folders(self) -> Iterator[str]:
+        inside = f"{self._name}/"
+        with _LOCK:
+            found = {name.removeprefix(inside).partition("/")[0] for name in _MEDIA if name.startswith(inside)}
+        yield from sorted(found)
+
+    def remove_empty(self, folder: str) -> None:
+        with _LOCK:
+            files = _MEDIA.get(self._name, {})
+            below = any(name.startswith(f"{self._name}/") for name in _MEDIA)
+            if any(name.startswith(f"{folder}/") for name in files) if folder else files or below:
+                raise OSError(errno.ENOTEMPTY, f"{self.location}/{folder} is not empty")
+            if not folder:
+                _MEDIA.pop(self._name, None)
 
     def clear(self) -> None:
         """Forget the medium and all its files."""

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from giantstep.storage.base import Buffer, ReadHandle, WriteHandle
+from giantstep.storage.base import Buffer, ReadHandle, Store, WriteHandle
 
 
 class CrashError(BaseException):
@@ -34,14 +34,19 @@ class Loss(enum.Enum):
 class _File:
     data: bytearray
     durable: bytes = b""
-    named: bool = False
 
 
 @dataclass(slots=True)
 class _Disk:
     files: dict[str, _File] = field(default_factory=dict)
     durable_names: dict[str, _File] = field(default_factory=dict)
-    made: bool = False
+    folders: set[str] = field(default_factory=set)
+    crash_at: int | None = None
+    after: bool = False
+    fail_with: int | None = None
+    crashed: bool = False
+    operations: list[str] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class CrashingStore:
@@ -54,48 +59,54 @@ class CrashingStore:
     """
 
     def __init__(self, crash_at: int | None = None, *, after: bool = False, fail_with: int | None = None) -> None:
-        self._disk = _Disk()
-        self._lock = threading.RLock()
-        self._crash_at = crash_at
-        self._after = after
-        self._fail_with = fail_with
-        self._crashed = False
-        self.operations: list[str] = []
+        self._disk = _Disk(crash_at=crash_at, after=after, fail_with=fail_with)
+        # Where this place begins on the disk: "" or a name that ends in "/".
+        self._base = ""
 
-    location = "memory://crashing"
+    @property
+    def location(self) -> str:
+        return f"memory://crashing/{self._base}".rstrip("/")
 
     def arm(self, crash_at: int | None, *, after: bool = False, fail_with: int | None = None) -> None:
         """Count operations from 0 again and crash at another one."""
-        with self._lock:
-            self.operations = []
-            self._crash_at, self._after, self._fail_with, self._crashed = crash_at, after, fail_with, False
+        disk = self._disk
+        with disk.lock:
+            disk.operations = []
+            disk.crash_at, disk.after, disk.fail_with, disk.crashed = crash_at, after, fail_with, False
+
+    @property
+    def operations(self) -> list[str]:
+        """What was done since the store was made or armed."""
+        return self._disk.operations
 
     @property
     def crashed(self) -> bool:
         """Whether the crash has happened."""
-        return self._crashed
+        return self._disk.crashed
 
     def _operation(self, name: str, effect: Callable[[], None]) -> None:
-        with self._lock:
-            if self._crashed:
+        disk = self._disk
+        with disk.lock:
+            if disk.crashed:
                 raise CrashError
-            here = len(self.operations) == self._crash_at
-            self.operations.append(name)
-            if here and self._fail_with is not None:
-                raise OSError(self._fail_with, f"injected at {name}")
-            if here and not self._after:
-                self._crashed = True
+            here = len(disk.operations) == disk.crash_at
+            disk.operations.append(name)
+            if here and disk.fail_with is not None:
+                raise OSError(disk.fail_with, f"injected at {name}")
+            if here and not disk.after:
+                disk.crashed = True
                 raise CrashError
             effect()
             if here:
-                self._crashed = True
+                disk.crashed = True
                 raise CrashError
 
     def after_power_loss(self, loss: Loss) -> CrashingStore:
         """A working store with what is left."""
         found = CrashingStore()
-        found._disk.made = self._disk.made
+        found._disk.folders = set(self._disk.folders)
         names = self._disk.durable_names if loss is Loss.UNSYNCED else self._disk.files
+        left: dict[int, _File] = {}
         for name, file in names.items():
             if loss is Loss.NOTHING:
                 data = bytes(file.data)
@@ -103,29 +114,37 @@ class CrashingStore:
                 data = file.durable
             else:
                 data = _torn(file)
-            left = _File(bytearray(data), data, named=True)
-            found._disk.files[name] = found._disk.durable_names[name] = left
+            # Names that shared a file still do.
+            survivor = left.setdefault(id(file), _File(bytearray(data), data))
+            found._disk.files[name] = found._disk.durable_names[name] = survivor
         return found
 
     # The Store protocol.
 
     def exists(self) -> bool:
-        return self._disk.made
+        return self._base in self._disk.folders
 
     def prepare(self, folder: str) -> None:
-        self._operation(f"prepare {folder}", lambda: setattr(self._disk, "made", True))
+        def effect() -> None:
+            path = f"{self._base}{folder}/" if folder else self._base
+            self._disk.folders |= {"", *(path[: end + 1] for end, sign in enumerate(path) if sign == "/")}
+
+        self._operation(f"prepare {self._base}{folder}", effect)
 
     def create(self, name: str, size: int, *, direct: bool) -> CrashingHandle:
-        def effect() -> None:
-            if name in self._disk.files:
-                raise FileExistsError(errno.EEXIST, name)
-            self._disk.files[name] = _File(bytearray(size))
+        path = self._base + name
 
-        self._operation(f"create {name}", effect)
-        return CrashingHandle(self, name, self._disk.files[name])
+        def effect() -> None:
+            if path in self._disk.files:
+                raise FileExistsError(errno.EEXIST, path)
+            self._disk.files[path] = _File(bytearray(size))
+
+        self._operation(f"create {path}", effect)
+        return CrashingHandle(self, path, self._disk.files[path])
 
     def sync_names(self, folder: str) -> None:
-        self._operation(f"sync_names {folder}", lambda: self._make_durable(folder))
+        path = (self._base + folder).rstrip("/")
+        self._operation(f"sync_names {path}", lambda: self._make_durable(path))
 
     def _make_durable(self, folder: str) -> None:
         inside = {name: file for name, file in self._disk.files.items() if name.rpartition("/")[0] == folder}
@@ -138,24 +157,67 @@ class CrashingStore:
         handle.sync()
 
         def rename() -> None:
-            self._disk.files[name] = self._disk.files.pop(temporary)
+            self._disk.files[self._base + name] = self._disk.files.pop(self._base + temporary)
 
-        self._operation(f"rename {temporary} {name}", rename)
-        self._operation("sync_names ", lambda: self._make_durable(""))
+        self._operation(f"rename {self._base}{temporary} {self._base}{name}", rename)
+        self.sync_names("")
 
     def open_read(self, name: str, *, direct: bool = False) -> CrashingHandle:
-        if name not in self._disk.files:
-            raise FileNotFoundError(errno.ENOENT, name)
-        return CrashingHandle(self, name, self._disk.files[name])
+        path = self._base + name
+        if path not in self._disk.files:
+            raise FileNotFoundError(errno.ENOENT, path)
+        return CrashingHandle(self, path, self._disk.files[path])
 
     def size(self, name: str) -> int:
         return self.open_read(name).size
 
     def names(self, folder: str) -> Iterator[str]:
-        yield from [name for name in self._disk.files if name.rpartition("/")[0] == folder]
+        within = (self._base + folder).rstrip("/")
+        yield from [name.removeprefix(self._base) for name in self._disk.files if name.rpartition("/")[0] == within]
 
     def delete(self, name: str) -> None:
-        self._operation(f"delete {name}", lambda: (self._disk.files.pop(name, None), None)[1])
+        path = self._base + name
+        self._operation(f"delete {path}", lambda: (self._disk.files.pop(path, None), None)[1])
+
+    def link(self, name: str, source: Store, source_name: str) -> None:
+        if not isinstance(source, CrashingStore) or source._disk is not self._disk:
+            raise OSError(errno.EXDEV, f"{self.location} cannot share files with {source.location}")
+        path, old = self._base + name, source._base + source_name
+        if old not in self._disk.files:
+            raise FileNotFoundError(errno.ENOENT, old)
+
+        def effect() -> None:
+            if path in self._disk.files:
+                raise FileExistsError(errno.EEXIST, path)
+            self._disk.files[path] = self._disk.files[old]
+
+        self._operation(f"link {old} {path}", effect)
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def folder(self, name: str) -> CrashingStore:
+        found = CrashingStore()
+        found._disk, found._base = self._disk, f"{self._base}{name}/"
+        return found
+
+    def folders(self) -> Iterator[str]:
+        inside = {path.removeprefix(self._base) for path in self._disk.folders if path.startswith(self._base)}
+        yield from sorted({path.partition("/")[0] for path in inside} - {""})
+
+    def remove_empty(self, folder: str) -> None:
+        path = f"{self._base}{folder}/" if folder else self._base
+
+        def effect() -> None:
+            if any(name.startswith(path) for name in self._disk.files) or any(
+                name != path and name.startswith(path) for name in self._disk.folders
+            ):
+                raise OSError(errno.ENOTEMPTY, path)
+            self._disk.folders.discard(path)
+            gone = {name for name in self._disk.durable_names if name.startswith(path)}
+            self._disk.durable_names = {name: file for name, file in self._disk.durable_names.items() if name not in gone}
+
+        self._operation(f"remove_empty {path}", effect)
 
 
 class CrashingHandle(ReadHandle, WriteHandle):

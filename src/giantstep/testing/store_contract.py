@@ -5,6 +5,7 @@ Run all of `CHECKS` on a store of your own, each on a new and empty one.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import threading
 from collections.abc import Callable
@@ -156,6 +157,52 @@ def check_publish_under_readers(store: Store) -> None:
     _require(not torn, "publication is atomic")
 
 
+def check_links(store: Store) -> None:
+    """A file may have a further name in another place; each is deleted by itself."""
+    store.prepare("data")
+    other = store.folder("other")
+    other.prepare("data")
+    _write(store, "data/a", b"0123456789")
+    try:
+        other.link("data/b", store, "data/a")
+    except OSError as error:
+        _require(error.errno in (errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP), "a store without links says so")
+        return
+    other.sync_names("data")
+    _raises(FileExistsError, lambda: other.link("data/b", store, "data/a"), "linking to a taken name is FileExistsError")
+    _raises(FileNotFoundError, lambda: other.link("data/c", store, "data/x"), "linking a missing file is FileNotFoundError")
+    store.delete("data/a")
+    _require(read_all(other, "data/b", 10) == b"0123456789", "a linked file outlives its first name")
+    other.delete("data/b")
+    _require(list(other.names("data")) == [], "a deleted link is not listed")
+    for place in (other, store):
+        place.remove_empty("data")
+        place.remove_empty("")
+
+
+def check_places(store: Store) -> None:
+    """Places inside a place are listed, hold files of their own, and are removed when they are empty."""
+    _require(list(store.folders()) == [], "a place that is not there holds no places")
+    inner = store.folder("step_1")
+    _require(not inner.exists(), "a place that was never prepared does not exist")
+    inner.prepare("data")
+    store.prepare("")
+    _require(list(store.folders()) == ["step_1"], "a prepared place is listed by its name")
+    _write(inner, "data/a", b"1")
+    _require(list(store.names("")) == [], "files of an inner place are not the outer one's")
+    _require(list(inner.names("data")) == ["data/a"], "names are relative to their place")
+    _raises(OSError, lambda: inner.remove_empty("data"), "a folder that holds a file is not removed")
+    inner.delete("data/a")
+    for _ in range(2):
+        inner.remove_empty("data")
+        inner.remove_empty("")
+    _require(not inner.exists(), "a removed place does not exist")
+    _require(list(store.folders()) == [], "a removed place is not listed")
+    free = store.free_bytes()
+    _require(free is None or free >= 0, "free bytes are a number that is not negative, or unknown")
+    store.remove_empty("")
+
+
 CHECKS: tuple[Callable[[Store], None], ...] = (
     check_absent_place,
     check_files,
@@ -164,4 +211,6 @@ CHECKS: tuple[Callable[[Store], None], ...] = (
     check_concurrent_writes,
     check_publish,
     check_publish_under_readers,
+    check_links,
+    check_places,
 )

@@ -1,0 +1,48 @@
+"""Removing a whole checkpoint, and what a save left that never committed. Foreign files are never touched."""
+
+from __future__ import annotations
+
+import errno
+
+from giantstep.commit.publish import current_record
+from giantstep.format.names import DATA_DIR, RECORD_NAME, is_data_file, save_id_of
+from giantstep.storage.base import Store
+from giantstep.storage.record_file import files_of_ours
+
+
+def remove_checkpoint(store: Store) -> list[str]:
+    """Remove the checkpoint at a place, or what is left of one; return the names of the files that were deleted.
+
+    The commit record goes first, durably: after a crash the checkpoint is there, whole, or it is not, and a further call
+    removes the rest. Then go index and data files, then the directories, unless they hold foreign files.
+
+    Must not be called while the place is being saved to.
+
+    Raises:
+        NotACheckpointError: a `checkpoint.json` is there that giantstep has not written. Nothing was deleted.
+        OSError: a storage operation failed.
+    """
+    doomed = [name for name in files_of_ours(store) if save_id_of(name) is not None]
+    doomed.sort(key=lambda name: (is_data_file(name), name))
+    if current_record(store) is not None:
+        store.delete(RECORD_NAME)
+        # Invariant: nothing that a commit record names goes before the record is gone for good.
+        store.sync_names("")
+        doomed.insert(0, RECORD_NAME)
+    for name in doomed:
+        if name != RECORD_NAME:
+            store.delete(name)
+    if store.exists():
+        for folder in (DATA_DIR, ""):
+            _remove_folder(store, folder)
+    return doomed
+
+
+def _remove_folder(store: Store, folder: str) -> None:
+    try:
+        store.remove_empty(folder)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        # Somebody keeps files of their own there.
+        store.sync_names(folder)
