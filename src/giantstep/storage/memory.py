@@ -75,8 +75,11 @@ class MemoryStore:
         found = source._files().get(source_name)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, f"{source_name} is not in {source.location}")
-        if self._files().setdefault(name, found) is not found:
-            raise FileExistsError(errno.EEXIST, f"{name} exists in {self.location}")
+        files = self._files()
+        with _LOCK:
+            if name in files:
+                raise FileExistsError(errno.EEXIST, f"{name} exists in {self.location}")
+            files[name] = found
 
     def free_bytes(self) -> int | None:
         return None
