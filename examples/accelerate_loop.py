@@ -1,6 +1,6 @@
 """accelerate: the loop stays as it is; giantstep instead of `accelerator.save_state` and `load_state`.
 
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py --steps 4
+torchrun --nproc-per-node 2 examples/accelerate_loop.py --steps 4
 torchrun --nproc-per-node 2 examples/accelerate_loop.py --fsdp --steps 8       # goes on, under FSDP2
 python examples/accelerate_loop.py --steps 12                                  # goes on, on one process
 """
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="train until this step")
     parser.add_argument("--save-every", type=int, default=2)
-    parser.add_argument("--fsdp", action="store_true", help="cut the model by FSDP2 instead of copying it by DDP")
+    parser.add_argument("--fsdp", action="store_true", help="cut the model by FSDP2 instead of copying it by DDP: by torchrun")
     parser.add_argument("--dir", type=Path, default=Path("runs/accelerate_loop"))
     arguments = parser.parse_args()
     accelerator = Accelerator(cpu=True)
