@@ -130,8 +130,6 @@ def test_lightning_counts_steps_from_the_beginning(uninterrupted: Uninterrupted)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "operation"), SLOW)
 def test_an_example_killed_again_and_again_goes_on_to_the_bit(
-    tmp_path: Path, uninterrupted: Uninterrupted, request: pytest.FixtureRequest, name: str, operation: str
+    tmp_path: Path, uninterrupted: Uninterrupted, name: str, operation: str
 ) -> None:
-    if not request.config.option.markexpr:
-        pytest.skip("takes minutes: run it with -m slow")
     killed_and_resumed(name, operation, ("step 5 ", "step 8 "), uninterrupted(name)[0], tmp_path)
