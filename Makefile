@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/background.py
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
