@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"cli", "integrations", "testing", "__init__"},
     {"metadata", "async_saving", "zero", "optimizer", "training_state"},
     {"opening", "saving", "loading", "removal", "saver"},
-    {"planned_save", "planned_load"},
+    {"planned_save", "planned_load", "reusing"},
     {"filling", "unwrapping", "kept_index", "kept_outlines"},
     {"describing", "requesting", "conditions", "restoring", "sources", "pending", "sharing"},
     {"stored_view"},
