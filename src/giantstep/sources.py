@@ -78,9 +78,7 @@ class PartSources:
         alignments = [*(dtype.item_bytes for dtype in dtypes), *(1 for _ in entries)]
         return plan_data_files([*chunks, *entries], alignments, max_file_bytes, metadata)
 
-    def plans_of(
-        self, groups: Sequence[NDArray[np.intp]], max_file_bytes: int, metadata: dict[str, str]
-    ) -> list[DataFilePlan]:
+    def plans_of(self, groups: Sequence[NDArray[np.intp]], max_file_bytes: int, metadata: dict[str, str]) -> list[DataFilePlan]:
         """The data files of some entries (chunks, then objects), each group in files of its own."""
         keys, dtypes, regions = self._chunks()
         objects = list(self.objects.items())
@@ -89,7 +87,9 @@ class PartSources:
             rows = group.tolist()
             chunks = [row for row in rows if row < len(keys)]
             entries = [chunk_entry(keys[row], dtypes[row], regions[row]) for row in chunks]
-            entries += [object_entry(name, len(data)) for name, data in (objects[row - len(keys)] for row in rows[len(chunks) :])]
+            entries += [
+                object_entry(name, len(data)) for name, data in (objects[row - len(keys)] for row in rows[len(chunks) :])
+            ]
             alignments = [dtypes[row].item_bytes for row in chunks] + [1] * (len(rows) - len(chunks))
             plans = plan_data_files(entries, alignments, max_file_bytes, metadata)
             found += [replace(plan, order=group[plan.order]) for plan in plans]

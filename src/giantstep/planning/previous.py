@@ -70,7 +70,9 @@ def common_regions(first: RegionTable, second: RegionTable) -> tuple[Int64s, Int
     twin[found[~alike]] = -1
     rows = np.flatnonzero(twin[first.tensor] >= 0)
     width = max(first.offset.shape[1], second.offset.shape[1])
-    ours = np.column_stack((twin[first.tensor[rows]], _widened(first.offset[rows], 0, width), _widened(first.size[rows], 1, width)))
+    ours = np.column_stack(
+        (twin[first.tensor[rows]], _widened(first.offset[rows], 0, width), _widened(first.size[rows], 1, width))
+    )
     theirs = np.column_stack((second.tensor, _widened(second.offset, 0, width), _widened(second.size, 1, width)))
     # Sorting a word of each row is faster than sorting rows. Rows whose words are equal by chance are told apart below.
     _, left, right = np.intersect1d(_words(ours), _words(theirs), return_indices=True)
