@@ -13,8 +13,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "giantstep"
 LAYERS: list[set[str]] = [
     {"cli", "integrations", "testing", "__init__"},
     {"metadata", "async_saving", "zero", "optimizer", "training_state"},
-    {"opening", "saving", "loading", "removal", "saver"},
-    {"planned_save", "planned_load", "reusing"},
+    {"opening", "saving", "loading", "removal", "materializing", "saver"},
+    {"planned_save", "planned_load", "reusing", "rewriting"},
     {"filling", "unwrapping", "kept_index", "kept_outlines"},
     {"describing", "requesting", "conditions", "restoring", "sources", "pending", "sharing"},
     {"stored_view"},

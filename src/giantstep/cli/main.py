@@ -19,7 +19,9 @@ class _LazyGroup(click.Group):
     """A group whose commands are imported when they are used; their one-line helps stand here."""
 
     lazy: ClassVar[dict[str, tuple[str, str]]] = {
+        "diff": ("giantstep.cli.diff", "Say in what two checkpoints differ."),
         "ls": ("giantstep.cli.ls", "List the tensors and objects of a checkpoint."),
+        "materialize": ("giantstep.cli.materialize", "Make a checkpoint share no files with others."),
         "show": ("giantstep.cli.show", "Show one tensor: shape, dtype, where it lies, statistics, first values."),
         "verify": ("giantstep.cli.verify", "Check every byte of a checkpoint."),
     }

@@ -1,4 +1,4 @@
-"""`digests_of`: a 128-bit digest of the bytes of each entry that a rank is to write. Called by `saving`, before anything is written."""
+"""`digests_of`: a 128-bit digest of each entry that a rank is to write. Called by `saving`, before anything is written."""
 
 from __future__ import annotations
 
