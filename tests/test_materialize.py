@@ -91,7 +91,7 @@ def test_damage_to_a_shared_file_does_not_reach_it(tmp_path: Path) -> None:
     materialize(tmp_path / "2")
     largest = max(gs.open_checkpoint(tmp_path / "1").record.files, key=lambda file: file.bytes)
     with (tmp_path / "1" / largest.name).open("r+b") as file:
-        file.seek(9000)
+        file.seek(40_000)
         file.write(b"damage")
     assert not gs.open_checkpoint(tmp_path / "1").verify().ok
     assert not gs.open_checkpoint(tmp_path / "3").verify().ok

@@ -70,5 +70,5 @@ def materialize(path: StoreLike, out: StoreLike | None = None) -> MaterializeRep
     before = rewrite.record
     after = rewrite.copy_and_commit(plan_copy(rewrite.index, len(before.files)))
     deleted = rewrite.clean()
-    sizes = [sum(file.bytes for file in record.files) for record in (after, before)]
-    return MaterializeReport(target.location, after.save_id, *sizes, tuple(deleted))
+    copied, held = (sum(file.bytes for file in record.files) for record in (after, before))
+    return MaterializeReport(target.location, after.save_id, copied, held, tuple(deleted))

@@ -1,7 +1,8 @@
 """`giantstep`: looking into checkpoints from a terminal.
 
 Commands are imported only when they run, so that `--help` needs nothing but click. Exit codes: 0 all is well,
-1 the checkpoint is damaged or cannot be opened, 2 the command line is wrong.
+1 the checkpoint is damaged or cannot be opened, 2 the command line is wrong. `diff` is like diff: 1 says that checkpoints
+differ, 2 that there is trouble.
 """
 
 from __future__ import annotations

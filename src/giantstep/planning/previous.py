@@ -22,7 +22,8 @@ from giantstep.shards.words import mixed
 Digests = NDArray[np.uint64]
 
 CHANGED, SETTLED, REUSED = 0, 1, 2
-"""What becomes of an entry: it is written; it is unchanged but written, with others like it; it lies in a file that is used again."""
+"""What becomes of an entry: it has changed and is written; it has not, but is written, with others like it; it lies in a file
+that is used again."""
 
 # A file with less than this part of what a rank writes on average is not used again, but written together with others: so
 # there are never many times more files than ranks.
