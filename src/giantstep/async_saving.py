@@ -30,7 +30,7 @@ from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.torch_sharded import is_torch_sharded
 from giantstep.options import SaveOptions, threads_for
 from giantstep.pending import PendingSave
-from giantstep.phases import same_call, settings, with_call
+from giantstep.phases import same_call, with_call
 from giantstep.planned_save import Subject
 from giantstep.reports import SaveReport
 from giantstep.saver import Saver, Work, check_not_ending, line_up, saver_of
@@ -157,7 +157,7 @@ class _AsyncSave:
                 "more, or call save, which needs no copies."
             )
         failure = self._saver.first_failure()
-        call = {"call": "async_save", "path": self._save.location, "options": settings(self._options)}
+        call = self._save.call("async_save")
         if failure is None:
             return with_call(call)
         wire = {"number": failure.number, "location": failure.location, "error": error_to_wire(failure.error)}
@@ -237,6 +237,7 @@ class _AsyncSave:
             line_up(group, self._number, self._options.timeout_secs)
         with uncollected(), save.watch.phase("plan"):
             save.plan(group, subject)
+        save.compare(check, spared=1)
         with save.watch.phase("write"):
             # The trainer goes on meanwhile.
             save.write_and_commit(check, spared=1)

@@ -173,6 +173,7 @@ class SavePlanner:
                 split_bytes=self._options.split_bytes,
                 max_chunk_bytes=max(1, self._options.max_file_bytes - _HEADER_BYTES),
                 cells=cells if len(numbers) > 1 else None,
+                steady=self._options.keeps_digests,
             )
         except CoverageError as error:
             if error.tensor_key is None:

@@ -1,6 +1,8 @@
 """`save`: the flow from a state dict to a committed checkpoint, one call per stage.
 
 state -describe-> leaves -plan_save-> part -host_pieces-> bytes -write-> data files -publish-> checkpoint
+
+Incremental saves go through one more stage before they write: `compare` finds what lies unchanged in the previous step.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from giantstep.collection import uncollected
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
 from giantstep.errors import BadArgumentError, GiantstepError, PeerError
-from giantstep.format.data_file import file_metadata
+from giantstep.format.data_file import ChunkLayout, DataFilePlan, file_metadata
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
 from giantstep.group.base import Group, Parts, consult_parts
@@ -27,12 +31,16 @@ from giantstep.mapping.describe import NOTHING, Described, describe
 from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
+from giantstep.planning.contents import ContentReport, Verdict
 from giantstep.planning.index_plan import WriteReport, build_index
+from giantstep.planning.previous import CHANGED, SETTLED
 from giantstep.reports import SaveReport
+from giantstep.reusing import Reuse
 from giantstep.sources import PartSources, encoded, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
-from giantstep.writing.write import write
+from giantstep.writing.contents import digests_of
+from giantstep.writing.write import Sources, write
 
 _LOG = logging.getLogger("giantstep")
 
@@ -78,6 +86,7 @@ def save(
     with uncollected():
         with run.watch.phase("plan"):
             run.plan(group, describe)
+        run.compare()
         with run.watch.phase("write"):
             run.write_and_commit()
         with run.watch.phase("clean"):
@@ -91,6 +100,16 @@ class _RootState:
 
     before: bytes | None = None
     record: CommitRecord | None = None
+    reuse: Reuse | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What a rank is to write, by its part of the plan."""
+
+    chosen: PartSources
+    layout: ChunkLayout
+    sources: Sources
 
 
 class Save:
@@ -118,6 +137,8 @@ class Save:
         self._metadata = metadata
         self._root = _RootState()
         self._written_bytes = 0
+        self._content: _Content | None = None
+        self._verdict: Verdict | None = None
         self._totals = (0, 0, 0)
 
     # Stage 1: describe.
@@ -127,6 +148,7 @@ class Save:
         if not isinstance(self._asked, SaveOptions | None):
             raise BadArgumentError(f"options must be SaveOptions, not {type(self._asked).__name__}")
         self._store: Store = store_at(self._path)
+        self._previous = None if self.options.previous is None else store_at(self.options.previous)
         check_content_metadata(self._metadata)
         self._metadata = copy.deepcopy(self._metadata)
         self._place = Place.of(group.rank, group.size, self._process_group, self.options)
@@ -141,10 +163,14 @@ class Save:
         """Where the checkpoint is to be."""
         return self._store.location
 
+    def call(self, name: str) -> dict[str, Any]:
+        """What must be equal on all ranks."""
+        previous = None if self._previous is None else self._previous.location
+        return {"call": name, "path": self.location, "previous": previous, "options": settings(self.options)}
+
     def subject(self, name: str = "save") -> Subject:
         """What is to be planned; `name` is that of the call that all ranks must make."""
-        call = {"call": name, "path": self._store.location, "options": settings(self.options)}
-        return Subject(self.described, call, {name: len(data) for name, data in self.objects.items()}, self._place)
+        return Subject(self.described, self.call(name), {name: len(data) for name, data in self.objects.items()}, self._place)
 
     # Stage 2: plan.
 
@@ -158,6 +184,46 @@ class Save:
         self._store.prepare(DATA_DIR)
         self._root.before = current_record(self._store)
         return new_save_id(dt.datetime.now(dt.UTC), secrets.token_hex(8)).encode("ascii")
+
+    # Incremental saves only: compare.
+
+    def compare(self, check: Callable[[], None] = lambda: None, *, spared: int = 0) -> None:
+        """Take digests of what is to be written, and find what the previous step holds of it. Only links are made.
+
+        Args:
+            check, spared: as of `write_and_commit`.
+        """
+        if not self.options.keeps_digests:
+            return
+
+        def digest() -> Parts:
+            check()
+            content = self._content = self._contents()
+            threads = threads_for(self.options.writer_threads, self._group.size, spared=spared).memory
+            digests = digests_of(content.sources, threads, check)
+            objects = list(content.chosen.objects)
+            chunks = len(digests) - len(objects)
+            return ContentReport(digests[:chunks], objects, content.sources.bytes[chunks:], digests[chunks:]).encode()
+
+        def decide(reports: Sequence[Parts]) -> list[Parts]:
+            self._root.reuse = Reuse(self._store, self._previous, self.options)
+            return self._root.reuse.decide(self._planner.planned(), reports)
+
+        with self.watch.phase("compare"):
+            try:
+                answer = consult_parts(self._group, "compare", self.options.timeout_secs, digest, decide, "link")
+            except BaseException:
+                # Nothing of this save was published, and nothing will be.
+                self._unlink()
+                raise
+            self._verdict = Verdict.decode(answer)
+
+    def _contents(self) -> _Content:
+        # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
+        with uncollected():
+            chosen = PartSources(self._planner.part, self._planner.description, self.described, self.objects)
+            layout = self._planner.layout_of(chosen.layout)
+            return _Content(chosen, layout, chosen.sources(layout, self.options.buffer_bytes))
 
     # Stages 3 to 5: stage, write, commit.
 
@@ -181,25 +247,34 @@ class Save:
             # Only an agreement on a failed write proves that rank 0 has not published.
             if error.agreed and error.phase == "write" and not isinstance(error, PeerError):
                 self._discard()
+                self._unlink()
             raise
         tensors, objects, total = (int(part) for part in answer.split())
         self._totals = (tensors, objects, total)
 
     def _write(self, threads: Threads, check: Callable[[], None]) -> Parts:
-        # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
-        with uncollected():
-            part = self._planner.part
-            chosen = PartSources(part, self._planner.description, self.described, self.objects)
-            layout = self._planner.layout_of(chosen.layout)
-            plans = chosen.plans(layout, self.options.max_file_bytes, file_metadata(self._save_id, self._group.rank))
-            sources = chosen.sources(layout, self.options.buffer_bytes)
+        content, self._content = self._content or self._contents(), None
+        sources = content.sources
+        plans = self._file_plans(content)
         self._store.prepare(DATA_DIR)
         written = write(self._store, self._save_id, self._group.rank, plans, sources, self.options, threads, check)
-        self._written_bytes = int(sources.bytes.sum())
-        return write_report(written, sources, list(chosen.objects)).encode()
+        self._written_bytes = sum(int(sources.bytes[plan.order].sum()) for plan in plans)
+        return write_report(written, sources, list(content.chosen.objects)).encode()
+
+    def _file_plans(self, content: _Content) -> list[DataFilePlan]:
+        metadata = file_metadata(self._save_id, self._group.rank)
+        state = None if self._verdict is None else self._verdict.state
+        if state is None or (state == CHANGED).all():
+            with uncollected():
+                return content.chosen.plans(content.layout, self.options.max_file_bytes, metadata)
+        # What has settled is in files of its own, which the next save can use again.
+        groups = [np.flatnonzero(state == SETTLED), np.flatnonzero(state == CHANGED)]
+        return content.chosen.plans_of(groups, self.options.max_file_bytes, metadata)
 
     def _decide_commit(self, reports: Sequence[Parts]) -> list[Parts]:
-        index, files = build_index(self._planner.planned(), [WriteReport.decode(report) for report in reports])
+        reuse = self._root.reuse
+        told = [WriteReport.decode(report) for report in reports]
+        index, files = build_index(self._planner.planned(), told, None if reuse is None else reuse.reused)
         record: CommitRecord = publish(
             self._store,
             self._save_id,
@@ -232,9 +307,13 @@ class Save:
         except OSError as error:
             _LOG.warning("%s: files of a failed save could not be deleted: %s", self._store.location, error)
 
+    def _unlink(self) -> None:
+        if self._root.reuse is not None:
+            self._root.reuse.give_up()
+
     def forget(self) -> None:
         """Let go of the state."""
-        self.described, self.objects, self._state_dict = NOTHING, {}, {}
+        self.described, self.objects, self._state_dict, self._content = NOTHING, {}, {}, None
         # There is none if the save came to nothing before.
         planner: SavePlanner | None = getattr(self, "_planner", None)
         if planner is not None:
@@ -243,6 +322,7 @@ class Save:
     def report(self, removed: list[str]) -> SaveReport:
         """The report of this rank."""
         tensors, objects, total = self._totals
+        verdict = self._verdict
         return SaveReport(
             location=self._store.location,
             save_id=self._save_id,
@@ -253,4 +333,7 @@ class Save:
             seconds=self.watch.seconds,
             removed=tuple(removed),
             plan_reused=self._planner.reused,
+            bytes_reused=0 if verdict is None else verdict.bytes_reused,
+            bytes_dead=0 if verdict is None else verdict.bytes_dead,
+            not_reused="" if verdict is None else verdict.problem,
         )

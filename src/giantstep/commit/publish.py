@@ -101,6 +101,7 @@ def publish(
             bytes=int(index.chunk_bytes[stored_chunks(index)].sum() + index.object_bytes.sum()),
         ),
         content_metadata=content_metadata,
+        version=index.version,
     )
     # Again, as late as can be: what happens between this look and the rename is not noticed.
     _check_place(store, files, before)

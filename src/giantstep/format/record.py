@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from giantstep.errors import BadArgumentError, CorruptionError
 from giantstep.format.digests import anchor_digest
 from giantstep.format.names import RECORD_NAME, is_data_file, is_index_file, is_save_id
-from giantstep.format.versions import CURRENT, check_version
+from giantstep.format.versions import PLAIN, check_version
 
 Json: TypeAlias = Any
 
@@ -81,7 +81,7 @@ class CommitRecord:
     files: tuple[FileEntry, ...]
     totals: Totals
     content_metadata: Json
-    version: str = CURRENT
+    version: str = PLAIN
 
 
 def check_content_metadata(value: Json) -> None:
