@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,7 @@ def async_save(
     process_group: Any = None,
     options: SaveOptions | None = None,
     content_metadata: Json = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> PendingSave:
     """Begin to save the state of all ranks; return once it is handed off. The rest goes on in the background.
 
@@ -61,7 +62,7 @@ def async_save(
     checkpoint is committed: a thread of this process sees to it.
 
     Args:
-        state_dict, path, process_group, content_metadata: as for `save`.
+        state_dict, path, process_group, content_metadata, metrics: as for `save`.
         options: see `SaveOptions`.
 
     Returns:
@@ -75,7 +76,7 @@ def async_save(
         PeerError: a rank died or did not call in time.
     """
     group = group_of(process_group)
-    run = _AsyncSave(group, state_dict, path, process_group, options, content_metadata)
+    run = _AsyncSave(group, state_dict, path, process_group, options, content_metadata, metrics)
     return run.begin()
 
 
@@ -90,10 +91,11 @@ class _AsyncSave:
         process_group: Any,
         options: SaveOptions | None,
         metadata: Json,
+        metrics: Mapping[str, float] | None,
     ) -> None:
         self._group = group
         self._saver: Saver = saver_of(group)
-        self._save = Save(state_dict, path, process_group, options, metadata)
+        self._save = Save(state_dict, path, process_group, options, metadata, metrics)
         self._options = self._save.options
 
     # In the caller's thread.

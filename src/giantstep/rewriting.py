@@ -170,6 +170,7 @@ class Rewrite:
             world_size=self.record.world_size,
             block_bytes=self.record.block_bytes,
             content_metadata=self.record.content_metadata,
+            metrics=self.record.metrics,
             before=self._before,
         )
         return self._new_record

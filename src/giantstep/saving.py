@@ -23,7 +23,7 @@ from giantstep.commit.publish import current_record, publish
 from giantstep.errors import BadArgumentError, GiantstepError, PeerError
 from giantstep.format.data_file import ChunkLayout, DataFilePlan, file_metadata
 from giantstep.format.names import DATA_DIR, new_save_id
-from giantstep.format.record import CommitRecord, Json, check_content_metadata
+from giantstep.format.record import CommitRecord, Json, check_content_metadata, check_metrics
 from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.kept_outlines import keep_outline, kept_outlines
@@ -52,6 +52,7 @@ def save(
     process_group: Any = None,
     options: SaveOptions | None = None,
     content_metadata: Json = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> SaveReport:
     """Save the state of all ranks as one checkpoint; return when it is committed and durable.
 
@@ -68,6 +69,7 @@ def save(
         process_group: ranks that save together; default: the default group, or one process alone.
         options: see `SaveOptions`.
         content_metadata: a JSON value of the user's, kept in the commit record; rank 0's is stored.
+        metrics: numbers by name, such as losses, kept in the commit record; rank 0's are stored.
 
     Raises (the same on all ranks):
         BadArgumentError, UnsupportedTypeError: something cannot be saved; nothing was written.
@@ -76,7 +78,7 @@ def save(
         PeerError: a rank died or did not report in time. Likewise.
     """
     group = group_of(process_group)
-    run = Save(state_dict, path, process_group, options, content_metadata)
+    run = Save(state_dict, path, process_group, options, content_metadata, metrics)
 
     def describe() -> Subject:
         run.describe(group)
@@ -126,7 +128,13 @@ class Save:
     objects: Mapping[str, bytes]
 
     def __init__(
-        self, state_dict: dict[Any, Any], path: StoreLike, process_group: Any, options: SaveOptions | None, metadata: Json
+        self,
+        state_dict: dict[Any, Any],
+        path: StoreLike,
+        process_group: Any,
+        options: SaveOptions | None,
+        metadata: Json,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         self.watch = Stopwatch()
         self._state_dict = state_dict
@@ -135,6 +143,7 @@ class Save:
         self._asked = options
         self.options = options if isinstance(options, SaveOptions) else SaveOptions()
         self._metadata = metadata
+        self._metrics = metrics
         self._root = _RootState()
         self._written_bytes = 0
         self._content: _Content | None = None
@@ -151,6 +160,8 @@ class Save:
         self._previous = None if self.options.previous is None else store_at(self.options.previous)
         check_content_metadata(self._metadata)
         self._metadata = copy.deepcopy(self._metadata)
+        check_metrics(self._metrics)
+        self._metrics = dict(self._metrics or {})
         self._place = Place.of(group.rank, group.size, self._process_group, self.options)
         self.described = describe(self._state_dict, for_load=False, known=kept_outlines(group))
         keep_outline(group, self.described.outline)
@@ -283,6 +294,7 @@ class Save:
             world_size=self._group.size,
             block_bytes=self.options.block_bytes,
             content_metadata=self._metadata,
+            metrics=self._metrics or {},
             before=self._root.before,
         )
         self._root.record = record

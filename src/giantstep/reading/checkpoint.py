@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +123,11 @@ class Checkpoint:
     def content_metadata(self) -> Json:
         """The value given to `save`."""
         return self._record.content_metadata
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The `metrics` given to `save`."""
+        return self._record.metrics
 
     def keys(self) -> list[str]:
         """Keys of all tensors, sorted."""
