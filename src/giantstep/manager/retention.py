@@ -170,8 +170,8 @@ class Retention:
         return sorted(found, key=lambda entry: entry.step)
 
     def _is_leftover(self, entry: StepEntry, newest: int) -> bool:
-        """Of a save that crashed: began before this manager did, and was overtaken since."""
-        dead = bool(entry.save_ids) and max(entry.save_ids) < self._began
+        """Of a save that crashed: began before this manager did, or left nothing but a directory, and was overtaken since."""
+        dead = max(entry.save_ids, default="") < self._began
         return entry.state is StepState.UNFINISHED and dead and entry.step < newest
 
     def _pinned(self, committed: dict[int, CommitRecord]) -> set[int]:
@@ -189,13 +189,14 @@ class Retention:
             if self._used[step] > 0:
                 return False
             self._doomed = step
+        store = self._root.folder(step_name(step))
         try:
-            remove_checkpoint(self._root.folder(step_name(step)))
+            # A directory with foreign ones in it stays, and is nothing to tell of.
+            return bool(remove_checkpoint(store)) or not store.exists()
         finally:
             with self._lock:
                 self._doomed = None
                 self._wake.notify_all()
-        return True
 
 
 def _committed_at(record: CommitRecord) -> float:
