@@ -14,7 +14,7 @@ from torch import Tensor
 
 from giantstep.mapping.optimizer import data_of, is_distributed, local_of, place_in_memory
 from giantstep.optimizer.groups import plan_groups, set_options
-from giantstep.optimizer.kinds import MAIN_PARAM, SHARD_OBJECT
+from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, SHARD_OBJECT, Kind
 from giantstep.optimizer.options import OptimizerOptions
 from giantstep.optimizer.report import OptimizerReport
 from giantstep.optimizer.slots import Name, Slot
@@ -96,7 +96,9 @@ class Restorer:
         held = self._optimizer.state.get(slot.param) or {}
         gone = [what for what in held if what not in tensors and what not in record["values"]]
         self._report.removed += tuple(f"{what} of {name.key}" for what in gone)
-        state = {what: _kept(held.get(what), as_state(value, slot.param)) for what, value in tensors.items()}
+        state = {
+            what: _kept(held.get(what), as_state(value, slot.param, kinds[what])) for what, value in tensors.items()
+        }
         for what, value in record["values"].items():
             state[what] = self._value(held.get(what), value, slot, what, record)
         self._report.loaded += tuple(f"{what} of {name.key}" for what in tensors)
@@ -150,12 +152,13 @@ def _kept(current: Any, value: Any) -> Any:
     return current if both and place_in_memory(current) == place_in_memory(value) else value
 
 
-def as_state(value: Any, param: Tensor) -> Any:
-    """A loaded tensor as the optimizer is to have it: shaped like the parameter if it is a view of another shape."""
+def as_state(value: Any, param: Tensor, kind: Kind) -> Any:
+    """A loaded tensor as the optimizer is to have it: elements of the parameter have its shape, whatever they were viewed as."""
     if not isinstance(value, Tensor):
         return value
     if is_distributed(value) and not is_distributed(param):
         value = local_of(value)
-    if value.shape != param.shape and value.numel() == param.numel() and value.is_contiguous() and value.dim() != param.dim():
+    viewed = kind == ELEMENTS and value.numel() == param.numel() and value.dim() != param.dim()
+    if viewed and value.is_contiguous():
         return value.view(param.shape)
     return value
