@@ -51,3 +51,25 @@ def test_state_with_as_many_elements_as_the_parameter_keeps_its_own_shape(here: 
     before, after, _ = saved_and_loaded(tmp_path / "c", flat, flat if here else None)
     assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("value", [None, "warm", 0.5, 1 << 80, [1, 2]])
+@pytest.mark.parametrize("shape", [(), (1,), (4, 3)])
+def test_a_value_replaces_a_tensor_that_cannot_hold_it(value: Any, shape: tuple[int, ...], tmp_path: Path) -> None:
+    def tensor(_: torch.Tensor) -> dict[str, Any]:
+        return {"what": torch.full(shape, 3, dtype=torch.int64)}
+
+    _, after, _ = saved_and_loaded(tmp_path / "c", lambda _: {"what": value}, tensor)
+    assert type(after["what"]) is type(value)
+    assert after == {"what": value}
+
+
+def test_a_step_stays_a_tensor_unless_it_is_beyond_what_that_can_count(tmp_path: Path) -> None:
+    def tensor(_: torch.Tensor) -> dict[str, Any]:
+        return {"step": torch.tensor(1.0)}
+
+    _, few, _ = saved_and_loaded(tmp_path / "few", lambda _: {"step": 7}, tensor)
+    assert torch.equal(few["step"], torch.tensor(7.0))
+    _, many, _ = saved_and_loaded(tmp_path / "many", lambda _: {"step": (1 << 24) + 1}, tensor)
+    assert type(many["step"]) is int
+    assert many == {"step": (1 << 24) + 1}

@@ -34,6 +34,7 @@ DISTRIBUTED: Kind = ("distributed",)
 SHARD: Kind = ("shard",)
 SHARD_OBJECT: Kind = ("shard object",)
 VALUE: Kind = ("value",)
+_EXACT = 1 << 53
 MAIN_PARAM = "fp32_param"
 """Under this name the copy of a parameter is stored that an optimizer updates, as in Megatron-Core."""
 
@@ -101,6 +102,17 @@ def stored_name(kind: Kind, name: Name, prefix: str, sample: Any) -> str:
     """The key under which a piece of state is stored; `sample` is the leaf that `leaf_of` gives."""
     whole = kind in (ELEMENTS, DISTRIBUTED)
     return str(getattr(sample, "key", f"{prefix}.{name.key}{'' if whole else name.layout.cut}"))
+
+
+def takes(place: Tensor, value: Any) -> bool:
+    """Whether a tensor can take over a stored value: one of its shape and dtype, or a number that it can hold."""
+    if isinstance(value, Tensor):
+        return value.dtype == place.dtype and value.shape == place.shape
+    if place.numel() != 1 or not isinstance(value, bool | int | float):
+        return False
+    if isinstance(value, float):
+        return place.is_floating_point() or place.is_complex()
+    return abs(value) < _EXACT and torch.full((), value, dtype=place.dtype).item() == value
 
 
 def on_host(values: list[dict[str, Any]]) -> None:

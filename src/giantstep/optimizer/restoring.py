@@ -14,7 +14,7 @@ from torch import Tensor
 
 from giantstep.mapping.optimizer import data_of, is_distributed, local_of, place_in_memory
 from giantstep.optimizer.groups import plan_groups, set_options
-from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, SHARD_OBJECT, Kind
+from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, SHARD_OBJECT, Kind, takes
 from giantstep.optimizer.options import OptimizerOptions
 from giantstep.optimizer.report import OptimizerReport
 from giantstep.optimizer.slots import Name, Slot
@@ -116,14 +116,11 @@ class Restorer:
         """A stored value as the optimizer keeps such: a tensor on the device where it is, or would be, used."""
         if isinstance(current, Tensor):
             place = local_of(current)
-            with torch.no_grad():
-                if not isinstance(value, Tensor):
-                    place.fill_(value)
-                    return current
-                if value.dtype == place.dtype and value.shape == place.shape:
-                    place.copy_(value)
-                    return current
-                return value.to(place.device)
+            if takes(place, value):
+                with torch.no_grad():
+                    place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
+                return current
+            return value.to(place.device) if isinstance(value, Tensor) else value
         if not isinstance(value, Tensor):
             return value
         group = self._optimizer.param_groups[slot.group]
