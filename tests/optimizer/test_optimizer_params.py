@@ -407,6 +407,49 @@ def test_places_filled_for_parameters_without_state_are_not_missing(tmp_path: Pa
     assert state.report.without_state == ("experts", "experts")
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_an_expert_without_tokens_may_be_the_only_one_of_its_group_on_a_rank(make: Any, tmp_path: Path) -> None:
+    """What other groups and statistics have shows what its state would be."""
+
+    def job(group: Any) -> Any:
+        dense, weight = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2, 3))
+        optimizer = make([{"params": [weight], "weight_decay": 0.5}, {"params": [dense]}])
+        leaves = [expert(group.rank, weight, 2), gs.ShardedTensor.from_rank_offsets("d", dense, replica_id=group.rank)]
+        return weight, dense, optimizer, OptimizerState(optimizer, leaves)
+
+    def save(group: Any) -> dict[str, torch.Tensor]:
+        weight, dense, optimizer, state = job(group)
+        dense.grad = torch.ones_like(dense)
+        weight.grad = torch.rand(2, 3) if group.rank == 0 else None
+        optimizer.step()
+        gs.save({"optimizer": state}, tmp_path / "c", process_group=group)
+        return dict(optimizer.state.get(weight, {}))
+
+    def load(group: Any) -> dict[str, torch.Tensor]:
+        weight, _, optimizer, state = job(group)
+        report = gs.load({"optimizer": state}, tmp_path / "c", process_group=group).report
+        assert report.missing == report.unexpected == ()
+        return dict(optimizer.state.get(weight, {}))
+
+    before, after = run_ranks(2, save), run_ranks(2, load)
+    assert before[1] == after[1] == {}
+    assert before[0].keys() == after[0].keys()
+    assert all(torch.equal(after[0][name], value) for name, value in before[0].items())
+
+
+def test_experts_with_statistics_and_without_tokens_on_one_rank(tmp_path: Path) -> None:
+    weights = [torch.nn.Parameter(torch.rand(2, 3)) for _ in range(2)]
+    optimizer = torch.optim.Adafactor(weights)
+    weights[0].grad = torch.rand(2, 3)
+    optimizer.step()
+    gs.save({"optimizer": OptimizerState(optimizer, [expert(n, w, 2) for n, w in enumerate(weights)])}, tmp_path / "c")
+    fresh = [torch.nn.Parameter(torch.rand(2, 3)) for _ in range(2)]
+    other = torch.optim.Adafactor(fresh)
+    gs.load({"optimizer": OptimizerState(other, [expert(n, w, 2) for n, w in enumerate(fresh)])}, tmp_path / "c")
+    assert set(other.state) == {fresh[0]}
+    assert torch.equal(other.state[fresh[0]]["row_var"], optimizer.state[weights[0]]["row_var"])
+
+
 def test_state_that_was_not_saved_is_removed(tmp_path: Path) -> None:
     model = params("a")
     gs.save({"optimizer": OptimizerState(adamw(model, "a"), model)}, tmp_path / "c")

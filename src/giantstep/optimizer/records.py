@@ -18,6 +18,7 @@ from torch import Tensor
 
 from giantstep.errors import BadArgumentError
 from giantstep.mapping.optimizer import local_of
+from giantstep.mapping.param_layout import reduced_shape
 from giantstep.mapping.sharded_object import SharedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.optimizer.groups import digest_of, options_of, same
@@ -66,6 +67,7 @@ class _Builder:
         self._options = [options_of(group) for group in optimizer.param_groups]
         self._digests = [digest_of(options, place) for options in self._options]
         self._pieces = [self._pieces_of(slot) for slot in slots]
+        self._divisible = {number: cut for number, pieces in enumerate(self._pieces) if (cut := _divisible(pieces))}
         self._numbers = {id(slot): number for number, slot in enumerate(slots)}
         self._slots = slots
         self._tree: dict[str, Any] = {}
@@ -102,8 +104,8 @@ class _Builder:
             for what, (kind, value) in pieces.items():
                 if kind != VALUE:
                     self._put(what, kind, value, name)
-            for what, value in filler.items():
-                self._put(what, ELEMENTS, value, name)
+            for what, (kind, value) in filler.items():
+                self._put(what, kind, value, name)
             record = {
                 "group": self._digests[slot.group],
                 "tensors": {what: list(kind) for what, kind in tensors.items()},
@@ -115,23 +117,33 @@ class _Builder:
         if not state:
             self._without.append(slot.names[0].key)
 
-    def _filler(self, slot: Slot, name: Name) -> dict[str, Tensor]:
+    def _filler(self, slot: Slot, name: Name) -> dict[str, tuple[Kind, Tensor]]:
         """State in place of what a parameter lacks, although others that are stacked with it may have it: never loaded."""
         if not name.layout.grid or not isinstance(name.leaf, ShardedTensor):
             return {}
-        same_key = [n for n, other in enumerate(self._slots) if any(each.key == name.key for each in other.names)]
-        same_group = [n for n, other in enumerate(self._slots) if slot.param.requires_grad and other.group == slot.group]
-        for numbers in (same_key, same_group):
-            found = {
-                what: value
-                for number in numbers
-                for what, (kind, value) in self._pieces[number].items()
-                if kind == ELEMENTS and what != MAIN_PARAM
-            }
-            if found:
-                shape, device = name.leaf.data_shape(), local_of(slot.param).device
-                return {what: torch.zeros((), dtype=value.dtype, device=device).expand(shape) for what, value in found.items()}
-        return {}
+        local, found = local_of(slot.param), {}
+        for what, (kind, value) in self._likest(slot, name).items():
+            if kind == ELEMENTS:
+                shape: tuple[int, ...] | None = name.leaf.data_shape()
+            else:
+                shape = reduced_shape(tuple(local.shape), kind[1], keeps_axis=kind[2])
+            if shape is not None:
+                found[what] = kind, torch.zeros((), dtype=value.dtype, device=local.device).expand(shape)
+        return found
+
+    def _likest(self, slot: Slot, name: Name) -> dict[str, tuple[Kind, Any]]:
+        """The state of the parameter that is likest to one without: of its key, of its group, with as many axes."""
+
+        def unlike(number: int) -> tuple[bool, bool, bool]:
+            other = self._slots[number]
+            same_key = any(each.key == name.key for each in other.names)
+            return not same_key, other.group != slot.group, other.param.dim() != slot.param.dim()
+
+        likest = min(self._divisible, key=unlike, default=None)
+        # A frozen one has state nowhere, unless its key says so.
+        if likest is None or not (slot.param.requires_grad or not unlike(likest)[0]):
+            return {}
+        return self._divisible[likest]
 
     def _put(self, what: str, kind: Kind, value: Any, name: Name) -> None:
         if "." in what:
@@ -167,3 +179,12 @@ class _Builder:
         return self._tree, OptimizerReport(
             stored=tuple(self._stored), values=count, without_state=tuple(dict.fromkeys(self._without))
         )
+
+
+def _divisible(pieces: Mapping[str, tuple[Kind, Any]]) -> dict[str, tuple[Kind, Any]]:
+    """State that is sharded like the parameter, all of which somebody must store."""
+    return {
+        what: (kind, value)
+        for what, (kind, value) in pieces.items()
+        if kind[0] in ("elements", "statistic") and what != MAIN_PARAM
+    }
