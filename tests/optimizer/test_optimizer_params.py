@@ -117,6 +117,18 @@ def test_a_renamed_model_finds_its_state(tmp_path: Path) -> None:
     assert optimizer.state[fresh["b"]]["step"] == 1
 
 
+def test_an_optimizer_that_was_saved_under_another_name_is_found(tmp_path: Path) -> None:
+    model, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    optimizer, fresh = torch.optim.AdamW(model.parameters(), lr=0.5), torch.optim.AdamW(other.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    gs.save({"optimizer": OptimizerState(optimizer, model)}, tmp_path / "c")
+    options = gs.LoadOptions(rename=lambda key: key.replace("job.adam.", "optimizer."))
+    gs.load({"job": {"adam": OptimizerState(fresh, other)}}, tmp_path / "c", options=options)
+    assert torch.equal(fresh.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    assert fresh.param_groups[0]["lr"] == 0.5
+
+
 def test_state_that_was_removed_from_the_checkpoint_is_not_invented(tmp_path: Path) -> None:
     model = params("ab")
     gs.save({"optimizer": OptimizerState(adamw(model, "ab"), model)}, tmp_path / "c")

@@ -120,8 +120,8 @@ class _Asker:
         ]
 
     def _read_groups(self) -> None:
-        middle = f"{self._place.rpartition('.')[2]}.group."
-        digests = [digest for digest in self._stored.endings(middle) if self._stored.grid(self._group_key(digest)) == ()]
+        # Of any optimizer, under whatever name it was saved; those of this one are found again by their keys.
+        digests = [digest for digest in self._stored.endings(".group.") if self._stored.grid(self._group_key(digest)) == ()]
         positions = [ObjectPosition(self._group_key(digest), (), ()) for digest in digests]
         for digest, position, found in zip(digests, positions, self._stored.objects(positions), strict=True):
             if not isinstance(found, dict):
