@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import giantstep as gs
+from giantstep.errors import BadArgumentError
 from giantstep.optimizer import OptimizerOptions, OptimizerState
 from giantstep.optimizer.report import OptimizerReport
 
@@ -73,3 +74,8 @@ def test_a_step_stays_a_tensor_unless_it_is_beyond_what_that_can_count(tmp_path:
     _, many, _ = saved_and_loaded(tmp_path / "many", lambda _: {"step": (1 << 24) + 1}, tensor)
     assert type(many["step"]) is int
     assert many == {"step": (1 << 24) + 1}
+
+
+def test_state_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadArgumentError, match="state 0 of parameter 'model.weight'.*expected a text"):
+        saved_and_loaded(tmp_path / "c", lambda param: {0: torch.zeros_like(param)}, None)  # type: ignore[dict-item]

@@ -654,6 +654,27 @@ def test_two_shards_of_one_tensor_keep_their_own_state(tmp_path: Path) -> None:
     assert other.state[whole]["momentum_buffer"][:, 0].tolist() == [0, 0, 1, 1]
 
 
+def test_optimizers_may_be_called_anything_but_alike(tmp_path: Path) -> None:
+    def optimizers(model: torch.nn.Linear, names: tuple[Any, Any]) -> dict[Any, torch.optim.Optimizer]:
+        return {
+            name: torch.optim.SGD([param], momentum=0.9) for name, param in zip(names, model.parameters(), strict=True)
+        }
+
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(BadArgumentError, match="the same text"):
+        OptimizerState(optimizers(model, (0, "0")), model)
+    names = ("param_groups", "state")
+    before, other = optimizers(model, names), torch.nn.Linear(2, 3)
+    model(torch.ones(1, 2)).sum().backward()
+    for optimizer in before.values():
+        optimizer.step()
+    gs.save({"optimizer": OptimizerState(before, model)}, tmp_path / "c")
+    after = optimizers(other, names)
+    gs.load({"optimizer": OptimizerState(after, other)}, tmp_path / "c")
+    assert after["param_groups"].state[other.weight]["momentum_buffer"].tolist() == [[1.0, 1.0]] * 3
+    assert after["state"].state[other.bias]["momentum_buffer"].tolist() == [1.0] * 3
+
+
 def test_what_was_not_loaded_is_not_taken_for_loaded() -> None:
     model = params("a")
     state = OptimizerState(adamw(model, "a"), model)

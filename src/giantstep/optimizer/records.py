@@ -146,8 +146,11 @@ class _Builder:
         return self._divisible[likest]
 
     def _put(self, what: str, kind: Kind, value: Any, name: Name) -> None:
-        if "." in what:
-            raise BadArgumentError(f"{self._place}: state {what!r} of parameter {name.key!r} has a dot in its name")
+        if not isinstance(what, str) or "." in what:
+            raise BadArgumentError(
+                f"{self._place}: state {what!r} of parameter {name.key!r} is to be part of a key: expected a text without a dot "
+                "as its name"
+            )
         prefix = f"{self._place}.state.{what}"
         where, leaf = leaf_of(kind, value, name, prefix)
         self._tree.setdefault("state", {}).setdefault(what, {})[where] = leaf
