@@ -211,6 +211,21 @@ def test_statistics_of_a_rank_with_a_row_are_not_taken_for_elements(tmp_path: Pa
         loaded(tmp_path / "c", 4, "rows", adafactor)
 
 
+def test_statistics_of_a_parameter_that_is_described_in_another_shape_load_where_that_is_the_same(tmp_path: Path) -> None:
+    def job() -> Any:
+        weight = torch.nn.Parameter(WHOLE.clone())
+        optimizer = adafactor([weight])
+        return weight, optimizer, OptimizerState(optimizer, [gs.ShardedTensor.from_rank_offsets("w", weight.view(2, 4, 6))])
+
+    weight, optimizer, state = job()
+    weight.grad = torch.rand(8, 6)
+    optimizer.step()
+    gs.save({"optimizer": state}, tmp_path / "c")
+    fresh, other, state = job()
+    gs.load({"optimizer": state}, tmp_path / "c")
+    assert same_values(dict(optimizer.state[weight]), dict(other.state[fresh]))
+
+
 def test_lbfgs_loads_in_its_own_layout(tmp_path: Path) -> None:
     def make(params: Any) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(params, lr=0.1, max_iter=3)
