@@ -379,3 +379,44 @@ def test_what_is_no_record_is_called_damaged(wrong: Any, tmp_path: Path) -> None
     state = OptimizerState(torch.optim.SGD([param]), {"w": param})
     with pytest.raises(CorruptionError, match=r"optimizer\.(param|group)"):
         gs.load({"optimizer": state}, tmp_path / "c")
+
+
+class TwoSided(torch.optim.Optimizer):
+    """Moments, and a preconditioner for each axis."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        for param in self.param_groups[0]["params"]:
+            rows, columns = param.shape
+            self.state[param] = {"m": torch.rand_like(param.detach()), "left": torch.rand(rows, rows)}
+            self.state[param]["right"] = torch.rand(columns, columns)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_preconditioners_of_square_parts_are_not_taken_for_elements(told: bool, tmp_path: Path) -> None:
+    """By another parameter of the group, or by options."""
+
+    def job(rank: int, ranks: int) -> Any:
+        place = divmod(rank, 2) if ranks == 4 else (0, 0)
+        parts = 2 if ranks == 4 else 1
+        params = [torch.nn.Parameter(torch.ones(8 // parts, columns // parts)) for columns in ([8] if told else [8, 12])]
+        axes = [(axis, place[axis], parts) for axis in range(2)]
+        leaves = [gs.ShardedTensor.from_rank_offsets(f"w{n}", param, *axes) for n, param in enumerate(params)]
+        optimizer = TwoSided(params)
+        options = OptimizerOptions(of_shards={"left", "right"} if told else ())
+        return params[0], optimizer, OptimizerState(optimizer, leaves, options=options)
+
+    def save(group: Any) -> dict[str, Any]:
+        param, optimizer, state = job(group.rank, group.size)
+        gs.save({"optimizer": state}, tmp_path / "c", process_group=group)
+        return dict(optimizer.state[param])
+
+    def load(group: Any) -> dict[str, Any]:
+        param, optimizer, state = job(group.rank, group.size)
+        gs.load({"optimizer": state}, tmp_path / "c", process_group=group)
+        return dict(optimizer.state[param])
+
+    before, after = run_ranks(4, save), run_ranks(4, load)
+    assert all(same_values(one, other) for one, other in zip(before, after, strict=True))
+    with pytest.raises(RanksFailedError, match="left of w0: nothing is stored for the shard"):
+        run_ranks(1, load)

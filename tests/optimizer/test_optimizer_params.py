@@ -634,7 +634,15 @@ def test_new_state_is_made_where_the_options_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"on_group_conflict": "x"}, {"on_uncuttable": "x"}, {"statistics": {"r": (1, True)}}, {"statistics": {"r": -1}}]
+    "wrong",
+    [
+        {"on_group_conflict": "x"},
+        {"on_uncuttable": "x"},
+        {"statistics": {"r": (1, True)}},
+        {"statistics": {"r": -1}},
+        {"of_shards": "left"},
+        {"of_shards": [3]},
+    ],
 )
 def test_options_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(BadArgumentError):
@@ -656,9 +664,7 @@ def test_two_shards_of_one_tensor_keep_their_own_state(tmp_path: Path) -> None:
 
 def test_optimizers_may_be_called_anything_but_alike(tmp_path: Path) -> None:
     def optimizers(model: torch.nn.Linear, names: tuple[Any, Any]) -> dict[Any, torch.optim.Optimizer]:
-        return {
-            name: torch.optim.SGD([param], momentum=0.9) for name, param in zip(names, model.parameters(), strict=True)
-        }
+        return {name: torch.optim.SGD([param], momentum=0.9) for name, param in zip(names, model.parameters(), strict=True)}
 
     model = torch.nn.Linear(2, 3)
     with pytest.raises(BadArgumentError, match="the same text"):

@@ -5,7 +5,7 @@
 | `elements` | a tensor shaped like the parameter | always |
 | `statistic` | a tensor that lacks one axis of the parameter, or has size 1 there | if that axis is whole |
 | `distributed` | a DTensor of another shape | always: it says itself how it is cut |
-| `shard` | any other tensor: it belongs to the shard of the parameter that the rank holds | no |
+| `shard` | any other tensor, or one said to be so: it belongs to the shard of the parameter that the rank holds | no |
 | `shard object` | a value with tensors in it | no |
 | `value` | `step` and other numbers, strings, small tensors | it is the same for all of the parameter |
 
@@ -14,7 +14,7 @@ Called by `records` and `requests`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -55,13 +55,17 @@ def checked_kind(stored: Any) -> Kind | None:
     return kind if kind in (ELEMENTS, DISTRIBUTED, SHARD, SHARD_OBJECT) else None
 
 
-def kind_of(name: str, value: Any, param: Tensor, statistics: Mapping[str, tuple[int, bool]]) -> Kind:
-    """The kind of a piece of state of an optimizer's parameter."""
+def kind_of(
+    name: str, value: Any, param: Tensor, statistics: Mapping[str, tuple[int, bool]], of_shards: Collection[str] = ()
+) -> Kind:
+    """The kind of a piece of state of an optimizer's parameter; for `statistics` and `of_shards` see `OptimizerOptions`."""
     if not isinstance(value, Tensor):
         inside = [item for item in flatten({"": value}).values() if isinstance(item, Tensor) and item.numel() != 1]
         return SHARD_OBJECT if inside else VALUE
     if name == "step":
         return VALUE
+    if name in of_shards and not is_distributed(value):
+        return SHARD
     shapes = [tuple(param.shape), tuple(local_of(param).shape)]
     shape = tuple(value.shape)
     if name in statistics and not is_distributed(value):

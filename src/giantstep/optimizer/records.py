@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from giantstep.errors import BadArgumentError
-from giantstep.mapping.optimizer import local_of
+from giantstep.mapping.optimizer import is_distributed, local_of
 from giantstep.mapping.param_layout import reduced_shape
 from giantstep.mapping.sharded_object import SharedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.optimizer.groups import digest_of, options_of, same
-from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, VALUE, Kind, kind_of, leaf_of, on_host
+from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, SHARD, VALUE, Kind, kind_of, leaf_of, on_host
+from giantstep.optimizer.options import OptimizerOptions
 from giantstep.optimizer.report import OptimizerReport
 from giantstep.optimizer.slots import Name, Slot, stale_state
 
@@ -30,7 +31,7 @@ Record = dict[str, Any]
 
 
 def describe_optimizer(
-    optimizer: Any, slots: Sequence[Slot], place: str, statistics: Mapping[str, tuple[int, bool]]
+    optimizer: Any, slots: Sequence[Slot], place: str, settings: OptimizerOptions
 ) -> tuple[dict[str, Any], OptimizerReport]:
     """The state of an optimizer, to be saved.
 
@@ -38,7 +39,7 @@ def describe_optimizer(
         optimizer: has `state` and `param_groups`.
         slots: its parameters.
         place: dotted path at which the tree stands.
-        statistics: see `OptimizerOptions`.
+        settings: say of some state what it is.
 
     Returns:
         The tree, whose leaves share memory with the state, and what is in it.
@@ -51,7 +52,7 @@ def describe_optimizer(
             f"{place} has state of {len(stale)} tensors that are in none of its param groups, the first of shape "
             f"{tuple(stale[0].shape)}. Remove it from optimizer.state, or put the tensors into a group."
         )
-    builder = _Builder(optimizer, slots, place, statistics)
+    builder = _Builder(optimizer, slots, place, settings)
     for slot in slots:
         builder.add(slot)
     return builder.finish()
@@ -60,13 +61,14 @@ def describe_optimizer(
 class _Builder:
     """Makes the tree of one optimizer."""
 
-    def __init__(self, optimizer: Any, slots: Sequence[Slot], place: str, statistics: Mapping[str, tuple[int, bool]]) -> None:
+    def __init__(self, optimizer: Any, slots: Sequence[Slot], place: str, settings: OptimizerOptions) -> None:
         self._optimizer = optimizer
         self._place = place
-        self._statistics = statistics
+        self._settings = settings
         self._options = [options_of(group) for group in optimizer.param_groups]
         self._digests = [digest_of(options, place) for options in self._options]
         self._pieces = [self._pieces_of(slot) for slot in slots]
+        _tell_square_ones(slots, self._pieces)
         self._divisible = {number: cut for number, pieces in enumerate(self._pieces) if (cut := _divisible(pieces))}
         self._numbers = {id(slot): number for number, slot in enumerate(slots)}
         self._slots = slots
@@ -82,7 +84,8 @@ class _Builder:
             raise BadArgumentError(
                 f"{self._place}: state {MAIN_PARAM!r} of {slot.names[0].key!r} is the name of the copy itself"
             )
-        found = {name: (kind_of(name, value, slot.param, self._statistics), value) for name, value in state.items()}
+        known = self._settings.statistics, self._settings.of_shards
+        found = {name: (kind_of(name, value, slot.param, *known), value) for name, value in state.items()}
         return {MAIN_PARAM: (ELEMENTS, slot.param), **found} if slot.is_copy else found
 
     def add(self, slot: Slot) -> None:
@@ -182,6 +185,22 @@ class _Builder:
         return self._tree, OptimizerReport(
             stored=tuple(self._stored), values=count, without_state=tuple(dict.fromkeys(self._without))
         )
+
+
+def _tell_square_ones(slots: Sequence[Slot], every: Sequence[dict[str, tuple[Kind, Any]]]) -> None:
+    """A preconditioner of a square part looks like elements: what its name is elsewhere in the group tells."""
+    of_shards = {
+        (slot.group, what)
+        for slot, pieces in zip(slots, every, strict=True)
+        for what, (kind, _) in pieces.items()
+        if kind == SHARD
+    }
+    for slot, pieces in zip(slots, every, strict=True) if of_shards else ():
+        shape = local_of(slot.param).shape
+        if len(shape) > 1 and len(set(shape)) == 1:
+            for what, (kind, value) in pieces.items():
+                if kind == ELEMENTS and (slot.group, what) in of_shards and not is_distributed(value):
+                    pieces[what] = SHARD, value
 
 
 def _divisible(pieces: Mapping[str, tuple[Kind, Any]]) -> dict[str, tuple[Kind, Any]]:

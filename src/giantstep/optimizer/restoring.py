@@ -96,9 +96,7 @@ class Restorer:
         held = self._optimizer.state.get(slot.param) or {}
         gone = [what for what in held if what not in tensors and what not in record["values"]]
         self._report.removed += tuple(f"{what} of {name.key}" for what in gone)
-        state = {
-            what: _kept(held.get(what), as_state(value, slot.param, kinds[what])) for what, value in tensors.items()
-        }
+        state = {what: _kept(held.get(what), as_state(value, slot.param, kinds[what])) for what, value in tensors.items()}
         for what, value in record["values"].items():
             state[what] = self._value(held.get(what), value, slot, what, record)
         self._report.loaded += tuple(f"{what} of {name.key}" for what in tensors)

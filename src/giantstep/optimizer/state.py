@@ -86,7 +86,7 @@ class OptimizerState(PlacedState):
         report = OptimizerReport()
         for name, slots in self._slots().items():
             where = _within(place, name)
-            trees[name], said = describe_optimizer(self._parts[name], slots, where, self._options.statistics)
+            trees[name], said = describe_optimizer(self._parts[name], slots, where, self._options)
             report += said
         self.report = report
         return trees.get("", trees)
