@@ -77,5 +77,5 @@ def test_a_step_stays_a_tensor_unless_it_is_beyond_what_that_can_count(tmp_path:
 
 
 def test_state_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadArgumentError, match="state 0 of parameter 'model.weight'.*expected a text"):
+    with pytest.raises(BadArgumentError, match=r"state 0 of parameter 'model\.weight'.*expected a text"):
         saved_and_loaded(tmp_path / "c", lambda param: {0: torch.zeros_like(param)}, None)  # type: ignore[dict-item]

@@ -64,17 +64,16 @@ def kind_of(
         return SHARD_OBJECT if inside else VALUE
     if name == "step":
         return VALUE
-    if name in of_shards and not is_distributed(value):
-        return SHARD
     shapes = [tuple(param.shape), tuple(local_of(param).shape)]
     shape = tuple(value.shape)
     if name in statistics and not is_distributed(value):
         axis, keeps = statistics[name]
         if shape == reduced_shape(shapes[1], axis, keeps_axis=keeps):
             return statistic(axis, keeps_axis=keeps)
-    if shape == shapes[0] if is_distributed(value) else shape == shapes[1]:
+    told = name in of_shards and not is_distributed(value)
+    if not told and shape == shapes[0 if is_distributed(value) else 1]:
         return ELEMENTS
-    if value.numel() == 1:
+    if not told and value.numel() == 1:
         return VALUE
     return DISTRIBUTED if is_distributed(value) else SHARD
 

@@ -151,8 +151,8 @@ class _Builder:
     def _put(self, what: str, kind: Kind, value: Any, name: Name) -> None:
         if not isinstance(what, str) or "." in what:
             raise BadArgumentError(
-                f"{self._place}: state {what!r} of parameter {name.key!r} is to be part of a key: expected a text without a dot "
-                "as its name"
+                f"{self._place}: state {what!r} of parameter {name.key!r} is to be part of a key: expected a text without a "
+                "dot as its name"
             )
         prefix = f"{self._place}.state.{what}"
         where, leaf = leaf_of(kind, value, name, prefix)

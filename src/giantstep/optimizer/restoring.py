@@ -148,7 +148,7 @@ def _kept(current: Any, value: Any) -> Any:
 
 
 def as_state(value: Any, param: Tensor, kind: Kind) -> Any:
-    """A loaded tensor as the optimizer is to have it: elements of the parameter have its shape, whatever they were viewed as."""
+    """A loaded tensor as the optimizer is to have it: elements of the parameter have its shape, not that of a view."""
     if not isinstance(value, Tensor):
         return value
     if is_distributed(value) and not is_distributed(param):
