@@ -107,6 +107,25 @@ def test_state_left_out_by_rename_stays_as_it_is(tmp_path: Path) -> None:
     assert set(optimizer.state) == {fresh["a"]}
 
 
+def test_state_of_which_a_part_is_left_out_stays_as_it_was_in_all_of_it(tmp_path: Path) -> None:
+    model = params("ab")
+    optimizer = adamw(model, "ab")
+    gs.save({"optimizer": OptimizerState(optimizer, model)}, tmp_path / "c")
+    fresh = params("ab")
+    other = adamw(fresh, "ab")
+    for param in fresh.values():
+        other.state[param]["exp_avg"].fill_(7)
+        other.state[param]["step"].fill_(7)
+    state = OptimizerState(other, fresh)
+    options = gs.LoadOptions(rename={"optimizer.state.exp_avg_sq.b": None})
+    gs.load({"optimizer": state}, tmp_path / "c", options=options)
+    assert state.report.skipped == ("b",)
+    assert len(state.report.loaded) == 2
+    assert other.state[fresh["b"]]["step"] == 7
+    assert torch.all(other.state[fresh["b"]]["exp_avg"] == 7)
+    assert torch.equal(other.state[fresh["a"]]["exp_avg"], optimizer.state[model["a"]]["exp_avg"])
+
+
 def test_a_renamed_model_finds_its_state(tmp_path: Path) -> None:
     model = params("ab")
     gs.save({"optimizer": OptimizerState(adamw(model, "ab"), {"old": model})}, tmp_path / "c")
@@ -273,6 +292,18 @@ def test_main_parameters_that_are_not_stored_are_made_from_the_models(tmp_path: 
     assert state.report.derived == ("a", "b")
     assert torch.equal(copies["a"].data, model["a"].data.float())
     assert other.state[copies["a"]]["exp_avg"].dtype == torch.bfloat16, "as it was stored"
+
+
+def test_main_parameters_that_are_left_out_are_made_from_the_models(tmp_path: Path) -> None:
+    model, _, _, state = offloaded("ab")
+    gs.save({"model": model, "optimizer": state}, tmp_path / "c")
+    other_model, copies, _, state = offloaded("ab")
+    for copy in copies.values():
+        copy.data.zero_()
+    options = gs.LoadOptions(rename={"optimizer.state.fp32_param.b": None})
+    gs.load({"model": other_model, "optimizer": state}, tmp_path / "c", options=options)
+    assert (state.report.skipped, state.report.derived) == (("b",), ("b",))
+    assert torch.equal(copies["b"].data, model["b"].data.float())
 
 
 def test_fp32_moments_of_bf16_parameters_keep_every_bit(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ class Restorer:
         tensors = {what: self._loaded(what, name) for what in kinds}
         if any(_is_hollow(value) for what, value in tensors.items() if kinds[what] != SHARD_OBJECT):
             self._report.skipped += (name.key,)
+            if _is_hollow(tensors.get(MAIN_PARAM)):
+                self._derive(slot, name)
             return
         if tensors.pop(MAIN_PARAM, None) is None:
             self._derive(slot, name)
