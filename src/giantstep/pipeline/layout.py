@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from numbers import Integral
 
 from giantstep.errors import BadArgumentError
 from giantstep.pipeline.language import DECODER, EMBEDDING, LOSS, MTP, NAMES, format_stages, parse_stages
@@ -53,6 +54,8 @@ class PipelineLayout:
         """
         if isinstance(layout, str):
             return cls(tuple(parse_stages(layout)), ranks)
+        if not isinstance(layout, Sequence) or not all(isinstance(stage, Sequence) for stage in layout):
+            raise BadArgumentError(f"pipeline layout {layout!r} must be a string, or a list of names for each stage")
         stages = []
         for number, stage in enumerate(layout):
             found = [_symbol(layer) for layer in stage]
@@ -71,8 +74,11 @@ class PipelineLayout:
             ranks: pipeline ranks; None: as many as stages.
             mtp: number of MTP layers.
         """
-        if not counts or any(count < 0 for count in counts):
-            raise BadArgumentError(f"layers per stage {tuple(counts)} must be numbers from 0 on, at least one")
+        given = [*counts, mtp] if isinstance(counts, Sequence) else []
+        if len(given) < 2 or not all(isinstance(count, Integral) and count >= 0 for count in given):
+            raise BadArgumentError(
+                f"layers per stage {counts!r} and MTP layers {mtp!r} must be numbers from 0 on, one at least"
+            )
         stages = [DECODER * count for count in counts]
         stages[0] = EMBEDDING + stages[0]
         stages[-1] += MTP * mtp + LOSS
@@ -105,7 +111,8 @@ class PipelineLayout:
         Raises:
             BadArgumentError: they cannot be divided so; says by what, and what to use instead.
         """
-        if layers < 0 or ranks < 1 or virtual < 1:
+        whole = all(isinstance(number, Integral) for number in (layers, ranks, virtual, first or 0, last or 0))
+        if not whole or layers < 0 or ranks < 1 or virtual < 1:
             raise BadArgumentError(f"{layers} layers on {ranks} ranks of {virtual} virtual stages: no such pipeline")
         if (first is not None or last is not None) and (count_embedding or count_loss):
             raise BadArgumentError("give either first and last, or count_embedding and count_loss")
