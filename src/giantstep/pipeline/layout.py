@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from numbers import Integral
+from typing import SupportsIndex
 
 from giantstep.errors import BadArgumentError
 from giantstep.pipeline.language import DECODER, EMBEDDING, LOSS, MTP, NAMES, format_stages, parse_stages
@@ -74,8 +75,7 @@ class PipelineLayout:
             ranks: pipeline ranks; None: as many as stages.
             mtp: number of MTP layers.
         """
-        given = [*counts, mtp] if isinstance(counts, Sequence) else []
-        if len(given) < 2 or not all(isinstance(count, Integral) and count >= 0 for count in given):
+        if not isinstance(counts, Sequence) or not counts or not all(_is_count(count) for count in (*counts, mtp)):
             raise BadArgumentError(
                 f"layers per stage {counts!r} and MTP layers {mtp!r} must be numbers from 0 on, one at least"
             )
@@ -111,8 +111,7 @@ class PipelineLayout:
         Raises:
             BadArgumentError: they cannot be divided so; says by what, and what to use instead.
         """
-        whole = all(isinstance(number, Integral) for number in (layers, ranks, virtual, first or 0, last or 0))
-        if not whole or layers < 0 or ranks < 1 or virtual < 1:
+        if not all(_is_count(number) for number in (layers, ranks, virtual)) or ranks < 1 or virtual < 1:
             raise BadArgumentError(f"{layers} layers on {ranks} ranks of {virtual} virtual stages: no such pipeline")
         if (first is not None or last is not None) and (count_embedding or count_loss):
             raise BadArgumentError("give either first and last, or count_embedding and count_loss")
@@ -244,6 +243,11 @@ class PipelineLayout:
         if kind not in self._firsts:
             raise BadArgumentError(f"layers of kind {kind!r}: expected {DECODER!r} (decoder) or {MTP!r} (MTP)")
         return self._firsts[kind]
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a whole number from 0 on, of any kind."""
+    return isinstance(value, SupportsIndex) and operator.index(value) >= 0
 
 
 def _symbol(layer: object) -> str | None:
