@@ -191,3 +191,27 @@ def test_every_division_that_splits_saved_groups_restores_them(data: st.DataObje
     plans = plan_groups(groups, members, stored, keep_conflicts=False)
     assert [plan.values for plan in plans] == [stored[str(number)] for number, _ in parts]
     assert options_of({"params": [1], "param_names": ["x"], "lr": 1}) == {"lr": 1}
+
+
+def test_a_hyper_parameter_that_no_tensor_can_hold_replaces_it(tmp_path: Path) -> None:
+    """Of groups that were saved alike each has its own."""
+    for value, here in ((None, torch.tensor(1.0)), (torch.tensor([0.5]), torch.tensor(1.0)), ((torch.tensor(0.9),), 3)):
+        saved_model, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        optimizers = [
+            torch.optim.SGD([{"params": [param]} for param in one.parameters()], lr=0.1) for one in (saved_model, model)
+        ]
+        for optimizer, option in zip(optimizers, (value, here), strict=True):
+            for group in optimizer.param_groups:
+                group["option"] = option
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        gs.save({"optimizer": OptimizerState(optimizers[0], saved_model)}, path)
+        gs.load({"optimizer": OptimizerState(optimizers[1], model)}, path)
+        first, second = (group["option"] for group in optimizers[1].param_groups)
+        if value is None:
+            assert (first, second) == (None, None)
+        elif isinstance(value, tuple):
+            assert torch.equal(first[0], value[0])
+            assert first[0] is not second[0]
+        else:
+            assert first is here
+            assert torch.equal(first, torch.tensor(0.5))

@@ -323,6 +323,8 @@ def one_rank(**changes: object) -> dict[str, object]:
         ({"states": {"m": [torch.zeros(12)[::2], None]}}, "expected a contiguous tensor"),
         ({"states": {"m": {"w": torch.zeros(5)}}}, "state 'm' of parameter 'w': rank 0 owns elements 0:6"),
         ({"states": {"m": {"v": torch.zeros(5)}}}, "of parameter 'v' has 5 elements, but rank 0 owns nothing of such"),
+        ({"states": {"m": {"v": 5}}}, "of parameter 'v' has type int, but rank 0 owns nothing of such"),
+        ({"states": {"m": {"w": 5}}}, "state 'm' of parameter 'w': rank 0 owns .* found int"),
         ({"rank": 2}, "rank 2 must be an int from 0 to 1"),
         ({"instance": -1}, "instance -1"),
         ({"model": {}}, "parameter 'w' of the flat layout: expected .* found nothing"),
@@ -341,6 +343,11 @@ def one_rank(**changes: object) -> dict[str, object]:
 def test_what_does_not_fit_is_refused_and_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(BadArgumentError, match=message):
         one_rank(**changes)
+
+
+def test_state_that_some_parameters_lack_may_be_none_by_name_too() -> None:
+    found = one_rank(states={"m": {"w": torch.zeros(6), "b": None, "elsewhere": None}})
+    assert list(found["m"]) == ["w"]  # type: ignore[call-overload]
 
 
 def test_replicas_that_single_numbers_cannot_tell_apart_are_an_error_on_save() -> None:

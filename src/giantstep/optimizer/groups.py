@@ -7,6 +7,7 @@ So a group is whole again wherever its parameters are, in whichever order and nu
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.errors import MismatchError
+from giantstep.optimizer.kinds import takes
 
 # Which tensors, and what they are called here.
 _MEMBERS = {"params", "param_names"}
@@ -157,13 +159,19 @@ def set_options(groups: Sequence[dict[str, Any]], plans: Sequence[GroupPlan]) ->
     for group, plan in zip(groups, plans, strict=True):
         for name, value in plan.values.items():
             current = group.get(name)
-            if isinstance(current, torch.Tensor):
+            if isinstance(current, torch.Tensor) and _fits(current, value):
                 with torch.no_grad():
                     if not same(written.setdefault(id(current), value), value):
                         # torch gives all groups one tensor at first: these are to have different values.
                         group[name] = current = current.clone()
-                    current.copy_(value) if isinstance(value, torch.Tensor) else current.fill_(value)
+                    current.copy_(value.view_as(current)) if isinstance(value, torch.Tensor) else current.fill_(value)
             elif isinstance(value, torch.Tensor) and isinstance(current, float | int):
                 group[name] = value.item()
             else:
-                group[name] = value
+                # Groups that were saved alike need not stay so.
+                group[name] = copy.deepcopy(value)
+
+
+def _fits(current: torch.Tensor, value: Any) -> bool:
+    """Whether a hyper-parameter that is a tensor stays that tensor, with the stored value."""
+    return value.numel() == current.numel() if isinstance(value, torch.Tensor) else takes(current, value)
