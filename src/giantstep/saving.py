@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from giantstep.collection import uncollected
 from giantstep.commit.clean import discard, remove_superseded
@@ -24,13 +25,14 @@ from giantstep.errors import BadArgumentError, GiantstepError, PeerError
 from giantstep.format.data_file import ChunkLayout, DataFilePlan, file_metadata
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
-from giantstep.group.base import Group, Parts, consult_parts
+from giantstep.group.base import Group, Parts, consult, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import NOTHING, Described, describe
 from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
+from giantstep.planning.columns import pack_column, unpack_column
 from giantstep.planning.contents import ContentReport, Verdict
 from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.planning.previous import CHANGED, SETTLED
@@ -39,7 +41,7 @@ from giantstep.reusing import Reuse
 from giantstep.sources import PartSources, encoded, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
-from giantstep.writing.contents import digests_of
+from giantstep.writing.contents import digests_of, heads_of
 from giantstep.writing.write import Sources, write
 
 _LOG = logging.getLogger("giantstep")
@@ -105,11 +107,12 @@ class _RootState:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What a rank is to write, by its part of the plan."""
+    """What a rank is to write, by its part of the plan, and digests of the heads of its chunks."""
 
     chosen: PartSources
     layout: ChunkLayout
     sources: Sources
+    heads: NDArray[np.uint64]
 
 
 class Save:
@@ -196,34 +199,61 @@ class Save:
         if not self.options.keeps_digests:
             return
 
-        def digest() -> Parts:
+        def digest(rows: NDArray[np.bool_] | None) -> Parts:
             check()
-            content = self._content = self._contents()
-            threads = threads_for(self.options.writer_threads, self._group.size, spared=spared).memory
-            digests = digests_of(content.sources, threads, check)
+            content = self._content = self._content or self._contents()
             objects = list(content.chosen.objects)
-            chunks = len(digests) - len(objects)
-            return ContentReport(digests[:chunks], objects, content.sources.bytes[chunks:], digests[chunks:]).encode()
+            chunks = len(content.sources.bytes) - len(objects)
+            wanted = np.ones(len(content.sources.bytes), dtype=bool)
+            if rows is not None:
+                wanted[:chunks] = rows
+            threads = threads_for(self.options.writer_threads, self._group.size, spared=spared).memory
+            digests = digests_of(content.sources, np.flatnonzero(wanted), threads, check)
+            sizes = content.sources.bytes[chunks:]
+            return ContentReport(content.heads[:chunks], digests[:chunks], objects, sizes, digests[chunks:]).encode()
 
         def decide(reports: Sequence[Parts]) -> list[Parts]:
-            self._root.reuse = Reuse(self._store, self._previous, self.options)
-            return self._root.reuse.decide(self._planner.planned(), reports)
+            return self._reuse().decide(self._planner.planned(), reports)
 
         with self.watch.phase("compare"):
+            rows = None if self._previous is None else self._look(check)
             try:
-                answer = consult_parts(self._group, "compare", self.options.timeout_secs, digest, decide, "link")
+                answer = consult_parts(self._group, "compare", self.options.timeout_secs, lambda: digest(rows), decide, "link")
             except BaseException:
                 # Nothing of this save was published, and nothing will be.
                 self._unlink()
                 raise
             self._verdict = Verdict.decode(answer)
 
+    def _look(self, check: Callable[[], None]) -> NDArray[np.bool_]:
+        """Of which chunks of this rank digests are to be taken: those of others would be of no use."""
+
+        def heads() -> bytes:
+            check()
+            content = self._content = self._contents()
+            chunks = len(content.sources.bytes) - len(content.chosen.objects)
+            return pack_column(content.heads[:chunks])
+
+        def decide(reports: Sequence[bytes]) -> list[bytes]:
+            found = [unpack_column(report, np.uint64).reshape(-1, 1) for report in reports]
+            return [pack_column(wanted) for wanted in self._reuse().look(self._planner.planned(), found)]
+
+        answer = consult(self._group, "compare", self.options.timeout_secs, heads, decide, "compare")
+        return unpack_column(answer).astype(bool)
+
+    def _reuse(self) -> Reuse:
+        if self._root.reuse is None:
+            self._root.reuse = Reuse(self._store, self._previous, self.options)
+        return self._root.reuse
+
     def _contents(self) -> _Content:
         # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
         with uncollected():
             chosen = PartSources(self._planner.part, self._planner.description, self.described, self.objects)
             layout = self._planner.layout_of(chosen.layout)
-            return _Content(chosen, layout, chosen.sources(layout, self.options.buffer_bytes))
+            sources = chosen.sources(layout, self.options.buffer_bytes)
+            none = np.zeros((len(sources.bytes), 1), dtype=np.uint64)
+            return _Content(chosen, layout, sources, heads_of(sources) if self.options.keeps_digests else none)
 
     # Stages 3 to 5: stage, write, commit.
 
