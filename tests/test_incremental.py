@@ -157,6 +157,48 @@ def test_what_has_settled_in_mostly_dead_files_is_written_once_more_into_files_o
     assert [report[0].bytes_dead for report in reports] == [0] * 4
 
 
+def digests_taken(path: StoreLike) -> list[str]:
+    """Keys of tensors with digests."""
+    checkpoint = gs.open_checkpoint(path)
+    index = checkpoint.index_tables().load_all()
+    assert index.chunk_digest is not None
+    rows = np.repeat(np.arange(len(checkpoint)), np.diff(index.tensor_chunk_ends))
+    taken = index.chunk_digest.any(axis=1)
+    return [key for row, key in enumerate(checkpoint.keys()) if taken[rows == row].all()]
+
+
+def test_what_changes_at_every_step_costs_no_digests_and_is_found_once_it_rests(root: MemoryStore) -> None:
+    shape = (2, 200, 100)
+    state = values(0, base=shape, moving=shape, rare=shape)
+    save(state, root.folder("0"), least_live=0.1)
+    assert digests_taken(root.folder("0")) == ["base", "moving", "rare"]
+    plan = [  # What changes; what has digests then; whether base, moving and rare are used again.
+        ({"moving"}, ["base", "rare"], "base rare"),
+        ({"moving"}, ["base", "rare"], "base rare"),
+        ({"moving", "rare"}, ["base", "rare"], "base"),
+        (set(), ["base", "moving", "rare"], "base rare"),
+        (set(), ["base", "moving", "rare"], "base moving rare"),
+        ({"base"}, ["base", "moving", "rare"], "moving rare"),
+        (set(), ["base", "moving", "rare"], "base moving rare"),
+    ]
+    for step, (changes, digested, reused) in enumerate(plan, 1):
+        state = {key: value + 1 if key in changes else value for key, value in state.items()}
+        reports = save(state, root.folder(str(step)), root.folder(str(step - 1)), least_live=0.1)
+        assert digests_taken(root.folder(str(step))) == digested, step
+        assert reports[0].bytes_reused == 160_000 * len(reused.split()), step
+        check(root.folder(str(step)), state)
+
+
+def test_a_change_behind_the_head_is_found(root: MemoryStore) -> None:
+    state = values(0, a=(2, 200, 100))
+    save(state, root.folder("0"))
+    for step in (1, 2):
+        state["a"] = state["a"].clone()
+        state["a"][1, 199, 99] += 1
+        save(state, root.folder(str(step)), root.folder(str(step - 1)))
+        check(root.folder(str(step)), state)
+
+
 def test_dead_bytes_in_linked_files_are_bounded_and_told(root: MemoryStore) -> None:
     names = [f"e{number}" for number in range(8)]
     state = {name: torch.full((64, 64), float(number)) for number, name in enumerate(names)}

@@ -1,6 +1,6 @@
 """Rank 0's part in an incremental save: what lies unchanged in the previous step, and linking the files that hold it.
 
-    heads of all ranks -known_to_differ-> of what digests are to be taken
+    heads of all ranks -always_changing-> of what digests are to be taken
     digests of all ranks -find_unchanged, choose_files-> files worth using -link_files-> what every rank need not write
 
 Once a file is linked nothing depends on the previous step any more. What cannot be linked is written, with a warning: a
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from giantstep.commit.link import Links, link_files, unlink_files
 from giantstep.errors import GiantstepError, PeerFailureError
 from giantstep.format.index import Index
+from giantstep.format.names import save_id_of
 from giantstep.format.record import CommitRecord
 from giantstep.group.base import Parts
 from giantstep.options import SaveOptions
@@ -33,10 +34,10 @@ from giantstep.planning.previous import (
     FileUse,
     Pairs,
     Unchanged,
+    always_changing,
     choose_files,
     common_regions,
     find_unchanged,
-    known_to_differ,
     planned_regions,
     states_of,
     stored_regions,
@@ -88,7 +89,7 @@ class Reuse:
         self._problem = ""
 
     def look(self, plan: SavePlan, heads: Sequence[Digests]) -> list[NDArray[np.bool_]]:
-        """By rank, of which of its chunks digests are to be taken: not of those that are known to have changed.
+        """By rank, of which of its chunks digests are to be taken: not of those that change at every step.
 
         Args:
             plan: of the save.
@@ -104,8 +105,10 @@ class Reuse:
                 raise PeerFailureError(f"a rank reported {len(head)} heads of {len(found)} chunks")
             together[found] = head
         self._pairs = common_regions(planned_regions(plan), stored_regions(self._step.index, self._step.keys))
-        differs = known_to_differ(together, self._pairs, self._step.index)
-        return [~differs[found] for found in rows]
+        record = self._step.record
+        recent = np.array([save_id_of(file.name) == record.save_id for file in record.files], dtype=bool)
+        changing = always_changing(together, self._pairs, self._step.index, recent)
+        return [~changing[found] for found in rows]
 
     def decide(self, plan: SavePlan, reports: Sequence[Parts]) -> list[Parts]:
         """Link what can be used again; tell each rank what it need not write.

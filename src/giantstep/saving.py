@@ -226,7 +226,7 @@ class Save:
             self._verdict = Verdict.decode(answer)
 
     def _look(self, check: Callable[[], None]) -> NDArray[np.bool_]:
-        """Of which chunks of this rank digests are to be taken: those of others would be of no use."""
+        """Of which chunks of this rank digests are to be taken: not of those that change at every step."""
 
         def heads() -> bytes:
             check()

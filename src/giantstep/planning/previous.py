@@ -122,16 +122,23 @@ Pairs = tuple[Int64s, Int64s]
 """Chunks of a plan, and the chunks of an index that are the same regions."""
 
 
-def known_to_differ(heads: Digests, pairs: Pairs, index: Index) -> NDArray[np.bool_]:
-    """[chunks of the plan] whether the head of a chunk is not the one that it had in the earlier step.
+def always_changing(heads: Digests, pairs: Pairs, index: Index, recent: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[chunks of the plan] whether a chunk has changed since the earlier step, as its head shows, and was written at that one.
 
-    A digest of such a chunk is of no use now, and probably not at the next step either.
+    A digest of such a chunk is of no use now, and probably not at the next step either. One that was used again at the
+    earlier step may come to rest at once.
+
+    Args:
+        heads: of the chunks of the plan.
+        pairs: regions that both have.
+        index: of the earlier step.
+        recent: [files] of that step, whether it has written it.
     """
     found = np.zeros(len(heads), dtype=bool)
     if index.chunk_head is not None:
         ours, theirs = pairs
         now, then = heads[ours, 0], index.chunk_head[theirs, 0]
-        found[ours] = (now != then) & (now != 0) & (then != 0)
+        found[ours] = (now != then) & (now != 0) & (then != 0) & recent[index.chunk_file[theirs]]
     return found
 
 
