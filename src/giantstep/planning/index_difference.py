@@ -75,7 +75,8 @@ def compare_objects(first: Side, second: Side) -> States:
 
 def _places(index: Index, kind: str) -> _Places:
     head = index.chunk_head if kind == "chunk" else None
-    return _Places(*(getattr(index, f"{kind}_{part}") for part in ("file", "start", "bytes", "digest")), head)
+    file, start, size, digest = (getattr(index, f"{kind}_{part}") for part in ("file", "start", "bytes", "digest"))
+    return _Places(file, start, size, digest, head)
 
 
 def _compare(first: Side, second: Side, ours: Int64s, theirs: Int64s, left: _Places, right: _Places) -> States:
