@@ -28,6 +28,7 @@ from giantstep.storage.record_file import files_of_ours
 from giantstep.testing.faults import CrashingStore, Loss
 from giantstep.testing.ranks import run_ranks, run_ranks_collecting
 from independent_reader import StoredCheckpoint, read_checkpoint
+from processes import results, run_processes
 
 BLOCK = 4096
 _NAMES = itertools.count()
@@ -416,6 +417,29 @@ def test_saves_in_the_background_use_the_step_that_was_in_flight_when_they_began
     assert "compare" in reports[0][1].seconds
     for step in range(3):
         check(root.folder(str(step)), {"base": base, "w": moving + step})
+
+
+def save_steps(rank: int, folder: str) -> list[tuple[int, int]]:
+    """Two steps by real processes; bytes reused and written by this rank."""
+    found = []
+    for step in range(2):
+        state = {
+            "base": sharded("base", torch.arange(20_000.0).reshape(200, 100), rank, 2),
+            "step": step,
+            "w": torch.full((9,), float(step)),
+        }
+        previous = f"{folder}/{step - 1}" if step else None
+        report = gs.save(state, f"{folder}/{step}", options=options(previous))
+        found.append((report.bytes_reused, report.bytes_written))
+    return found
+
+
+def test_processes_share_what_they_need_not_write(tmp_path: Path) -> None:
+    first, second = results(run_processes(2, save_steps, str(tmp_path)))
+    assert first[1][0] == second[1][0] == 80_000
+    assert first[1][1] + second[1][1] < 1000
+    assert gs.open_checkpoint(tmp_path / "1").verify().ok
+    assert (gs.open_checkpoint(tmp_path / "1")["base"][...].reshape(-1) == np.arange(20_000)).all()
 
 
 # What stands against it.
