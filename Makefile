@@ -29,6 +29,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/balance.py
 	$(BIN)/python benchmarks/bytes_read.py
+	$(BIN)/python benchmarks/incremental.py
 	$(BIN)/python benchmarks/zero_forms.py
 
 # Seconds per target; corpora, findings and logs go to build/fuzz.

@@ -28,6 +28,7 @@ from giantstep.storage.record_file import files_of_ours
 from giantstep.testing.faults import CrashingStore, Loss
 from giantstep.testing.ranks import run_ranks, run_ranks_collecting
 from independent_reader import StoredCheckpoint, read_checkpoint
+from processes import results, run_processes
 
 BLOCK = 4096
 _NAMES = itertools.count()
@@ -155,6 +156,48 @@ def test_what_has_settled_in_mostly_dead_files_is_written_once_more_into_files_o
         check(root.folder(str(step)), state)
     assert [report[0].bytes_reused for report in reports] == [0, 0, 40_000, 40_000]
     assert [report[0].bytes_dead for report in reports] == [0] * 4
+
+
+def digests_taken(path: StoreLike) -> list[str]:
+    """Keys of tensors with digests."""
+    checkpoint = gs.open_checkpoint(path)
+    index = checkpoint.index_tables().load_all()
+    assert index.chunk_digest is not None
+    rows = np.repeat(np.arange(len(checkpoint)), np.diff(index.tensor_chunk_ends))
+    taken = index.chunk_digest.any(axis=1)
+    return [key for row, key in enumerate(checkpoint.keys()) if taken[rows == row].all()]
+
+
+def test_what_changes_at_every_step_costs_no_digests_and_is_found_once_it_rests(root: MemoryStore) -> None:
+    shape = (2, 200, 100)
+    state = values(0, base=shape, moving=shape, rare=shape)
+    save(state, root.folder("0"), least_live=0.1)
+    assert digests_taken(root.folder("0")) == ["base", "moving", "rare"]
+    plan = [  # What changes; what has digests then; whether base, moving and rare are used again.
+        ({"moving"}, ["base", "rare"], "base rare"),
+        ({"moving"}, ["base", "rare"], "base rare"),
+        ({"moving", "rare"}, ["base", "rare"], "base"),
+        (set(), ["base", "moving", "rare"], "base rare"),
+        (set(), ["base", "moving", "rare"], "base moving rare"),
+        ({"base"}, ["base", "moving", "rare"], "moving rare"),
+        (set(), ["base", "moving", "rare"], "base moving rare"),
+    ]
+    for step, (changes, digested, reused) in enumerate(plan, 1):
+        state = {key: value + 1 if key in changes else value for key, value in state.items()}
+        reports = save(state, root.folder(str(step)), root.folder(str(step - 1)), least_live=0.1)
+        assert digests_taken(root.folder(str(step))) == digested, step
+        assert reports[0].bytes_reused == 160_000 * len(reused.split()), step
+        check(root.folder(str(step)), state)
+
+
+def test_a_change_behind_the_head_is_found(root: MemoryStore) -> None:
+    state = values(0, a=(2, 200, 100))
+    save(state, root.folder("0"))
+    for step in (1, 2):
+        state["a"] = state["a"].clone()
+        state["a"][1, 199, 99] += 1
+        save(state, root.folder(str(step)), root.folder(str(step - 1)))
+        check(root.folder(str(step)), state)
 
 
 def test_dead_bytes_in_linked_files_are_bounded_and_told(root: MemoryStore) -> None:
@@ -374,6 +417,29 @@ def test_saves_in_the_background_use_the_step_that_was_in_flight_when_they_began
     assert "compare" in reports[0][1].seconds
     for step in range(3):
         check(root.folder(str(step)), {"base": base, "w": moving + step})
+
+
+def save_steps(rank: int, folder: str) -> list[tuple[int, int]]:
+    """Two steps by real processes; bytes reused and written by this rank."""
+    found = []
+    for step in range(2):
+        state = {
+            "base": sharded("base", torch.arange(20_000.0).reshape(200, 100), rank, 2),
+            "step": step,
+            "w": torch.full((9,), float(step)),
+        }
+        previous = f"{folder}/{step - 1}" if step else None
+        report = gs.save(state, f"{folder}/{step}", options=options(previous))
+        found.append((report.bytes_reused, report.bytes_written))
+    return found
+
+
+def test_processes_share_what_they_need_not_write(tmp_path: Path) -> None:
+    first, second = results(run_processes(2, save_steps, str(tmp_path)))
+    assert first[1][0] == second[1][0] == 80_000
+    assert first[1][1] + second[1][1] < 1000
+    assert gs.open_checkpoint(tmp_path / "1").verify().ok
+    assert (gs.open_checkpoint(tmp_path / "1")["base"][...].reshape(-1) == np.arange(20_000)).all()
 
 
 # What stands against it.

@@ -1,5 +1,6 @@
 """Rank 0's part in an incremental save: what lies unchanged in the previous step, and linking the files that hold it.
 
+    heads of all ranks -always_changing-> of what digests are to be taken
     digests of all ranks -find_unchanged, choose_files-> files worth using -link_files-> what every rank need not write
 
 Once a file is linked nothing depends on the previous step any more. What cannot be linked is written, with a warning: a
@@ -17,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.commit.link import Links, link_files, unlink_files
-from giantstep.errors import GiantstepError
+from giantstep.errors import GiantstepError, PeerFailureError
 from giantstep.format.index import Index
+from giantstep.format.names import save_id_of
 from giantstep.format.record import CommitRecord
 from giantstep.group.base import Parts
 from giantstep.options import SaveOptions
@@ -28,11 +30,17 @@ from giantstep.planning.previous import (
     CHANGED,
     REUSED,
     Contents,
+    Digests,
     FileUse,
+    Pairs,
     Unchanged,
+    always_changing,
     choose_files,
+    common_regions,
     find_unchanged,
+    planned_regions,
     states_of,
+    stored_regions,
 )
 from giantstep.planning.save_plan import SavePlan
 from giantstep.reading.index_reader import IndexReader
@@ -76,6 +84,31 @@ class Reuse:
         self._previous = previous
         self._options = options
         self._links = Links()
+        self._step: _Step | None = None
+        self._pairs: Pairs | None = None
+        self._problem = ""
+
+    def look(self, plan: SavePlan, heads: Sequence[Digests]) -> list[NDArray[np.bool_]]:
+        """By rank, of which of its chunks digests are to be taken: not of those that change at every step.
+
+        Args:
+            plan: of the save.
+            heads: by rank, of the chunks that it writes.
+        """
+        self._step, self._problem = self._open()
+        rows = plan.chunks_by_writer()
+        if self._step is None:
+            return [np.ones(len(found), dtype=bool) for found in rows]
+        together = np.zeros((len(plan.tensor), 1), dtype=np.uint64)
+        for found, head in zip(rows, heads, strict=True):
+            if len(found) != len(head):
+                raise PeerFailureError(f"a rank reported {len(head)} heads of {len(found)} chunks")
+            together[found] = head
+        self._pairs = common_regions(planned_regions(plan), stored_regions(self._step.index, self._step.keys))
+        record = self._step.record
+        recent = np.array([save_id_of(file.name) == record.save_id for file in record.files], dtype=bool)
+        changing = always_changing(together, self._pairs, self._step.index, recent)
+        return [~changing[found] for found in rows]
 
     def decide(self, plan: SavePlan, reports: Sequence[Parts]) -> list[Parts]:
         """Link what can be used again; tell each rank what it need not write.
@@ -92,14 +125,14 @@ class Reuse:
             raise
 
     def _decide(self, contents: Contents, told: Sequence[ContentReport]) -> list[Parts]:
-        step, problem = self._open()
+        step, problem, pairs = self._step, self._problem, self._pairs
         nothing = np.full(len(contents.plan.tensor), -1), np.full(len(contents.object_keys), -1)
-        if step is None:
+        if step is None or pairs is None:
             states = [np.full(len(rows), CHANGED, dtype=np.uint8) for rows in nothing]
             self.reused = _reused(contents, None, Unchanged(*nothing), states, np.zeros(0, dtype=bool))
             dead = 0
         else:
-            unchanged = find_unchanged(contents, step.index, step.keys, step.object_keys)
+            unchanged = find_unchanged(contents, pairs, step.index, step.object_keys)
             use = self._use(contents, unchanged, step)
             linked = self._link(step, use)
             states = [
@@ -163,11 +196,13 @@ class Reuse:
 
 
 def _together(plan: SavePlan, told: Sequence[ContentReport]) -> Contents:
-    digest = np.zeros((len(plan.tensor), 2), dtype=np.uint64)
+    head, digest = (np.zeros((len(plan.tensor), words), dtype=np.uint64) for words in (1, 2))
     for rows, report in zip(plan.chunks_by_writer(), told, strict=True):
-        digest[rows] = report.checked_chunks(len(rows))
+        report.check(len(rows))
+        head[rows], digest[rows] = report.chunk_head, report.chunk_digest
     return Contents(
         plan,
+        head,
         digest,
         list(itertools.chain.from_iterable(report.object_keys for report in told)),
         np.concatenate([report.object_bytes for report in told]),
@@ -183,7 +218,7 @@ def _reused(
     linked: NDArray[np.bool_],
 ) -> Reused:
     """For the index: the linked files, numbered in the order of the previous step, and what lies in them."""
-    found = Reused.nothing(contents.chunk_digest, contents.object_digest)
+    found = Reused.nothing(contents.chunk_head, contents.chunk_digest, contents.object_digest)
     if step is None or not linked.any():
         return found
     index, files = step.index, np.flatnonzero(linked)
@@ -201,6 +236,7 @@ def _reused(
         index.block_checksum[np.repeat(linked, blocks)],
         found.chunk_file,
         found.chunk_start,
+        found.chunk_head,
         found.chunk_digest,
         found.object_file,
         found.object_start,

@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from giantstep.collection import uncollected
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
+from giantstep.comparison import Comparison
 from giantstep.errors import BadArgumentError, GiantstepError, PeerError
-from giantstep.format.data_file import ChunkLayout, DataFilePlan, file_metadata
+from giantstep.format.data_file import DataFilePlan, file_metadata
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata, check_metrics
 from giantstep.group.base import Group, Parts, consult_parts
@@ -31,16 +30,12 @@ from giantstep.mapping.describe import NOTHING, Described, describe
 from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
-from giantstep.planning.contents import ContentReport, Verdict
 from giantstep.planning.index_plan import WriteReport, build_index
-from giantstep.planning.previous import CHANGED, SETTLED
 from giantstep.reports import SaveReport
-from giantstep.reusing import Reuse
-from giantstep.sources import PartSources, encoded, write_report
+from giantstep.sources import Content, PartSources, encoded, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
-from giantstep.writing.contents import digests_of
-from giantstep.writing.write import Sources, write
+from giantstep.writing.write import write
 
 _LOG = logging.getLogger("giantstep")
 
@@ -102,16 +97,6 @@ class _RootState:
 
     before: bytes | None = None
     record: CommitRecord | None = None
-    reuse: Reuse | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """What a rank is to write, by its part of the plan."""
-
-    chosen: PartSources
-    layout: ChunkLayout
-    sources: Sources
 
 
 class Save:
@@ -146,8 +131,8 @@ class Save:
         self._metrics = metrics
         self._root = _RootState()
         self._written_bytes = 0
-        self._content: _Content | None = None
-        self._verdict: Verdict | None = None
+        self._content: Content | None = None
+        self._comparison: Comparison | None = None
         self._totals = (0, 0, 0)
 
     # Stage 1: describe.
@@ -206,35 +191,20 @@ class Save:
         """
         if not self.options.keeps_digests:
             return
-
-        def digest() -> Parts:
-            check()
-            content = self._content = self._contents()
-            threads = threads_for(self.options.writer_threads, self._group.size, spared=spared).memory
-            digests = digests_of(content.sources, threads, check)
-            objects = list(content.chosen.objects)
-            chunks = len(digests) - len(objects)
-            return ContentReport(digests[:chunks], objects, content.sources.bytes[chunks:], digests[chunks:]).encode()
-
-        def decide(reports: Sequence[Parts]) -> list[Parts]:
-            self._root.reuse = Reuse(self._store, self._previous, self.options)
-            return self._root.reuse.decide(self._planner.planned(), reports)
-
+        threads = threads_for(self.options.writer_threads, self._group.size, spared=spared).memory
+        comparison = Comparison(self._group, self._store, self._previous, self.options, self._planner.planned)
         with self.watch.phase("compare"):
-            try:
-                answer = consult_parts(self._group, "compare", self.options.timeout_secs, digest, decide, "link")
-            except BaseException:
-                # Nothing of this save was published, and nothing will be.
-                self._unlink()
-                raise
-            self._verdict = Verdict.decode(answer)
+            comparison.run(self._contents, threads, check)
+        self._comparison = comparison
 
-    def _contents(self) -> _Content:
-        # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
-        with uncollected():
-            chosen = PartSources(self._planner.part, self._planner.description, self.described, self.objects)
-            layout = self._planner.layout_of(chosen.layout)
-            return _Content(chosen, layout, chosen.sources(layout, self.options.buffer_bytes))
+    def _contents(self) -> Content:
+        if self._content is None:
+            # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
+            with uncollected():
+                chosen = PartSources(self._planner.part, self._planner.description, self.described, self.objects)
+                layout = self._planner.layout_of(chosen.layout)
+                self._content = Content(chosen, layout, chosen.sources(layout, self.options.buffer_bytes))
+        return self._content
 
     # Stages 3 to 5: stage, write, commit.
 
@@ -258,13 +228,12 @@ class Save:
             # Only an agreement on a failed write proves that rank 0 has not published.
             if error.agreed and error.phase == "write" and not isinstance(error, PeerError):
                 self._discard()
-                self._unlink()
             raise
         tensors, objects, total = (int(part) for part in answer.split())
         self._totals = (tensors, objects, total)
 
     def _write(self, threads: Threads, check: Callable[[], None]) -> Parts:
-        content, self._content = self._content or self._contents(), None
+        content, self._content = self._contents(), None
         sources = content.sources
         plans = self._file_plans(content)
         self._store.prepare(DATA_DIR)
@@ -272,20 +241,18 @@ class Save:
         self._written_bytes = sum(int(sources.bytes[plan.order].sum()) for plan in plans)
         return write_report(written, sources, list(content.chosen.objects)).encode()
 
-    def _file_plans(self, content: _Content) -> list[DataFilePlan]:
+    def _file_plans(self, content: Content) -> list[DataFilePlan]:
         metadata = file_metadata(self._save_id, self._group.rank)
-        state = None if self._verdict is None else self._verdict.state
-        if state is None or (state == CHANGED).all():
-            with uncollected():
+        groups = None if self._comparison is None else self._comparison.groups()
+        with uncollected():
+            if groups is None:
                 return content.chosen.plans(content.layout, self.options.max_file_bytes, metadata)
-        # What has settled is in files of its own, which the next save can use again.
-        groups = [np.flatnonzero(state == SETTLED), np.flatnonzero(state == CHANGED)]
-        return content.chosen.plans_of(groups, self.options.max_file_bytes, metadata)
+            return content.chosen.plans_of(groups, self.options.max_file_bytes, metadata)
 
     def _decide_commit(self, reports: Sequence[Parts]) -> list[Parts]:
-        reuse = self._root.reuse
         told = [WriteReport.decode(report) for report in reports]
-        index, files = build_index(self._planner.planned(), told, None if reuse is None else reuse.reused)
+        reused = None if self._comparison is None else self._comparison.reused
+        index, files = build_index(self._planner.planned(), told, reused)
         record: CommitRecord = publish(
             self._store,
             self._save_id,
@@ -314,14 +281,12 @@ class Save:
             return []
 
     def _discard(self) -> None:
+        if self._comparison is not None:
+            self._comparison.give_up()
         try:
             discard(self._store, self._save_id, self._group.rank)
         except OSError as error:
             _LOG.warning("%s: files of a failed save could not be deleted: %s", self._store.location, error)
-
-    def _unlink(self) -> None:
-        if self._root.reuse is not None:
-            self._root.reuse.give_up()
 
     def forget(self) -> None:
         """Let go of the state."""
@@ -334,7 +299,7 @@ class Save:
     def report(self, removed: list[str]) -> SaveReport:
         """The report of this rank."""
         tensors, objects, total = self._totals
-        verdict = self._verdict
+        verdict = None if self._comparison is None else self._comparison.verdict
         return SaveReport(
             location=self._store.location,
             save_id=self._save_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -120,6 +120,20 @@ class PartSources:
             owner=held.owner,
             pieces=pieces,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a rank is to write, by its part of the plan: chunks, then objects."""
+
+    chosen: PartSources
+    layout: ChunkLayout
+    sources: Sources
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return len(self.sources.bytes) - len(self.chosen.objects)
 
 
 def _addresses(views: Sequence[torch.Tensor], key_of: Callable[[int], str]) -> Held:

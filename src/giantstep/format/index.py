@@ -48,9 +48,9 @@ COLUMNS: dict[str, str] = {
     "file_block_ends": "I64",
     "block_checksum": "U64",
 }
-# Columns that an index may have (since version 1.1), their container dtype, and the values per chunk or object.
-OPTIONAL_COLUMNS: dict[str, str] = {"chunk_digest": "U64", "object_digest": "U64"}
-DIGEST_WORDS = 2
+# Columns that an index may have (since version 1.1), their container dtype, and how many words there are per chunk or object.
+OPTIONAL_COLUMNS: dict[str, str] = {"chunk_head": "U64", "chunk_digest": "U64", "object_digest": "U64"}
+WORDS_PER_ROW = {"chunk_head": 1, "chunk_digest": 2, "object_digest": 2}
 NUMPY_DTYPES = {"I64": "<i8", "U64": "<u8", "U8": "|u1"}
 
 
@@ -69,8 +69,9 @@ class Index:
         chunk_offset, chunk_size: region of each chunk, dims values per chunk.
         object_*: objects by key, sorted by their bytes.
         file_block_ends, block_checksum: checksums of the blocks of each file.
-        chunk_digest, object_digest: [rows, 2] digests of the bytes of each chunk and object, high words first; None if the
-            save was not asked for them.
+        chunk_head: [chunks, 1] digests of the first bytes of long chunks; 0 where none was taken.
+        chunk_digest, object_digest: [rows, 2] digests of all bytes of each chunk and object, high words first; zeros where
+            none was taken. All three are None if the save was not asked for them.
     """
 
     tensor_key_ends: Int64s
@@ -92,13 +93,14 @@ class Index:
     object_bytes: Int64s
     file_block_ends: Int64s
     block_checksum: Checksums
+    chunk_head: Checksums | None = None
     chunk_digest: Checksums | None = None
     object_digest: Checksums | None = None
 
     @property
     def version(self) -> str:
         """The format version that has all of it."""
-        return PLAIN if self.chunk_digest is None and self.object_digest is None else CURRENT
+        return PLAIN if all(getattr(self, name) is None for name in OPTIONAL_COLUMNS) else CURRENT
 
 
 def encode_texts(texts: list[bytes]) -> tuple[Int64s, NDArray[np.uint8]]:
@@ -222,8 +224,10 @@ def check_index(index: Index, files: int, file_bytes: Int64s, block_bytes: int, 
     blocks = -(-file_bytes // block_bytes)
     require(bool((np.diff(index.file_block_ends) == blocks).all()), "block checksums do not fit the files' sizes")
     for rows, prefix in ((chunks, "chunk"), (objects, "object")):
-        digest = getattr(index, f"{prefix}_digest")
-        require(digest is None or digest.shape == (rows, DIGEST_WORDS), f"{prefix} digests are not one for each {prefix}")
+        for name in OPTIONAL_COLUMNS:
+            column = getattr(index, name) if name.startswith(prefix) else None
+            fits = column is None or column.shape == (rows, WORDS_PER_ROW[name])
+            require(fits, f"column {name!r} does not have one row for each {prefix}")
         file, start, size = (getattr(index, f"{prefix}_{part}") for part in ("file", "start", "bytes"))
         require(len(start) == rows and len(size) == rows, f"{prefix} columns differ in length")
         require(bool(((file >= 0) & (file < files)).all()), f"a {prefix} lies in a file that is not listed")

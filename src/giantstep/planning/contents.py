@@ -13,7 +13,7 @@ from giantstep.planning.description import Parts
 from giantstep.planning.previous import Digests
 from giantstep.shards.region import Int64s
 
-_REPORT_PARTS = 5
+_REPORT_PARTS = 6
 _VERDICT_PARTS = 4
 
 
@@ -22,10 +22,11 @@ class ContentReport:
     """Digests of what one rank is to write.
 
     Attributes:
-        chunk_digest: [chunks of its part, 2].
+        chunk_head, chunk_digest: [chunks of its part, 1 and 2]; zeros where none was taken.
         object_keys, object_bytes, object_digest: its objects.
     """
 
+    chunk_head: Digests
     chunk_digest: Digests
     object_keys: list[str]
     object_bytes: Int64s
@@ -33,7 +34,7 @@ class ContentReport:
 
     def encode(self) -> Parts:
         """As a message."""
-        digests = (pack_column(self.chunk_digest), pack_column(self.object_digest))
+        digests = map(pack_column, (self.chunk_head, self.chunk_digest, self.object_digest))
         return (*pack_texts(self.object_keys), pack_column(self.object_bytes), *digests)
 
     @classmethod
@@ -42,16 +43,16 @@ class ContentReport:
         if len(parts) != _REPORT_PARTS:
             raise PeerFailureError(f"a rank reported its contents in {len(parts)} parts, expected {_REPORT_PARTS}")
         keys, sizes = unpack_texts(*parts[:2]), unpack_column(parts[2])
-        chunks, objects = (unpack_column(part, np.uint64, 2) for part in parts[3:])
+        heads = unpack_column(parts[3], np.uint64).reshape(-1, 1)
+        chunks, objects = (unpack_column(part, np.uint64, 2) for part in parts[4:])
         if len(sizes) != len(keys) or len(objects) != len(keys):
             raise PeerFailureError(f"a rank reported {len(objects)} digests of {len(keys)} objects")
-        return cls(chunks, keys, sizes, objects)
+        return cls(heads, chunks, keys, sizes, objects)
 
-    def checked_chunks(self, count: int) -> Digests:
-        """The digests of chunks, which must be so many."""
-        if len(self.chunk_digest) != count:
-            raise PeerFailureError(f"a rank reported {len(self.chunk_digest)} digests of {count} chunks")
-        return self.chunk_digest
+    def check(self, chunks: int) -> None:
+        """Raise `PeerFailureError` unless it is of so many chunks."""
+        if len(self.chunk_digest) != chunks or len(self.chunk_head) != chunks:
+            raise PeerFailureError(f"a rank reported {len(self.chunk_digest)} digests of {chunks} chunks")
 
 
 @dataclass(frozen=True, slots=True)

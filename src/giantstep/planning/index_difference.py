@@ -45,6 +45,7 @@ class _Places:
     start: Int64s
     bytes: Int64s
     digest: NDArray[np.uint64] | None
+    head: NDArray[np.uint64] | None
 
 
 def compare_chunks(first: Side, second: Side) -> States:
@@ -73,22 +74,30 @@ def compare_objects(first: Side, second: Side) -> States:
 
 
 def _places(index: Index, kind: str) -> _Places:
-    return _Places(*(getattr(index, f"{kind}_{part}") for part in ("file", "start", "bytes", "digest")))
+    head = index.chunk_head if kind == "chunk" else None
+    file, start, size, digest = (getattr(index, f"{kind}_{part}") for part in ("file", "start", "bytes", "digest"))
+    return _Places(file, start, size, digest, head)
 
 
 def _compare(first: Side, second: Side, ours: Int64s, theirs: Int64s, left: _Places, right: _Places) -> States:
-    """Of pairs of entries of equal length: by place, then by digest, else by the blocks that they lie in."""
+    """Of pairs of entries of equal length: by place, by digest, by digest of their heads, by the blocks that they lie in."""
     number = {name: row for row, name in enumerate(second.file_names)}
     twin = np.array([number.get(name, -1) for name in first.file_names], dtype=np.int64)
     same = (twin[left.file[ours]] == right.file[theirs]) & (left.start[ours] == right.start[theirs])
     states = np.where(same, EQUAL, UNKNOWN).astype(np.uint8)
-    left_over = np.flatnonzero(~same)
-    if left.digest is not None and right.digest is not None:
-        equal = (left.digest[ours[left_over]] == right.digest[theirs[left_over]]).all(axis=1)
-        states[left_over] = np.where(equal, EQUAL, DIFFERENT)
-    elif first.block_bytes == second.block_bytes:
-        aligned = (left.start[ours[left_over]] - right.start[theirs[left_over]]) % first.block_bytes == 0
-        for row in left_over[aligned].tolist():
+    for mine, yours, equality_counts in ((left.digest, right.digest, True), (left.head, right.head, False)):
+        rows = np.flatnonzero(states == UNKNOWN)
+        if mine is not None and yours is not None:
+            first_words, second_words = mine[ours[rows]], yours[theirs[rows]]
+            taken = first_words.any(axis=1) & second_words.any(axis=1)
+            equal = (first_words == second_words).all(axis=1)
+            states[rows[taken & ~equal]] = DIFFERENT
+            if equality_counts:
+                states[rows[taken & equal]] = EQUAL
+    if first.block_bytes == second.block_bytes:
+        rows = np.flatnonzero(states == UNKNOWN)
+        aligned = (left.start[ours[rows]] - right.start[theirs[rows]]) % first.block_bytes == 0
+        for row in rows[aligned].tolist():
             states[row] = _compare_blocks(first, second, int(ours[row]), int(theirs[row]), left, right)
     return states
 

@@ -79,7 +79,7 @@ class Reused:
         files: of an earlier step, used again.
         file_blocks, block_checksum: of these files, file by file.
         chunk_file, chunk_start: [chunks of the plan] row in `files`, -1 where this save has written the chunk; first byte.
-        chunk_digest: [chunks of the plan, 2].
+        chunk_head, chunk_digest: [chunks of the plan, 1 and 2].
         object_file, object_start, object_digest: likewise of objects, in the order in which ranks report them.
     """
 
@@ -88,13 +88,14 @@ class Reused:
     block_checksum: Checksums
     chunk_file: Int64s
     chunk_start: Int64s
+    chunk_head: Checksums
     chunk_digest: Checksums
     object_file: Int64s
     object_start: Int64s
     object_digest: Checksums
 
     @classmethod
-    def nothing(cls, chunk_digest: Checksums, object_digest: Checksums) -> Reused:
+    def nothing(cls, chunk_head: Checksums, chunk_digest: Checksums, object_digest: Checksums) -> Reused:
         """Digests alone."""
 
         def places(count: int) -> tuple[Int64s, Int64s]:
@@ -102,7 +103,7 @@ class Reused:
 
         none = np.zeros(0, dtype=np.int64)
         chunks, objects = places(len(chunk_digest)), places(len(object_digest))
-        return cls((), none, none.astype(np.uint64), *chunks, chunk_digest, *objects, object_digest)
+        return cls((), none, none.astype(np.uint64), *chunks, chunk_head, chunk_digest, *objects, object_digest)
 
 
 def build_index(
@@ -152,6 +153,7 @@ def build_index(
         chunk_size=padded_to_ragged(plan.size[rows], dims),
         **_object_columns(reports, first_file, reused),
         **_block_columns(reports, reused),
+        chunk_head=None if reused is None else reused.chunk_head[rows],
         chunk_digest=None if reused is None else reused.chunk_digest[rows],
     )
     return index, files

@@ -100,12 +100,13 @@ class Contents:
 
     Attributes:
         plan: its chunks.
-        chunk_digest: [chunks, 2] of the bytes of each, in the order of the plan.
+        chunk_head, chunk_digest: [chunks, 1 and 2] of each, in the order of the plan; zeros where none was taken.
         object_keys: names of its objects, in any order.
         object_bytes, object_digest: their sizes and digests.
     """
 
     plan: SavePlan
+    chunk_head: Digests
     chunk_digest: Digests
     object_keys: Sequence[str]
     object_bytes: Int64s
@@ -117,6 +118,36 @@ class Contents:
         return int(self.plan.bytes.sum() + self.object_bytes.sum())
 
 
+Pairs = tuple[Int64s, Int64s]
+"""Chunks of a plan, and the chunks of an index that are the same regions."""
+
+
+def always_changing(heads: Digests, pairs: Pairs, index: Index, recent: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[chunks of the plan] whether a chunk has changed since the earlier step, as its head shows, and was written at that one.
+
+    A digest of such a chunk is of no use now, and probably not at the next step either. One that was used again at the
+    earlier step may come to rest at once.
+
+    Args:
+        heads: of the chunks of the plan.
+        pairs: regions that both have.
+        index: of the earlier step.
+        recent: [files] of that step, whether it has written it.
+    """
+    found = np.zeros(len(heads), dtype=bool)
+    if index.chunk_head is not None:
+        ours, theirs = pairs
+        now, then = heads[ours, 0], index.chunk_head[theirs, 0]
+        found[ours] = (now != then) & (now != 0) & (then != 0) & recent[index.chunk_file[theirs]]
+    return found
+
+
+def equal_digests(first: Digests, second: Digests) -> NDArray[np.bool_]:
+    """Per row whether both were taken, and are equal."""
+    found: NDArray[np.bool_] = (first == second).all(axis=1) & first.any(axis=1)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Unchanged:
     """Per chunk of a plan and per object: its row in the index of the earlier step; -1 if it is not there as it is now."""
@@ -125,19 +156,20 @@ class Unchanged:
     object: Int64s
 
 
-def find_unchanged(contents: Contents, index: Index, keys: Sequence[str], object_keys: Sequence[str]) -> Unchanged:
+def find_unchanged(contents: Contents, pairs: Pairs, index: Index, object_keys: Sequence[str]) -> Unchanged:
     """What lies in the earlier step as it is: the same region of the same key and dtype, with the same digest.
 
     Args:
         contents: of the save.
-        index, keys, object_keys: of the earlier step; without digests nothing is found.
+        pairs: regions that both have.
+        index, object_keys: of the earlier step; without digests nothing is found.
     """
     found = Unchanged(
         np.full(len(contents.plan.tensor), -1, dtype=np.int64), np.full(len(contents.object_keys), -1, dtype=np.int64)
     )
     if index.chunk_digest is not None:
-        ours, theirs = common_regions(planned_regions(contents.plan), stored_regions(index, keys))
-        same = (contents.chunk_digest[ours] == index.chunk_digest[theirs]).all(axis=1)
+        ours, theirs = pairs
+        same = equal_digests(contents.chunk_digest[ours], index.chunk_digest[theirs])
         ours, theirs = ours[same], theirs[same]
         # Invariant: no place is used for two chunks: tensors that are tied no longer do not share bytes.
         _, first = np.unique(np.stack((index.chunk_file[theirs], index.chunk_start[theirs])), axis=1, return_index=True)
@@ -146,7 +178,7 @@ def find_unchanged(contents: Contents, index: Index, keys: Sequence[str], object
         number = {key: row for row, key in enumerate(object_keys)}
         rows = np.array([number.get(key, -1) for key in contents.object_keys], dtype=np.int64)
         held = np.flatnonzero(rows >= 0)
-        same = (contents.object_digest[held] == index.object_digest[rows[held]]).all(axis=1)
+        same = equal_digests(contents.object_digest[held], index.object_digest[rows[held]])
         same &= contents.object_bytes[held] == index.object_bytes[rows[held]]
         found.object[held[same]] = rows[held[same]]
     return found

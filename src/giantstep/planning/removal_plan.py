@@ -169,6 +169,7 @@ def index_after(index: Index, plan: RemovalPlan, places: NewPlaces) -> Index:
         object_bytes=index.object_bytes[objects],
         file_block_ends=_ends(places.file_blocks),
         block_checksum=places.block_checksum,
+        chunk_head=None if index.chunk_head is None else index.chunk_head[chunk_stays],
         chunk_digest=None if index.chunk_digest is None else index.chunk_digest[chunk_stays],
         object_digest=None if index.object_digest is None else index.object_digest[objects],
     )

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from giantstep.errors import CorruptionError, IncompleteError
-from giantstep.format.index import COLUMNS, DIGEST_WORDS, NUMPY_DTYPES, OPTIONAL_COLUMNS, Index, check_index, decode_head
+from giantstep.format.index import COLUMNS, NUMPY_DTYPES, OPTIONAL_COLUMNS, WORDS_PER_ROW, Index, check_index, decode_head
 from giantstep.format.record import CommitRecord
 from giantstep.shards.dtypes import BY_CODE, DType
 from giantstep.shards.partition import partitioned
@@ -303,9 +303,10 @@ class IndexReader:
 
     def _digests(self, name: str) -> NDArray[np.generic]:
         words = self._column(name)
-        if len(words) % DIGEST_WORDS:
-            raise CorruptionError(f"index {self._what}: column {name!r} has {len(words)} words, not {DIGEST_WORDS} per row")
-        return words.reshape(-1, DIGEST_WORDS)
+        count = WORDS_PER_ROW[name]
+        if len(words) % count:
+            raise CorruptionError(f"index {self._what}: column {name!r} has {len(words)} words, not {count} per row")
+        return words.reshape(-1, count)
 
     def load_all(self) -> Index:
         """Every column, checked against each other and the commit record."""

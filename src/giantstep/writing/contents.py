@@ -1,4 +1,4 @@
-"""`digests_of`: a 128-bit digest of each entry that a rank is to write. Called by `saving`, before anything is written."""
+"""Digests of the entries that a rank is to write, and of their heads. Called by `saving`, before anything is written."""
 
 from __future__ import annotations
 
@@ -17,18 +17,29 @@ from giantstep.writing.write import Sources
 _BATCH_BYTES = 8 << 20
 
 
-def digests_of(sources: Sources, threads: int, check: Callable[[], None] = lambda: None) -> NDArray[np.uint64]:
-    """[entries, 2] xxh3-128 of the bytes of each entry, high words first.
+# What is longer than this has a head of so many bytes, see docs/format.md.
+HEAD_BYTES = 1 << 16
+
+
+def heads_of(sources: Sources) -> NDArray[np.uint64]:
+    """[entries, 1] xxh3-64 of the first `HEAD_BYTES` bytes of each entry that is longer and lies in memory; else 0."""
+    found = np.zeros((len(sources.bytes), 1), dtype=np.uint64)
+    rows = np.flatnonzero((sources.address != 0) & (sources.bytes > HEAD_BYTES))
+    between, low = _memory(sources)
+    for row, begin in zip(rows.tolist(), (sources.address[rows] - low).tolist(), strict=True):
+        found[row, 0] = xxhash.xxh3_64_intdigest(between[begin : begin + HEAD_BYTES])
+    return found
+
+
+def digests_of(sources: Sources, rows: Int64s, threads: int, check: Callable[[], None] = lambda: None) -> NDArray[np.uint64]:
+    """[entries, 2] xxh3-128 of all bytes of some entries, high words first; zeros for the others.
 
     Args:
-        sources: of the entries.
+        sources, rows: of which entries.
         threads: how many take digests at a time.
         check: called now and then; raises if nothing more is to be done.
     """
-    filled = np.flatnonzero(sources.address)
-    low = int(sources.address[filled].min(initial=0 if not len(filled) else int(sources.address[filled[0]])))
-    high = int((sources.address + sources.bytes)[filled].max(initial=0))
-    between = memory_between(low, high)
+    between, low = _memory(sources)
 
     def digest(row: int) -> bytes:
         begin = int(sources.address[row])
@@ -39,17 +50,28 @@ def digests_of(sources: Sources, threads: int, check: Callable[[], None] = lambd
             state.update(piece.data)
         return state.digest()
 
-    def digest_all(rows: Int64s) -> bytes:
+    def digest_all(batch: Int64s) -> bytes:
         check()
-        return b"".join(map(digest, rows.tolist()))
+        return b"".join(map(digest, batch.tolist()))
 
-    batches = np.split(np.arange(len(sources.bytes)), _borders(sources.bytes))
+    batches = np.split(rows, _borders(sources.bytes[rows]))
     if threads == 1 or len(batches) == 1:
-        found = list(map(digest_all, batches))
+        taken = list(map(digest_all, batches))
     else:
         with ThreadPoolExecutor(threads, thread_name_prefix="giantstep-digest") as pool:
-            found = list(pool.map(digest_all, batches))
-    return np.frombuffer(b"".join(found), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+            taken = list(pool.map(digest_all, batches))
+    found = np.zeros((len(sources.bytes), 2), dtype=np.uint64)
+    found[rows] = np.frombuffer(b"".join(taken), dtype=">u8").reshape(-1, 2)
+    return found
+
+
+def _memory(sources: Sources) -> tuple[memoryview, int]:
+    """All memory that entries lie in, and where it begins."""
+    filled = np.flatnonzero(sources.address)
+    if not len(filled):
+        return memoryview(b""), 0
+    low = int(sources.address[filled].min())
+    return memory_between(low, int((sources.address + sources.bytes)[filled].max())), low
 
 
 def _borders(sizes: Int64s) -> Int64s:
