@@ -14,6 +14,7 @@ import statistics
 import threading
 import time
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -36,7 +37,7 @@ class Ticker:
             time.sleep(0.001)
             self.late.append(time.perf_counter() - begin - 0.001)
 
-    def __enter__(self) -> Ticker:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -46,6 +47,7 @@ class Ticker:
 
 
 def saved(root: Path, mib: int, steps: int) -> None:
+    """Steps of a tensor of so many MiB."""
     shutil.rmtree(root, ignore_errors=True)
     state = {"w": torch.zeros(mib << 18)}
     with gs.CheckpointManager(root) as manager:
@@ -56,7 +58,6 @@ def saved(root: Path, mib: int, steps: int) -> None:
 def measure(root: Path, mib: int, steps: int, how: str) -> tuple[float, float, float]:
     """Worst pause, the call's seconds, and seconds until the steps are gone."""
     saved(root, mib, steps)
-    begin = time.perf_counter()
     with Ticker() as ticker:
         time.sleep(0.3)
         start = time.perf_counter()
@@ -71,11 +72,11 @@ def measure(root: Path, mib: int, steps: int, how: str) -> tuple[float, float, f
             manager.close()
         gone = time.perf_counter() - start
         time.sleep(0.3)
-    assert time.perf_counter() > begin
     return max(ticker.late), call, gone
 
 
 def main() -> None:
+    """Run all ways in turn, several times."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--dir", type=Path, default=Path("build/retention"))
     parser.add_argument("--mib", type=int, default=256)
@@ -88,9 +89,8 @@ def main() -> None:
         for way in ways:
             found[way].append(measure(arguments.dir, arguments.mib, arguments.steps, way))
     shutil.rmtree(arguments.dir, ignore_errors=True)
-    print(
-        f"removing {arguments.steps - 1} steps of {arguments.mib} MiB, medians of {arguments.rounds} (worst pause: the worst of all)"
-    )
+    steps = f"{arguments.steps - 1} steps of {arguments.mib} MiB"
+    print(f"removing {steps}, medians of {arguments.rounds} (worst pause: the worst of all)")
     print(f"{'removal by':<18}{'call':>12}{'until gone':>14}{'worst pause':>14}")
     for way in ways:
         pauses, calls, gone = zip(*found[way], strict=True)
