@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from giantstep.manager.policies import EverySecs, EverySteps, ForFailures, SaveWhen, best_interval_secs, goodput
 
-# Where time or signals decide, ranks talk so often, and after so many steps at most.
+# Where time or signals decide, ranks talk so often, or when a save is due, and after so many steps at most.
 _TALK_SECS = 1.0
 _MOST_STEPS = 10_000
 # Weight of the newest measurement.
@@ -79,7 +79,8 @@ class Timing:
         """After how many steps ranks are to talk again."""
         if math.isnan(self._step_secs):
             return 1
-        return max(1, min(_MOST_STEPS, int(_TALK_SECS / max(self._step_secs, 1e-9))))
+        left = self._interval_secs() - (self._clock() - self._begun)
+        return max(1, min(_MOST_STEPS, int(min(_TALK_SECS, max(left, 0.0)) / max(self._step_secs, 1e-9))))
 
     def begin_save(self) -> None:
         """A save begins now: the next one is due an interval later. Time until the next step is no training."""
