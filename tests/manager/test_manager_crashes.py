@@ -9,7 +9,8 @@ import torch
 
 import giantstep as gs
 from giantstep.manager import CheckpointManager
-from giantstep.testing.faults import CrashError, CrashingStore, Loss
+from giantstep.testing.crash_points import explore
+from giantstep.testing.faults import CrashingStore
 
 OPTIONS = gs.SaveOptions(block_bytes=4096, buffer_bytes=4096, writer_threads=1)
 FROZEN = torch.arange(2000.0)
@@ -19,17 +20,18 @@ def state_of(value: float) -> dict[str, Any]:
     return {"frozen": FROZEN, "w": torch.full((1000,), value), "value": value}
 
 
-def begun(incremental: bool) -> CrashingStore:
-    store = CrashingStore()
-    with CheckpointManager(store, keep=1, save_options=OPTIONS, incremental=incremental) as manager:
+def manager_of(store: CrashingStore, incremental: bool) -> CheckpointManager:
+    return CheckpointManager(store, keep=1, save_options=OPTIONS, incremental=incremental)
+
+
+def begin(store: CrashingStore, incremental: bool) -> None:
+    with manager_of(store, incremental) as manager:
         manager.save(1, state_of(1.0))
-    store.arm(None)
-    return store
 
 
 def save_and_remove(store: CrashingStore, incremental: bool) -> None:
     """A further job's step, pinned, and the removal of the step before, in this thread: a crash ends it all."""
-    manager = CheckpointManager(store, keep=1, save_options=OPTIONS, incremental=incremental)
+    manager = manager_of(store, incremental)
     manager._saves._since_full = 1
     retention = manager._job.retention
     retention.ask = lambda *_: None  # type: ignore[method-assign]
@@ -40,7 +42,7 @@ def save_and_remove(store: CrashingStore, incremental: bool) -> None:
     manager.close()
 
 
-def found_in(store: CrashingStore) -> float:
+def value_in(store: CrashingStore) -> str:
     with CheckpointManager(store) as manager:
         restored = manager.restore({"frozen": torch.zeros(2000), "w": torch.zeros(1000), "value": None})
         assert restored is not None, "neither the old step nor the new one"
@@ -50,32 +52,26 @@ def found_in(store: CrashingStore) -> float:
         for entry in manager.steps():
             if entry.record is not None:
                 assert gs.open_checkpoint(store.folder(entry.name)).verify().ok
-    return float(value)
+    return f"{value:g}"
+
+
+def go_on(store: CrashingStore, incremental: bool) -> None:
+    pinned = ["step_00000002"] if "pinned" in store.folder("step_00000002").names("") else []
+    with manager_of(store, incremental) as manager:
+        manager.save(3, state_of(3.0))
+    assert value_in(store) == "3"
+    assert sorted(store.folders()) == [*pinned, "step_00000003"]
 
 
 @pytest.mark.parametrize("incremental", [False, True])
-@pytest.mark.parametrize("loss", list(Loss))
-@pytest.mark.parametrize("after", [False, True])
-def test_crash_at_any_operation_leaves_a_step_that_loads_and_the_next_manager_cleans_up(
-    after: bool, loss: Loss, incremental: bool
-) -> None:
-    whole = begun(incremental)
-    save_and_remove(whole, incremental)
-    count = len(whole.operations)
-    assert count > 25
-    assert any(operation.startswith("link") for operation in whole.operations) == incremental
-    assert found_in(whole) == 2.0
-    outcomes = set()
-    for position in range(count):
-        store = begun(incremental)
-        store.arm(position, after=after)
-        with pytest.raises(CrashError):
-            save_and_remove(store, incremental)
-        left = store.after_power_loss(loss)
-        outcomes.add(found_in(left))
-        pinned = ["step_00000002"] if "pinned" in left.folder("step_00000002").names("") else []
-        with CheckpointManager(left, keep=1, save_options=OPTIONS, incremental=incremental) as manager:
-            manager.save(3, state_of(3.0))
-        assert found_in(left) == 3.0
-        assert sorted(left.folders()) == [*pinned, "step_00000003"]
-    assert outcomes == {1.0, 2.0}
+def test_crash_at_any_operation_leaves_a_step_that_loads_and_the_next_manager_cleans_up(incremental: bool) -> None:
+    report = explore(
+        lambda store: save_and_remove(store, incremental),
+        before=lambda store: begin(store, incremental),
+        check=value_in,
+        again=lambda store: go_on(store, incremental),
+        states_per_point=4,
+    )
+    assert any(operation.startswith("link") for operation in report.operations) == incremental
+    assert report.points > 50
+    assert set(report.outcomes) == {"1", "2"}
