@@ -204,6 +204,10 @@ class SaveOptions:
     max_pending: int = 1
     """`async_save`: how many saves may be unfinished. With so many, the next call waits until one is finished."""
 
+    check_free_space: bool = True
+    """Before a byte is written, compare what all ranks are to write with the space that the store says is free, and raise
+    `StoreError` if it is too little. Not done for incremental saves, nor where a store does not know."""
+
     digests: bool = False
     """Keep a digest of every chunk and object in the index, so that a later save can tell what has not changed since, and
     `giantstep diff` need not read what is equal. Costs a pass over the bytes. `previous` implies it."""
@@ -247,7 +251,8 @@ class SaveOptions:
         _require(policy and not isinstance(self.writers, type), "writers", self.writers, "a policy of giantstep.writers")
         _require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
         self._check_background()
-        _require(isinstance(self.digests, bool), "digests", self.digests, "a bool")
+        for name in ("digests", "check_free_space"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
         earlier = self.previous
         place = isinstance(earlier, str | os.PathLike) or callable(getattr(earlier, "open_read", None))
         _require(earlier is None or (place and earlier != ""), "previous", earlier, "a path, URL or store, or None")

@@ -162,7 +162,10 @@ class SavePlanner:
         count = len(reports)
         if any(report[0] == _AS_BEFORE for report in reports):
             holds = all(report[0] == _AS_BEFORE for report in reports) and all_as_before([report[1] for report in reports])
-            return [(_HOLDS, prepare())] * count if holds else [(_TELL,)] * count
+            if not holds:
+                return [(_TELL,)] * count
+            self.plan = None if self._known is None else self._known.plan
+            return [(_HOLDS, prepare())] * count
         descriptions = decode_descriptions([report[2:] for report in reports])
         # Equal names are one object: they are numbered without being looked at.
         numbers: dict[bytes, int] = {}
@@ -236,6 +239,11 @@ class SavePlanner:
     def forget(self) -> None:
         """Let go of the state that was planned for."""
         self._described = NOTHING
+
+    def planned_bytes(self) -> int:
+        """Payload that all ranks are to write, each byte once; on rank 0, once there is a plan."""
+        plan = self.planned()
+        return int(plan.bytes.sum() + plan.objects.bytes.sum())
 
     def planned(self) -> SavePlan:
         """The whole plan; on rank 0, after `agree`."""

@@ -19,7 +19,7 @@ from giantstep.collection import uncollected
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
 from giantstep.comparison import Comparison
-from giantstep.errors import BadArgumentError, GiantstepError, PeerError
+from giantstep.errors import BadArgumentError, GiantstepError, PeerError, StoreError
 from giantstep.format.data_file import DataFilePlan, file_metadata
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata, check_metrics
@@ -31,7 +31,7 @@ from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
 from giantstep.planning.index_plan import WriteReport, build_index
-from giantstep.reports import SaveReport
+from giantstep.reports import SaveReport, size_text
 from giantstep.sources import Content, PartSources, encoded, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
@@ -179,7 +179,19 @@ class Save:
     def _prepare(self) -> bytes:
         self._store.prepare(DATA_DIR)
         self._root.before = current_record(self._store)
+        # Of an incremental save it is not known yet how much is to be written.
+        if self.options.check_free_space and self._previous is None:
+            self._check_space(self._planner.planned_bytes())
         return new_save_id(dt.datetime.now(dt.UTC), secrets.token_hex(8)).encode("ascii")
+
+    def _check_space(self, needed: int) -> None:
+        free = self._store.free_bytes()
+        if free is not None and free < needed:
+            raise StoreError(
+                f"{self.location} has {size_text(free)} of free space, and the save needs {size_text(needed)} "
+                "(an earlier checkpoint stays until the new one is committed). Nothing was written: make room, or save "
+                "elsewhere; SaveOptions(check_free_space=False) tries all the same"
+            )
 
     # Incremental saves only: compare.
 

@@ -127,7 +127,9 @@ class LocalStore:
     def free_bytes(self) -> int | None:
         there = next(path for path in (self._root, *self._root.parents) if path.exists())
         found = os.statvfs(there)
-        return found.f_bavail * found.f_frsize
+        # Some blocks are for root alone. File systems that have none do not tell.
+        blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
+        return blocks * found.f_frsize if found.f_blocks else None
 
     def folder(self, name: str) -> LocalStore:
         return LocalStore(self._path(name))
