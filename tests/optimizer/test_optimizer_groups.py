@@ -97,6 +97,21 @@ def test_an_empty_group_finds_the_stored_one_that_it_is_like(tmp_path: Path) -> 
     assert state.report.groups == ("group 1: left as it is: it is empty, and none like it was saved",)
 
 
+def test_hyper_parameters_of_another_algorithm_are_reported(tmp_path: Path) -> None:
+    model = params("ab")
+    gs.save({"optimizer": OptimizerState(torch.optim.Adam(model.values()), model)}, tmp_path / "c")
+    for make, said in (
+        (torch.optim.Adam, ()),
+        (torch.optim.AdamW, ("; takes decoupled_weight_decay=False, unlike this optimizer",)),
+        (torch.optim.Adagrad, ("; takes amsgrad=False, betas=(0.9, 0.999), decoupled_weight_decay=False, ",)),
+    ):
+        fresh = params("ab")
+        state = OptimizerState(make(fresh.values()), fresh)
+        gs.load({"optimizer": state}, tmp_path / "c")
+        assert len(state.report.groups) == len(said)
+        assert all(part in note for note, part in zip(state.report.groups, said, strict=True)), state.report.groups
+
+
 def test_how_this_process_computes_is_not_taken_from_the_checkpoint(tmp_path: Path) -> None:
     model = params("a")
     saved(tmp_path / "c", [{"params": [model["a"]], "fused": True, "maximize": True}], model)
@@ -104,7 +119,7 @@ def test_how_this_process_computes_is_not_taken_from_the_checkpoint(tmp_path: Pa
     optimizer, state = loaded(tmp_path / "c", [{"params": [fresh["a"]]}], fresh)
     assert optimizer.param_groups[0]["fused"] is None
     assert optimizer.param_groups[0]["maximize"] is True
-    assert state.report.groups == ("group 0: keeps its own fused",)
+    assert state.report.groups == ("group 0: keeps its own fused; takes maximize=True, unlike this optimizer",)
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])

@@ -11,6 +11,7 @@ import torch
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, DisagreementError, KeyMismatchError, MismatchError
+from giantstep.fused import fused_rows
 from giantstep.optimizer import OptimizerOptions, OptimizerState
 from giantstep.testing.ranks import RanksFailedError, run_ranks
 
@@ -124,6 +125,25 @@ def test_state_of_which_a_part_is_left_out_stays_as_it_was_in_all_of_it(tmp_path
     assert other.state[fresh["b"]]["step"] == 7
     assert torch.all(other.state[fresh["b"]]["exp_avg"] == 7)
     assert torch.equal(other.state[fresh["a"]]["exp_avg"], optimizer.state[model["a"]]["exp_avg"])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_state_of_a_factory_of_which_one_tensor_is_left_out_stays_as_it_was(steps: int, tmp_path: Path) -> None:
+    def job(steps: int) -> Any:
+        weight = torch.nn.Parameter(torch.ones(8, 3))
+        optimizer = adamw({"w": weight}, "w" if steps else "")
+        leaf = fused_rows("w", weight, (4, 4), 0, 1, names=("gate", "up"))
+        return weight, optimizer, OptimizerState(optimizer, [leaf])
+
+    gs.save({"optimizer": job(1)[2]}, tmp_path / "c")
+    weight, optimizer, state = job(steps)
+    for value in optimizer.state.get(weight, {}).values():
+        value.fill_(7)
+    options = gs.LoadOptions(rename={"optimizer.state.exp_avg.w.up": None})
+    gs.load({"optimizer": state}, tmp_path / "c", options=options)
+    assert state.report.skipped == ("w",)
+    assert len(optimizer.state.get(weight, {})) == 3 * steps
+    assert all(torch.all(value == 7) for value in optimizer.state.get(weight, {}).values())
 
 
 def test_a_renamed_model_finds_its_state(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ _MANNER = {"foreach", "fused", "capturable", "differentiable"}
 # What schedules change: says nothing of which group it is.
 _VARYING = {"lr", "initial_lr", "momentum", "betas", "step", "max_lr", "min_lr"}
 
+_ABSENT = object()
+
 Group = Mapping[str, Any]
 
 
@@ -111,7 +113,16 @@ def _manner(group: Group, options: Group, note: str, what: str = "") -> GroupPla
     kept = [name for name in options if name in _MANNER and group.get(name) != options[name]]
     if kept and not note:
         note = f"{what}: keeps its own {', '.join(kept)}"
+    # Which algorithm it is: what was saved may be another optimizer's.
+    others = [name for name in options if name not in _MANNER and _is_switched(options[name], group.get(name, _ABSENT))]
+    if others:
+        note = f"{note or what}; takes {', '.join(f'{name}={options[name]!r}' for name in others)}, unlike this optimizer"
     return GroupPlan({name: value for name, value in options.items() if name not in _MANNER}, note)
+
+
+def _is_switched(stored: Any, current: Any) -> bool:
+    """Whether a stored hyper-parameter is none that the group has, or a switch that it has otherwise."""
+    return current is _ABSENT or (isinstance(stored, bool) and current is not stored)
 
 
 def _several(what: str, members: Mapping[str, str], stored: Mapping[str, Group], *, keep_conflicts: bool) -> GroupPlan:

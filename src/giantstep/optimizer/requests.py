@@ -177,8 +177,8 @@ class _Asker:
         }
         # Where one is left out, all others stay as they are too.
         whole = not any(self._is_absent(*place) for place in wanted.values())
-        for what, (kind, key) in wanted.items():
-            made = self._leaf(slot, name, what, kind, key, in_place=whole or what == MAIN_PARAM)
+        for what, (kind, keys) in wanted.items():
+            made = self._leaf(slot, name, what, kind, keys, in_place=whole or what == MAIN_PARAM)
             if isinstance(made, str):
                 problems.append(made)
             else:
@@ -192,29 +192,34 @@ class _Asker:
         for what, (where, leaf) in leaves.items():
             self._wanted.tree.setdefault("state", {}).setdefault(what, {})[where] = leaf
 
-    def _located(self, slot: Slot, name: Name, what: str, kind: Kind) -> tuple[Kind, str]:
-        """The kind of stored state under this layout, and its key; of a factory the first of its parts' keys."""
+    def _located(self, slot: Slot, name: Name, what: str, kind: Kind) -> tuple[Kind, list[str]]:
+        """The kind of stored state under this layout, and its keys: of a factory those of its parts."""
         prefix = f"{self._place}.state.{what}"
         kind = self._kind_here(kind, slot, name, what)
         sample = leaf_of(kind, None if kind == SHARD_OBJECT else self._shaped(slot, kind, None), name, prefix)[1]
-        return kind, _first_key(sample) or stored_name(kind, name, prefix, sample)
+        parts = built_tensors(sample) if isinstance(sample, ShardedTensorFactory) else ()
+        return kind, [part.key for part in parts] or [stored_name(kind, name, prefix, sample)]
 
-    def _is_absent(self, kind: Kind, key: str) -> bool:
-        return kind != SHARD_OBJECT and self._stored.tensor(key) is None and not self._stored.is_wrapper(key)
+    def _is_absent(self, kind: Kind, keys: Sequence[str]) -> bool:
+        held = (self._stored.tensor(key) is not None or self._stored.is_wrapper(key) for key in keys)
+        return kind != SHARD_OBJECT and not all(held)
 
-    def _leaf(self, slot: Slot, name: Name, what: str, kind: Kind, key: str, *, in_place: bool) -> tuple[str, Any] | str:
+    def _leaf(
+        self, slot: Slot, name: Name, what: str, kind: Kind, keys: Sequence[str], *, in_place: bool
+    ) -> tuple[str, Any] | str:
         """The leaf to be filled, or a problem. What is not stored, or left out, is requested without memory."""
         prefix = f"{self._place}.state.{what}"
         if kind == SHARD_OBJECT:
             where, leaf = leaf_of(kind, None, name, prefix)
-            return (where, leaf) if self._stored.grid(key) is not None else self._uncuttable(name, what)
-        held = self._stored.tensor(key)
+            return (where, leaf) if self._stored.grid(keys[0]) is not None else self._uncuttable(name, what)
+        absent = self._is_absent(kind, keys)
+        held = None if absent else self._stored.tensor(keys[0])
         if held is None and (kind == SHARD or kind[0] == "statistic"):
             return self._uncuttable(name, what)
         value = self._made.get((id(slot), what))
-        if value is None and not self._is_absent(kind, key) and (in_place or held is None):
+        if value is None and not absent and (in_place or held is None):
             value = self._fitting(slot, what, kind, held)
-        if value is None and held is None and self._stored.is_wrapper(key):
+        if value is None and held is None and not absent:
             raise MismatchError(
                 f"state {what!r} of parameter {name.key!r} is stored as a wrapper tensor, which cannot be made here: expected "
                 f"one in {self._place}. Let the optimizer make its state before loading, by a step whose result is overwritten."
@@ -290,12 +295,6 @@ class _Asker:
         if self._dropped:
             self._wanted.tree["dropped"] = LocalNonpersistentObject(self._dropped)
         return self._wanted
-
-
-def _first_key(leaf: Any) -> str | None:
-    """The first key under which a factory's parts are stored; None for other leaves."""
-    parts = built_tensors(leaf) if isinstance(leaf, ShardedTensorFactory) else ()
-    return parts[0].key if parts else None
 
 
 def _checked(found: Any, position: ObjectPosition) -> Record:
