@@ -12,9 +12,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "giantstep"
 # From the highest layer to the lowest; a module may import only from layers below its own, or from its own package.
 LAYERS: list[set[str]] = [
     {"cli", "integrations", "testing", "__init__"},
+    {"diagnosis"},
     {"manager"},
     {"metadata", "async_saving", "difference", "zero", "optimizer", "training_state"},
-    {"opening", "saving", "loading", "removal", "materializing", "saver"},
+    {"opening", "saving", "loading", "removal", "materializing", "saver", "recovery"},
     {"planned_save", "planned_load", "comparison", "rewriting"},
     {"filling", "unwrapping", "kept_index", "kept_outlines"},
     {"reusing", "describing", "requesting", "conditions", "restoring", "sources", "pending", "sharing"},
