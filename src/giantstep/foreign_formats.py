@@ -39,9 +39,10 @@ def foreign_format(store: Store, names: Collection[str]) -> str:
 def foreign_file(store: Store, name: str) -> str:
     """What one file is, in words; "" if it is not recognised; raises as `foreign_format`."""
     with reading(store, name) as handle:
-        head = bytearray(min(16, handle.size))
-        handle.read_into(0, memoryview(head))
         size = handle.size
+        first = bytearray(min(16, size))
+        handle.read_into(0, memoryview(first))
+    head = bytes(first)
     if head[:4] == b"PK\x03\x04":
         return "a zip archive, as torch.save writes it"
     # A pickle of protocol 2 to 5 begins with the opcode PROTO and the number.

@@ -17,7 +17,7 @@ from giantstep.errors import BadArgumentError, CheckpointNotFoundError, Giantste
 from giantstep.format.names import DATA_DIR, RECORD_NAME, is_index_file, save_id_of
 from giantstep.steps import PIN_NAME, StepEntry, StepState, look_at_place, scan_steps, step_of
 from giantstep.storage.base import Store
-from giantstep.storage.locate import StoreLike, parent_at, store_at
+from giantstep.storage.locate import StoreLike, is_file_at, parent_at, store_at
 from giantstep.storage.record_file import files_of_ours
 
 DEFAULT_OLDER_THAN_SECS = 3600.0
@@ -74,7 +74,9 @@ class Finding:
     store: Store | None = field(default=None, repr=False, compare=False)
 
 
-def inspect(path: StoreLike, *, older_than_secs: float = DEFAULT_OLDER_THAN_SECS, now: dt.datetime | None = None) -> list[Finding]:
+def inspect(
+    path: StoreLike, *, older_than_secs: float = DEFAULT_OLDER_THAN_SECS, now: dt.datetime | None = None
+) -> list[Finding]:
     """Look for what is no part of a good checkpoint. Changes nothing.
 
     Args:
@@ -147,8 +149,7 @@ def _storage(store: Store) -> Iterator[None]:
 
 
 def _check_directory(path: StoreLike, store: Store) -> None:
-    parent = parent_at(path)
-    if parent is not None and parent[1] in {name.rpartition("/")[2] for name in parent[0].names("")}:
+    if is_file_at(path):
         raise NotACheckpointError(f"{store.location} is a file: expected a step's directory, or the root of steps")
     if not store.exists() and not any(store.folders()):
         raise CheckpointNotFoundError(f"{store.location} does not exist")
@@ -227,7 +228,9 @@ class _Look:
         whole = any(map(is_index_file, ours))
         if whole:
             kind = FindingKind.PARTLY_REMOVED
-            words = "index and data files without a commit record: a removal that stopped half-way, or a save that did at its end"
+            words = (
+                "index and data files without a commit record: a removal that stopped half-way, or a save that did at its end"
+            )
         overtaken = step is not None and self._newest is not None and step < self._newest
         save_ids = {save_id_of(name) or "" for name in ours}
         why = self._may_run(max(save_ids))
@@ -237,12 +240,16 @@ class _Look:
             why = "no newer step is committed: if its commit record was lost, this may be the only checkpoint"
         if not why and self._newest is not None and not overtaken and max(save_ids) <= self._newest_id:
             # An incremental save first links files of earlier saves, and only then writes some of its own.
-            why = "it holds only files of earlier saves and is newer than all committed steps: an incremental save may have begun"
+            why = (
+                "it holds only files of earlier saves and is newer than all committed steps: an incremental save may have begun"
+            )
         return self._finding(store, kind, ours, words, why)
 
     def _kept(self, store: Store, entry: StepEntry, files: list[str]) -> Finding:
         if entry.state is StepState.NEWER:
-            return self._finding(store, FindingKind.NEWER, files, entry.problem, "this version cannot judge it: upgrade giantstep")
+            return self._finding(
+                store, FindingKind.NEWER, files, entry.problem, "this version cannot judge it: upgrade giantstep"
+            )
         why = f"it may be repaired: restore {RECORD_NAME} from a copy, or delete the directory yourself"
         return self._finding(store, FindingKind.DAMAGED, files, entry.problem, why)
 

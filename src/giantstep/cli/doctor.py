@@ -26,7 +26,7 @@ def command(path: str, full: bool, as_json: bool) -> None:
 
     found = diagnose(path, full=full)
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=1))
+        click.echo(json.dumps({"healthy": found.healthy, **asdict(found)}, indent=1))
     else:
         _print(found)
     if not found.healthy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from giantstep.errors import BadArgumentError
@@ -51,3 +52,9 @@ def parent_at(path: StoreLike) -> tuple[Store, str] | None:
         above, _, name = store.location.removeprefix("memory://").rpartition("/")
         return (MemoryStore(above), name) if above and name else None
     return None
+
+
+def is_file_at(path: StoreLike) -> bool:
+    """Whether a path leads to a file, where the place of a store is expected."""
+    store = store_at(path)
+    return isinstance(store, LocalStore) and Path(store.location).is_file()
