@@ -135,11 +135,8 @@ def _common(checkpoint: Checkpoint, found: Diagnosis) -> None:
         remedy = f"Before loading, giantstep.register_type(..., name={name!r}); or load with unknown_types='keep'."
         if is_enum:
             remedy = f"Before loading, import the module {name.partition(':')[0]!r}; or load with unknown_types='keep'."
-        found.note(
-            f"type {name!r} is not registered in this process",
-            f"the common state holds values of it at {some_of(keys)}",
-            remedy,
-        )
+        why = f"the common state holds values of it at {some_of(keys)}"
+        found.note(f"type {name!r} is not registered in this process", why, remedy)
 
 
 def _unregistered(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Unregistered]]:

@@ -44,10 +44,10 @@ def foreign_file(store: Store, name: str) -> str:
         handle.read_into(0, memoryview(first))
     head = bytes(first)
     if head[:4] == b"PK\x03\x04":
-        return "a zip archive, as torch.save writes it"
+        return "a zip archive, as torch writes its files"
     # A pickle of protocol 2 to 5 begins with the opcode PROTO and the number.
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "a pickle, as old versions of torch.save write it"
+        return "a pickle, as old versions of torch write their files"
     header = int.from_bytes(head[:8], "little")
     if len(head) == 16 and head[8:9] == b"{" and 2 <= header <= size - 8:
         return "a safetensors file"
