@@ -107,7 +107,7 @@ def _index_words(store: Store, record: CommitRecord, error: GiantstepError) -> s
     match = re.search(rb'"save_id": ?"([^"]*)"', head)
     save_id = match[1].decode("ascii", "replace") if match else ""
     if is_save_id(save_id) and save_id != record.save_id:
-        return f"{record.index.name} is the index of save {save_id}, the commit record is of save {record.save_id}"
+        return f"{record.index.name} says it is the index of save {save_id}, the commit record is of save {record.save_id}"
     return error.message
 
 
