@@ -39,10 +39,11 @@ def diagnose(path: StoreLike, *, full: bool = False) -> Diagnosis:
         _look(path, store, found, full)
     except PermissionError as error:
         remedy = "Run as the user who saved it, or have the rights to read given (files: r, directories: r and x)."
-        found.problem(f"permission to read {found.location} is denied", str(error), remedy)
+        found.problem(f"permission to read all of {found.location} is denied", str(error), remedy)
     except OSError as error:
         remedy = "Look at the disk or the network, and try again: this says nothing about the bytes that are stored."
         found.problem(f"{found.location} cannot be read", f"{type(error).__name__}: {error}", remedy)
+    found.looked_at = found.looked_at or "it could not be read"
     return found
 
 

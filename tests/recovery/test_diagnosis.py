@@ -284,8 +284,10 @@ def test_what_the_system_refuses_is_reported(two: Path, monkeypatch: pytest.Monk
         raise error
 
     monkeypatch.setattr(LocalStore, "open_read", refuse)
-    problem = only(diagnose(two))
+    found = diagnose(two)
+    problem = only(found)
     assert text in problem.what
+    assert found.looked_at == "it could not be read"
     assert str(error) in problem.why
 
 
