@@ -21,8 +21,10 @@ class _LazyGroup(click.Group):
 
     lazy: ClassVar[dict[str, tuple[str, str]]] = {
         "diff": ("giantstep.cli.diff", "Say in what two checkpoints differ."),
+        "doctor": ("giantstep.cli.doctor", "Say what is wrong with a path, and what to do."),
         "ls": ("giantstep.cli.ls", "List the tensors and objects of a checkpoint."),
         "materialize": ("giantstep.cli.materialize", "Make a checkpoint share no files with others."),
+        "recover": ("giantstep.cli.recover", "Find what crashed saves left, and remove it."),
         "show": ("giantstep.cli.show", "Show one tensor: shape, dtype, where it lies, statistics, first values."),
         "verify": ("giantstep.cli.verify", "Check every byte of a checkpoint."),
     }

@@ -20,7 +20,7 @@ from giantstep.manager.flights import packed, unpacked
 from giantstep.manager.metrics import ManagerCallback, Teller
 from giantstep.manager.policies import EverySteps, Keep, SaveWhen
 from giantstep.manager.restores import Restored, restore_step
-from giantstep.manager.retention import PIN_NAME, Retention
+from giantstep.manager.retention import Retention
 from giantstep.manager.saves import Job, Linking, Saves
 from giantstep.manager.signals import Notice
 from giantstep.manager.speed import raw_bytes_per_sec
@@ -28,7 +28,7 @@ from giantstep.manager.timing import Expectation, Timing
 from giantstep.options import LoadOptions, SaveOptions, StrictHandling
 from giantstep.pending import PendingSave
 from giantstep.reports import SaveReport
-from giantstep.steps import StepEntry, look_at_step, scan_steps, step_name
+from giantstep.steps import PIN_NAME, StepEntry, look_at_step, scan_steps, step_name
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 

@@ -20,13 +20,10 @@ from giantstep.format.record import CommitRecord
 from giantstep.manager.metrics import DeleteRecord
 from giantstep.manager.policies import Keep, SavedStep
 from giantstep.pending import PendingSave
-from giantstep.steps import StepEntry, StepState, scan_steps, step_name
+from giantstep.steps import PIN_NAME, StepEntry, StepState, scan_steps, step_name
 from giantstep.storage.base import Store
 
 _LOG = logging.getLogger("giantstep")
-
-PIN_NAME = "pinned"
-"""A file of this name in a step's directory keeps the step, whatever the rules say."""
 
 
 class Retention:
