@@ -25,6 +25,7 @@ StagingMode = Literal["auto", "background"]
 Cast = Literal["never", "floating", "any"]
 Verify = Literal["reading", "before", "never"]
 UnknownTypes = Literal["raise", "keep"]
+OnCorrupt = Literal["raise", "fallback"]
 
 
 class StrictHandling(enum.Enum):

@@ -78,6 +78,8 @@ class LoadReport:
         dequantised: keys that this rank loaded from quantised tensors into floating-point ones.
         skipped: keys that this rank requested and `LoadOptions.rename` left out; and state that may be missing from a
             checkpoint, and was: it stays as it is.
+        passed_over: newer steps that were to be loaded and are damaged or not all there, each with the reason
+            (`load(on_corrupt="fallback")`).
         dropped: keys of sharded objects that are stored for another number of positions and were dropped.
         bytes_filled: bytes of this rank's tensors that were filled.
         bytes_read: bytes of tensors that this rank read from the store, whole blocks.
@@ -105,6 +107,7 @@ class LoadReport:
     bytes_sent: int = 0
     bytes_received: int = 0
     plan_reused: bool = False
+    passed_over: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         filled, read = size_text(self.bytes_filled), size_text(self.bytes_read)
@@ -120,6 +123,7 @@ class LoadReport:
             ("cast", self.cast),
             ("dequantised", self.dequantised),
             ("left out", self.skipped),
+            ("passed over", self.passed_over),
             ("dropped for another number of positions", self.dropped),
         ):
             if names:

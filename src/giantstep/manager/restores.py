@@ -8,28 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from giantstep.errors import (
-    CheckpointNotFoundError,
-    CorruptionError,
-    DisagreementError,
-    GiantstepError,
-    IncompleteError,
-    NotACheckpointError,
-)
+from giantstep.errors import CorruptionError, DisagreementError, GiantstepError
 from giantstep.group.base import consult
 from giantstep.loading import load
 from giantstep.manager.choosing import Skipped, choose
 from giantstep.manager.flights import gathered, packed, unpacked
 from giantstep.manager.metrics import LoadRecord
 from giantstep.manager.saves import Job
+from giantstep.older_steps import PASSED_OVER
 from giantstep.options import LoadOptions, StrictHandling
 from giantstep.reports import LoadedState
 from giantstep.steps import step_name
 
 _LOG = logging.getLogger("giantstep")
-
-# What another step may make good.
-_PASSED_OVER = (CorruptionError, IncompleteError, NotACheckpointError, CheckpointNotFoundError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +60,7 @@ def restore_step(
             with job.retention.using(step):
                 place = job.root.folder(step_name(step))
                 state = load(state_dict, place, strict=strict, process_group=job.process_group, options=options)
-        except _PASSED_OVER as error:
+        except PASSED_OVER as error:
             if wanted is not None:
                 raise
             failure = failure or error
