@@ -1,0 +1,287 @@
+"""Kills real processes that save, with SIGKILL at random moments, and checks what is left.
+
+    python -m giantstep.testing.killing --rounds 20 --mode all
+
+Every round starts a process (`killed`) over what the dead ones left, kills its whole process group while it saves, and reads
+the newest checkpoint here: it must open, verify, hold one step's values only, and be no older than what was surely committed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO
+
+import click
+import numpy as np
+import torch
+
+from giantstep.errors import CheckpointNotFoundError, GiantstepError, IncompleteError, NotACheckpointError
+from giantstep.loading import load
+from giantstep.opening import open_checkpoint
+from giantstep.steps import StepState, scan_steps
+from giantstep.storage.local import LocalStore
+from giantstep.testing import killed
+
+# A process that says nothing for so long hangs.
+_PATIENCE_SECS = 120.0
+
+
+@dataclass(slots=True)
+class KillReport:
+    """What came of some rounds.
+
+    Attributes:
+        rounds: how many.
+        killed_in_save: in how many of them a save was under way.
+        lost: after how many a step that was committed was gone or did not load.
+        mixed: after how many there was a checkpoint with values of several steps.
+        problems: in words, with the round; also leftovers that stayed, and processes that failed.
+    """
+
+    mode: str
+    rounds: int = 0
+    killed_in_save: int = 0
+    lost: int = 0
+    mixed: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies in the folder after a kill.
+
+    Attributes:
+        newest: the step of the newest checkpoint, if it loads.
+        unsound: of checkpoints that do not load, why.
+        mixed: of checkpoints with values of several steps, which.
+    """
+
+    newest: int | None
+    unsound: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """What is killed and looked at; tests of the rounds themselves have others than `victim_of`.
+
+    Attributes:
+        command: the command line of a process that saves, from the folder, the first step, and a path of its own for files.
+        look: reads what is in the folder.
+        clean: saves once more from this step on, in this process, and tells of leftovers that are still there.
+    """
+
+    command: Callable[[Path, int, Path], list[str]]
+    look: Callable[[Path], Found]
+    clean: Callable[[Path, int], list[str]]
+
+
+def victim_of(mode: str, ranks: int = 1) -> Victim:
+    """The process that saves with giantstep in one of `killed.MODES`."""
+    return Victim(
+        command=lambda folder, first, own: killed.command_of(mode, folder, first, 0, ranks, own / "meeting"),
+        look=lambda folder: look_at(mode, folder),
+        clean=lambda folder, first: _clean(mode, folder, first),
+    )
+
+
+def run_rounds(
+    mode: str,
+    rounds: int,
+    seed: int,
+    folder: Path,
+    *,
+    ranks: int = 1,
+    span_secs: float = 0.25,
+    victim: Victim | None = None,
+) -> KillReport:
+    """Kill a saving process once per round, and check each time what is left.
+
+    Args:
+        mode: one of `killed.MODES`, or a name for another `victim`.
+        rounds: how many; what they leave accumulates.
+        seed: of the moments.
+        folder: where checkpoints are; empty or not there.
+        ranks: processes that save together, over gloo; they are killed at once.
+        span_secs: the kill comes at most so long after the first step of the round is committed, or begun.
+        victim: another than giantstep's.
+    """
+    victim = victim or victim_of(mode, ranks)
+    moments = np.random.default_rng([seed, *mode.encode()])
+    report = KillReport(mode)
+    surely = highest = 0
+    for number in range(rounds):
+        # The first save of a process over leftovers is killed too; only the first of all must leave something to look at.
+        word = "saving" if number and moments.random() < 0.5 else "committed"
+        begin = (surely if number == 0 else max(surely, victim.look(folder).newest or 0)) + 1
+        told, problem = _kill_one(victim, folder, begin, word, moments.random() * span_secs)
+        begun, committed = _steps(told, "saving"), _steps(told, "committed")
+        surely, highest = max([surely, *committed]), max([highest, *begun])
+        report.rounds += 1
+        report.killed_in_save += bool(set(begun) - set(committed))
+        if problem:
+            report.problems.append(f"round {number}: {problem}")
+        _judge(report, number, victim.look(folder), surely)
+    report.problems += victim.clean(folder, highest + 1)
+    return report
+
+
+def _judge(report: KillReport, number: int, found: Found, surely: int) -> None:
+    """Note what is wrong with what a kill left."""
+    wrong = [*found.unsound]
+    if surely and (found.newest is None or found.newest < surely):
+        wrong.append(f"step {surely} was committed, and the newest that loads is {found.newest}")
+    report.lost += bool(wrong)
+    report.mixed += bool(found.mixed)
+    report.problems += [f"round {number}: {text}" for text in (*wrong, *found.mixed)]
+
+
+def _steps(told: Sequence[str], word: str) -> list[int]:
+    return [int(line.split()[1]) for line in told if line.startswith(f"{word} ")]
+
+
+def _kill_one(victim: Victim, folder: Path, first: int, word: str, delay_secs: float) -> tuple[list[str], str]:
+    """Start a process, wait for a line that begins with `word`, then `delay_secs`, then kill; its lines, and its own fault."""
+    with tempfile.TemporaryDirectory() as own, tempfile.TemporaryFile() as errors:
+        command = victim.command(folder, first, Path(own))
+        process = subprocess.Popen(  # noqa: S603 - the command is the caller's
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+        hang = threading.Timer(_PATIENCE_SECS, _kill_group, [process])
+        hang.start()
+        try:
+            told = _lines_until(process.stdout, word)
+            if told and told[-1].startswith(word):
+                time.sleep(delay_secs)
+        finally:
+            hang.cancel()
+            ended = process.poll()
+            _kill_group(process)
+        # To the end of the pipe, which every process of the group holds open while it lives.
+        told += _lines_until(process.stdout, None)
+        if process.stdout is not None:
+            process.stdout.close()
+        process.wait()
+        errors.seek(0)
+        text = errors.read().decode(errors="replace")
+    problem = "" if ended is None else f"the process ended by itself with {ended}: {text[-2000:]}"
+    return told, problem
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    # The process leads the group and is not waited for yet, so that the number is nobody else's.
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _lines_until(pipe: IO[str] | None, word: str | None) -> list[str]:
+    found: list[str] = []
+    for line in pipe or ():
+        found.append(line)
+        if word is not None and line.startswith(word):
+            break
+    return found
+
+
+# What giantstep has left.
+
+
+def look_at(mode: str, folder: Path) -> Found:
+    """All committed checkpoints in the folder; each is verified and loaded."""
+    if mode in killed.ONE_PATH:
+        places = [folder]
+    else:
+        entries = scan_steps(LocalStore(folder))
+        places = [folder / entry.name for entry in entries if entry.state is not StepState.UNFINISHED]
+    newest, unsound, mixed = None, [], []
+    for place in places:
+        try:
+            step, problem = _read(place)
+        except (CheckpointNotFoundError, NotACheckpointError, IncompleteError) as error:
+            # Of one path before the first commit; whether there should be one the caller knows.
+            if mode not in killed.ONE_PATH:
+                unsound.append(f"{place.name}: {error}")
+        except GiantstepError as error:
+            unsound.append(f"{place.name}: {error}")
+        else:
+            newest = step if newest is None else max(newest, step)
+            if problem:
+                mixed.append(f"{place.name}: {problem}")
+    return Found(newest, tuple(unsound), tuple(mixed))
+
+
+def _read(place: Path) -> tuple[int, str]:
+    """The step of a checkpoint, and what in it is of another one."""
+    found = open_checkpoint(place).verify()
+    if not found.ok:
+        raise IncompleteError(f"verify finds {found}")
+    shapes = dict.fromkeys(killed.CHANGING, (killed.ROWS, killed.COLUMNS)) | {killed.FIXED: (killed.FIXED_ROWS, killed.COLUMNS)}
+    state = load({key: torch.full(shape, -1.0) for key, shape in shapes.items()}, place)
+    step = int(state["step"])
+    expected = dict.fromkeys(killed.CHANGING, float(step)) | {killed.FIXED: float(killed.FIXED_VALUE)}
+    wrong = {key: state[key].unique().tolist()[:4] for key, value in expected.items() if not bool((state[key] == value).all())}
+    name = "" if place.name in ("", f"step_{step:08d}") or not place.name.startswith("step_") else f"named {place.name}; "
+    return step, f"{name}step {step} holds {wrong}" if wrong or name else ""
+
+
+def _clean(mode: str, folder: Path, first: int) -> list[str]:
+    """Save as often as steps are kept, undisturbed; what then lies there but is of no checkpoint."""
+    killed.save_steps(mode, folder, first, 1 if mode in killed.ONE_PATH else killed.KEEP, lambda line: None)
+    places = [folder] if mode in killed.ONE_PATH else sorted(folder.iterdir())
+    wanted: set[Path] = set()
+    for place in places:
+        try:
+            record = open_checkpoint(place).record
+        except GiantstepError as error:
+            return [f"leftovers stay: {place}: {error}"]
+        wanted |= {place / name for name in ("checkpoint.json", record.index.name, *(file.name for file in record.files))}
+    left = sorted(str(path.relative_to(folder)) for path in {*folder.rglob("*")} - wanted if not path.is_dir())
+    return [f"leftovers stay: {left}"] if left else []
+
+
+# Command line.
+
+
+@click.command()
+@click.option("--rounds", default=20, show_default=True, help="Kills per mode.")
+@click.option("--mode", "mode", default="all", show_default=True, type=click.Choice([*killed.MODES, "all"]))
+@click.option("--seed", default=0, show_default=True, help="Of the moments.")
+@click.option("--ranks", default=1, show_default=True, type=click.Choice(["1", "2"]), help="Processes that save together.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the reports to this file too.")
+def main(rounds: int, mode: str, seed: int, ranks: str, json_path: Path | None) -> None:
+    """Kill saving processes at random moments and check what is left; exit code 1 if anything was lost or mixed."""
+    reports = []
+    click.echo(f"{'mode':12} {'rounds':>6} {'in a save':>9} {'lost':>4} {'mixed':>5} {'secs':>6}")
+    for one in killed.MODES if mode == "all" else (mode,):
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            report = run_rounds(one, rounds, seed, Path(folder) / "run", ranks=int(ranks))
+        secs = time.monotonic() - began
+        click.echo(f"{one:12} {report.rounds:6} {report.killed_in_save:9} {report.lost:4} {report.mixed:5} {secs:6.1f}")
+        for problem in report.problems:
+            click.echo(f"  {problem}")
+        reports.append(report)
+    if json_path is not None:
+        json_path.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+    if any(report.lost or report.mixed or report.problems for report in reports):
+        sys.exit(1)
+
+
+def _child(mode: str, folder: str, first: str, rank: str, size: str, meeting: str) -> None:
+    killed.serve(mode, Path(folder), int(first), int(rank), int(size), Path(meeting))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        _child(*sys.argv[2:])
+    else:
+        main()
