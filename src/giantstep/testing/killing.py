@@ -165,16 +165,17 @@ def _kill_one(victim: Victim, folder: Path, first: int, word: str, delay_secs: f
                 time.sleep(delay_secs)
         finally:
             hang.cancel()
-            ended = process.poll()
+            # Looks without waiting for it: its number must stay its own until the group is killed.
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             _kill_group(process)
         # To the end of the pipe, which every process of the group holds open while it lives.
         told += _lines_until(process.stdout, None)
         if process.stdout is not None:
             process.stdout.close()
-        process.wait()
+        code = process.wait()
         errors.seek(0)
         text = errors.read().decode(errors="replace")
-    problem = "" if ended is None else f"the process ended by itself with {ended}: {text[-2000:]}"
+    problem = "" if ended is None else f"the process ended by itself with {code}: {text[-2000:]}"
     return told, problem
 
 
