@@ -25,7 +25,8 @@ import click
 import numpy as np
 import torch
 
-from giantstep.errors import CheckpointNotFoundError, GiantstepError, IncompleteError, NotACheckpointError
+from giantstep.errors import CorruptionError, GiantstepError
+from giantstep.format.names import RECORD_NAME
 from giantstep.loading import load
 from giantstep.opening import open_checkpoint
 from giantstep.steps import StepState, scan_steps
@@ -205,12 +206,11 @@ def look_at(mode: str, folder: Path) -> Found:
         places = [folder / entry.name for entry in entries if entry.state is not StepState.UNFINISHED]
     newest, unsound, mixed = None, [], []
     for place in places:
+        # Of one path before the first commit; whether there should be a checkpoint the caller knows.
+        if mode in killed.ONE_PATH and not (place / RECORD_NAME).exists():
+            continue
         try:
             step, problem = _read(place)
-        except (CheckpointNotFoundError, NotACheckpointError, IncompleteError) as error:
-            # Of one path before the first commit; whether there should be one the caller knows.
-            if mode not in killed.ONE_PATH:
-                unsound.append(f"{place.name}: {error}")
         except GiantstepError as error:
             unsound.append(f"{place.name}: {error}")
         else:
@@ -224,7 +224,7 @@ def _read(place: Path) -> tuple[int, str]:
     """The step of a checkpoint, and what in it is of another one."""
     found = open_checkpoint(place).verify()
     if not found.ok:
-        raise IncompleteError(f"verify finds {found}")
+        raise CorruptionError(f"verify finds {found.damages}")
     shapes = dict.fromkeys(killed.CHANGING, (killed.ROWS, killed.COLUMNS)) | {killed.FIXED: (killed.FIXED_ROWS, killed.COLUMNS)}
     state = load({key: torch.full(shape, -1.0) for key, shape in shapes.items()}, place)
     step = int(state["step"])
@@ -244,7 +244,7 @@ def _clean(mode: str, folder: Path, first: int) -> list[str]:
             record = open_checkpoint(place).record
         except GiantstepError as error:
             return [f"leftovers stay: {place}: {error}"]
-        wanted |= {place / name for name in ("checkpoint.json", record.index.name, *(file.name for file in record.files))}
+        wanted |= {place / name for name in (RECORD_NAME, record.index.name, *(file.name for file in record.files))}
     left = sorted(str(path.relative_to(folder)) for path in {*folder.rglob("*")} - wanted if not path.is_dir())
     return [f"leftovers stay: {left}"] if left else []
 
