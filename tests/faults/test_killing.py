@@ -64,7 +64,7 @@ def test_what_is_killed_has_saves_in_flight_and_links_files(tmp_path: Path) -> N
 IN_PLACE = """
 import sys
 from pathlib import Path
-folder, step = Path(sys.argv[1]), int(sys.argv[2])
+folder, step = Path(sys.argv[1]), int(input())
 folder.mkdir(exist_ok=True)
 while True:
     print("saving", step, flush=True)
@@ -79,7 +79,7 @@ while True:
 TOO_SOON = """
 import sys, time
 from pathlib import Path
-folder, step = Path(sys.argv[1]), int(sys.argv[2])
+folder, step = Path(sys.argv[1]), int(input())
 folder.mkdir(exist_ok=True)
 while True:
     print("saving", step, flush=True)
@@ -107,7 +107,7 @@ def read_in_place(folder: Path) -> Found:
 
 def unsafe(script: str) -> Victim:
     return Victim(
-        command=lambda folder, first, own: [sys.executable, "-c", script, str(folder), str(first)],
+        command=lambda folder, own: [sys.executable, "-c", script, str(folder)],
         look=read_in_place,
         clean=lambda folder, first: [],
     )

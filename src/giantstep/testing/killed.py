@@ -124,10 +124,11 @@ def _group(rank: int, size: int, meeting: Path) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def serve(mode: str, folder: Path, first: int, rank: int, size: int, meeting: Path) -> None:
-    """What the process does. Rank 0 starts the others, which are in its process group and so are killed with it.
+def serve(mode: str, folder: Path, rank: int, size: int, meeting: Path) -> None:
+    """What the process does once it reads the number of the first step from its standard input.
 
-    They hold the pipe open too: whoever reads it to its end knows that all of them are dead.
+    Rank 0 starts the others, which are in its process group and so are killed with it. They hold the pipe open too: whoever
+    reads it to its end knows that all of them are dead.
     """
 
     def say(line: str) -> None:
@@ -138,12 +139,16 @@ def serve(mode: str, folder: Path, first: int, rank: int, size: int, meeting: Pa
     torch.set_num_threads(1)
     if rank == 0:
         for other in range(1, size):
-            subprocess.Popen(command_of(mode, folder, first, other, size, meeting))  # noqa: S603 - this very program
+            subprocess.Popen(command_of(mode, folder, other, size, meeting))  # noqa: S603 - this very program
     with _group(rank, size, meeting):
-        save_steps(mode, folder, first, None, say, rank=rank, size=size)
+        first = torch.zeros(1, dtype=torch.int64)
+        if rank == 0:
+            first += int(sys.stdin.readline())
+        if size > 1:
+            dist.broadcast(first, 0)
+        save_steps(mode, folder, int(first), None, say, rank=rank, size=size)
 
 
-def command_of(mode: str, folder: Path, first: int, rank: int, size: int, meeting: Path) -> list[str]:
+def command_of(mode: str, folder: Path, rank: int, size: int, meeting: Path) -> list[str]:
     """The command line of one rank."""
-    numbers = [str(number) for number in (first, rank, size)]
-    return [sys.executable, "-m", "giantstep.testing.killing", "child", mode, str(folder), *numbers, str(meeting)]
+    return [sys.executable, "-m", "giantstep.testing.killing", "child", mode, str(folder), str(rank), str(size), str(meeting)]

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -77,12 +78,13 @@ class Victim:
     """What is killed and looked at; tests of the rounds themselves have others than `victim_of`.
 
     Attributes:
-        command: the command line of a process that saves, from the folder, the first step, and a path of its own for files.
+        command: the command line of a process that saves, from the folder and another one for files of its own. It reads the
+            number of the first step from its standard input.
         look: reads what is in the folder.
         clean: saves once more from this step on, in this process, and tells of leftovers that are still there.
     """
 
-    command: Callable[[Path, int, Path], list[str]]
+    command: Callable[[Path, Path], list[str]]
     look: Callable[[Path], Found]
     clean: Callable[[Path, int], list[str]]
 
@@ -90,7 +92,7 @@ class Victim:
 def victim_of(mode: str, ranks: int = 1) -> Victim:
     """The process that saves with giantstep in one of `killed.MODES`."""
     return Victim(
-        command=lambda folder, first, own: killed.command_of(mode, folder, first, 0, ranks, own / "meeting"),
+        command=lambda folder, own: killed.command_of(mode, folder, 0, ranks, own / "meeting"),
         look=lambda folder: look_at(mode, folder),
         clean=lambda folder, first: _clean(mode, folder, first),
     )
@@ -121,18 +123,28 @@ def run_rounds(
     moments = np.random.default_rng([seed, *mode.encode()])
     report = KillReport(mode)
     surely = highest = 0
-    for number in range(rounds):
-        # The first save of a process over leftovers is killed too; only the first of all must leave something to look at.
-        word = "saving" if number and moments.random() < 0.5 else "committed"
-        begin = (surely if number == 0 else max(surely, victim.look(folder).newest or 0)) + 1
-        told, problem = _kill_one(victim, folder, begin, word, moments.random() * span_secs)
-        begun, committed = _steps(told, "saving"), _steps(told, "committed")
-        surely, highest = max([surely, *committed]), max([highest, *begun])
-        report.rounds += 1
-        report.killed_in_save += bool(set(begun) - set(committed))
-        if problem:
-            report.problems.append(f"round {number}: {problem}")
-        _judge(report, number, victim.look(folder), surely)
+    with ExitStack() as stack:
+
+        def start() -> _Process:
+            return stack.enter_context(_Process(victim, folder))
+
+        ready = start()
+        for number in range(rounds):
+            process = ready
+            if number + 1 < rounds:
+                # To be ready takes longer than all else.
+                ready = start()
+            # The first save of a process over leftovers is killed too; only the first of all must leave something.
+            word = "saving" if number and moments.random() < 0.5 else "committed"
+            begin = max(surely, (victim.look(folder).newest or 0) if number else 0) + 1
+            told, problem = process.run_and_kill(begin, word, moments.random() * span_secs)
+            begun, committed = _steps(told, "saving"), _steps(told, "committed")
+            surely, highest = max([surely, *committed]), max([highest, *begun])
+            report.rounds += 1
+            report.killed_in_save += bool(set(begun) - set(committed))
+            if problem:
+                report.problems.append(f"round {number}: {problem}")
+            _judge(report, number, victim.look(folder), surely)
     report.problems += victim.clean(folder, highest + 1)
     return report
 
@@ -151,43 +163,71 @@ def _steps(told: Sequence[str], word: str) -> list[int]:
     return [int(line.split()[1]) for line in told if line.startswith(f"{word} ")]
 
 
-def _kill_one(victim: Victim, folder: Path, first: int, word: str, delay_secs: float) -> tuple[list[str], str]:
-    """Start a process, wait for a line that begins with `word`, then `delay_secs`, then kill; its lines, and its own fault."""
-    with tempfile.TemporaryDirectory() as own, tempfile.TemporaryFile() as errors:
-        command = victim.command(folder, first, Path(own))
-        process = subprocess.Popen(  # noqa: S603 - the command is the caller's
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+class _Process(AbstractContextManager["_Process"]):
+    """A process that waits to be told the first step."""
+
+    def __init__(self, victim: Victim, folder: Path) -> None:
+        self._own = tempfile.TemporaryDirectory()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process lives
+        self._process = subprocess.Popen(  # noqa: S603 - the command is the caller's
+            victim.command(folder, Path(self._own.name)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,
         )
-        hang = threading.Timer(_PATIENCE_SECS, _kill_group, [process])
+
+    def run_and_kill(self, first: int, word: str, delay_secs: float) -> tuple[list[str], str]:
+        """Wait for a line that begins with `word`, then `delay_secs`, then kill; the lines, and what else went wrong."""
+        process = self._process
+        hang = threading.Timer(_PATIENCE_SECS, self._kill)
         hang.start()
         try:
-            told = _lines_until(process.stdout, word)
+            # Whether it is there still is seen below.
+            with suppress(BrokenPipeError):
+                _pipe(process.stdin).write(f"{first}\n")
+                _pipe(process.stdin).flush()
+            told = _lines_until(_pipe(process.stdout), word)
             if told and told[-1].startswith(word):
                 time.sleep(delay_secs)
         finally:
             hang.cancel()
+            hang.join()
             # Looks without waiting for it: its number must stay its own until the group is killed.
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            _kill_group(process)
+            self._kill()
         # To the end of the pipe, which every process of the group holds open while it lives.
-        told += _lines_until(process.stdout, None)
-        if process.stdout is not None:
-            process.stdout.close()
+        told += _lines_until(_pipe(process.stdout), None)
         code = process.wait()
-        errors.seek(0)
-        text = errors.read().decode(errors="replace")
-    problem = "" if ended is None else f"the process ended by itself with {code}: {text[-2000:]}"
-    return told, problem
+        self._errors.seek(0)
+        text = self._errors.read().decode(errors="replace")
+        return told, "" if ended is None else f"the process ended by itself with {code}: {text[-2000:]}"
+
+    def _kill(self) -> None:
+        # The process leads the group and is not waited for yet, so that the number is nobody else's.
+        os.killpg(self._process.pid, signal.SIGKILL)
+
+    def __exit__(self, *_error: object) -> None:
+        if self._process.returncode is None:
+            self._kill()
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):
+                _pipe(pipe).close()
+        self._errors.close()
+        self._own.cleanup()
 
 
-def _kill_group(process: subprocess.Popen[str]) -> None:
-    # The process leads the group and is not waited for yet, so that the number is nobody else's.
-    os.killpg(process.pid, signal.SIGKILL)
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    if pipe is None:
+        raise RuntimeError("a process that was started with pipes has none")
+    return pipe
 
 
-def _lines_until(pipe: IO[str] | None, word: str | None) -> list[str]:
+def _lines_until(pipe: IO[str], word: str | None) -> list[str]:
     found: list[str] = []
-    for line in pipe or ():
+    for line in pipe:
         found.append(line)
         if word is not None and line.startswith(word):
             break
@@ -277,8 +317,8 @@ def main(rounds: int, mode: str, seed: int, ranks: str, json_path: Path | None) 
         sys.exit(1)
 
 
-def _child(mode: str, folder: str, first: str, rank: str, size: str, meeting: str) -> None:
-    killed.serve(mode, Path(folder), int(first), int(rank), int(size), Path(meeting))
+def _child(mode: str, folder: str, rank: str, size: str, meeting: str) -> None:
+    killed.serve(mode, Path(folder), int(rank), int(size), Path(meeting))
 
 
 if __name__ == "__main__":
