@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 import giantstep as gs
 from giantstep.testing import killed
-from giantstep.testing.killing import Found, KillReport, Victim, look_at, main, run_rounds, victim_of
+from giantstep.testing.killing import KillReport, Victim, main, run_rounds, victim_of
+from giantstep.testing.leftovers import Found, look_at
 
 MODES = list(killed.MODES)
 

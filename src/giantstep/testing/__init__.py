@@ -3,7 +3,7 @@
 Three functions test a layout in one process: `check_coverage` says whether the state dicts of all ranks cover every tensor
 once, `draw` shows who holds what, `round_trip` saves them and loads them into another layout. `run_ranks` runs any code
 of several ranks as threads. Stores that fail on purpose are in `giantstep.testing.faults`, the promises of a store in
-`giantstep.testing.store_contract`.
+`giantstep.testing.store_contract`; `giantstep.testing.killing` kills processes that save and checks what is left.
 """
 
 from giantstep.testing.checking import RoundTripError

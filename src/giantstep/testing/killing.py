@@ -24,15 +24,9 @@ from typing import IO
 
 import click
 import numpy as np
-import torch
 
-from giantstep.errors import CorruptionError, GiantstepError
-from giantstep.format.names import RECORD_NAME
-from giantstep.loading import load
-from giantstep.opening import open_checkpoint
-from giantstep.steps import StepState, scan_steps
-from giantstep.storage.local import LocalStore
 from giantstep.testing import killed
+from giantstep.testing.leftovers import Found, clean, look_at
 
 # A process that says nothing for so long hangs.
 _PATIENCE_SECS = 120.0
@@ -59,21 +53,6 @@ class KillReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What lies in the folder after a kill.
-
-    Attributes:
-        newest: the step of the newest checkpoint, if it loads.
-        unsound: of checkpoints that do not load, why.
-        mixed: of checkpoints with values of several steps, which.
-    """
-
-    newest: int | None
-    unsound: tuple[str, ...] = ()
-    mixed: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Victim:
     """What is killed and looked at; tests of the rounds themselves have others than `victim_of`.
 
@@ -94,7 +73,7 @@ def victim_of(mode: str, ranks: int = 1) -> Victim:
     return Victim(
         command=lambda folder, own: killed.command_of(mode, folder, 0, ranks, own / "meeting"),
         look=lambda folder: look_at(mode, folder),
-        clean=lambda folder, first: _clean(mode, folder, first),
+        clean=lambda folder, first: clean(mode, folder, first),
     )
 
 
@@ -136,15 +115,17 @@ def run_rounds(
                 ready = start()
             # The first save of a process over leftovers is killed too; only the first of all must leave something.
             word = "saving" if number and moments.random() < 0.5 else "committed"
-            begin = max(surely, (victim.look(folder).newest or 0) if number else 0) + 1
-            told, problem = process.run_and_kill(begin, word, moments.random() * span_secs)
+            told, problem = process.run_and_kill(surely + 1, word, moments.random() * span_secs)
             begun, committed = _steps(told, "saving"), _steps(told, "committed")
             surely, highest = max([surely, *committed]), max([highest, *begun])
             report.rounds += 1
             report.killed_in_save += bool(set(begun) - set(committed))
             if problem:
                 report.problems.append(f"round {number}: {problem}")
-            _judge(report, number, victim.look(folder), surely)
+            found = victim.look(folder)
+            _judge(report, number, found, surely)
+            # One that was committed without a word counts too, once it was seen.
+            surely = max(surely, found.newest or 0)
     report.problems += victim.clean(folder, highest + 1)
     return report
 
@@ -232,61 +213,6 @@ def _lines_until(pipe: IO[str], word: str | None) -> list[str]:
         if word is not None and line.startswith(word):
             break
     return found
-
-
-# What giantstep has left.
-
-
-def look_at(mode: str, folder: Path) -> Found:
-    """All committed checkpoints in the folder; each is verified and loaded."""
-    if mode in killed.ONE_PATH:
-        places = [folder]
-    else:
-        entries = scan_steps(LocalStore(folder))
-        places = [folder / entry.name for entry in entries if entry.state is not StepState.UNFINISHED]
-    newest, unsound, mixed = None, [], []
-    for place in places:
-        # Of one path before the first commit; whether there should be a checkpoint the caller knows.
-        if mode in killed.ONE_PATH and not (place / RECORD_NAME).exists():
-            continue
-        try:
-            step, problem = _read(place)
-        except GiantstepError as error:
-            unsound.append(f"{place.name}: {error}")
-        else:
-            newest = step if newest is None else max(newest, step)
-            if problem:
-                mixed.append(f"{place.name}: {problem}")
-    return Found(newest, tuple(unsound), tuple(mixed))
-
-
-def _read(place: Path) -> tuple[int, str]:
-    """The step of a checkpoint, and what in it is of another one."""
-    found = open_checkpoint(place).verify()
-    if not found.ok:
-        raise CorruptionError(f"verify finds {found.damages}")
-    shapes = dict.fromkeys(killed.CHANGING, (killed.ROWS, killed.COLUMNS)) | {killed.FIXED: (killed.FIXED_ROWS, killed.COLUMNS)}
-    state = load({key: torch.full(shape, -1.0) for key, shape in shapes.items()}, place)
-    step = int(state["step"])
-    expected = dict.fromkeys(killed.CHANGING, float(step)) | {killed.FIXED: float(killed.FIXED_VALUE)}
-    wrong = {key: state[key].unique().tolist()[:4] for key, value in expected.items() if not bool((state[key] == value).all())}
-    name = "" if place.name in ("", f"step_{step:08d}") or not place.name.startswith("step_") else f"named {place.name}; "
-    return step, f"{name}step {step} holds {wrong}" if wrong or name else ""
-
-
-def _clean(mode: str, folder: Path, first: int) -> list[str]:
-    """Save as often as steps are kept, undisturbed; what then lies there but is of no checkpoint."""
-    killed.save_steps(mode, folder, first, 1 if mode in killed.ONE_PATH else killed.KEEP, lambda line: None)
-    places = [folder] if mode in killed.ONE_PATH else sorted(folder.iterdir())
-    wanted: set[Path] = set()
-    for place in places:
-        try:
-            record = open_checkpoint(place).record
-        except GiantstepError as error:
-            return [f"leftovers stay: {place}: {error}"]
-        wanted |= {place / name for name in (RECORD_NAME, record.index.name, *(file.name for file in record.files))}
-    left = sorted(str(path.relative_to(folder)) for path in {*folder.rglob("*")} - wanted if not path.is_dir())
-    return [f"leftovers stay: {left}"] if left else []
 
 
 # Command line.
