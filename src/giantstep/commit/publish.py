@@ -116,7 +116,10 @@ def publish(
 
 def _check_place(store: Store, files: tuple[FileEntry, ...], before: bytes | None) -> None:
     """No other save was committed, and every data file is visible from here: on disks not shared they would be lost."""
-    if current_record(store) != before:
+    found_record = current_record(store)
+    if found_record != before:
+        if found_record is None:
+            raise StoreError(f"{store.location} lost its {RECORD_NAME} while this save was writing; this one is given up")
         raise StoreError(f"another save was committed to {store.location} while this one was writing; this one is given up")
     for file in files:
         try:

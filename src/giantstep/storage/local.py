@@ -217,6 +217,8 @@ class LocalWriteHandle(WriteHandle):
                     raise
                 direct = None
                 continue
+            if written == 0:
+                raise OSError(errno.EIO, f"nothing of {sum(map(len, left))} bytes was written at byte {offset}")
             offset += written
             left = _after(left, written)
             if written % _DIRECT_ALIGNMENT:

@@ -3,8 +3,8 @@
 Three functions test a layout in one process: `check_coverage` says whether the state dicts of all ranks cover every tensor
 once, `draw` shows who holds what, `round_trip` saves them and loads them into another layout. `run_ranks` runs any code
 of several ranks as threads. `explore` crashes an operation at each of its storage operations and looks at every state that
-this may leave. Stores that fail on purpose are in `giantstep.testing.faults`, the promises of a store in
-`giantstep.testing.store_contract`.
+this may leave; `giantstep.testing.killing` kills processes that save and checks what is left. Stores that fail on purpose are
+in `giantstep.testing.faults`, the promises of a store in `giantstep.testing.store_contract`.
 """
 
 from giantstep.testing.checking import RoundTripError
