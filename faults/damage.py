@@ -104,7 +104,7 @@ def exchange_with(other: Path) -> Damage:
 
 
 def plant_code(marker: Path) -> Damage:
-    """A pickle that makes a file when it is loaded, in place of everything that is no tensor file and, if there is none, of all.
+    """A pickle that makes a file when it is loaded, in place of all files but those of tensors; of all, if there are no others.
 
     Written by hand: it calls `open(marker, "w")`.
     """

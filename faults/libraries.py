@@ -92,7 +92,9 @@ class Dcp:
         self._dcp.load(state, checkpoint_id=path)
 
     def start(self, state: State, path: Path) -> Callable[[], object]:
-        return self._dcp.async_save(state, storage_writer=self._writer(path)).result
+        future: Any = self._dcp.async_save(state, storage_writer=self._writer(path))
+        wait: Callable[[], object] = future.result
+        return wait
 
     def close(self) -> None:
         """Nothing to do."""
@@ -130,7 +132,8 @@ class TorchCheckpointing:
         future = manager.save(str(path), {"model": state})
         with manager.lock():
             """Back when everything is staged."""
-        return future.result
+        wait: Callable[[], object] = future.result
+        return wait
 
     def close(self) -> None:
         for manager in self._managers.values():

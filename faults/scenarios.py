@@ -12,8 +12,8 @@ from pathlib import Path
 import damage
 import power
 from libraries import LIBRARIES
-from processes import run, run_and_kill
 from verdicts import Outcome, Verdict, of_latest, of_load, worst
+from workers import run, run_and_kill
 
 
 @dataclass(frozen=True, slots=True)

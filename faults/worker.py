@@ -1,4 +1,4 @@
-"""A process that uses one library: `python worker.py LIBRARY ACTION ...`. Lines that it prints are for `processes`.
+"""A process that uses one library: `python worker.py LIBRARY ACTION ...`. Lines that it prints are for `workers`.
 
 The state is a few tensors; every element of the k-th is 100 * value + k, so that one value comes out of all of them, or a mix.
 """

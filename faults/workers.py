@@ -43,6 +43,9 @@ def worker(library: str, *arguments: str, prefix: Sequence[str] = ()) -> Iterato
         yield process
     finally:
         kill(process)
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def kill(process: subprocess.Popen[str]) -> None:
