@@ -47,7 +47,7 @@ def load(library: Library, *paths: str) -> None:
         try:
             library.load(state, Path(path))
             say("loaded", path=path, value=value_of(state))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the result; DCP's errors are no Exception
             say("failed", path=path, error=f"{type(error).__name__}: {error}"[:300])
 
 
