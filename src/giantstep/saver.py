@@ -163,6 +163,11 @@ class Saver:
         with self._lock:
             return min(self._failures.values(), key=lambda failure: failure.number, default=None)
 
+    def owes(self, location: str) -> bool:
+        """Whether a save to this place failed and no call has told of it."""
+        with self._lock:
+            return any(failure.location == location for failure in self._failures.values())
+
     def tell_until(self, number: int) -> None:
         """A call has told of a failure, here or on another rank: it and those before need not be told of."""
         with self._lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from giantstep.errors import BadArgumentError, CorruptionError, OpenError, VersionError
@@ -86,6 +87,12 @@ def scan_steps(root: Store) -> list[StepEntry]:
     """
     steps = sorted(step for step in map(step_of, root.folders()) if step is not None)
     return [look_at_step(root, step) for step in steps]
+
+
+def newest_first(root: Store) -> Iterator[StepEntry]:
+    """As `scan_steps`, from the newest to the oldest; each is read when it is asked for."""
+    for step in sorted((step for step in map(step_of, root.folders()) if step is not None), reverse=True):
+        yield look_at_step(root, step)
 
 
 def look_at_step(root: Store, step: int) -> StepEntry:

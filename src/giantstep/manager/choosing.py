@@ -12,7 +12,7 @@ from giantstep.errors import (
     NotACheckpointError,
     VersionError,
 )
-from giantstep.steps import StepEntry, StepState, look_at_step, scan_steps, step_name
+from giantstep.steps import StepEntry, StepState, look_at_step, newest_first, scan_steps, step_name
 from giantstep.storage.base import Store
 
 
@@ -44,9 +44,8 @@ def check_may_save(root: Store, step: int, *, overwrite: bool) -> None:
 
 
 def newest_committed(root: Store, *, but: Collection[int] = ()) -> int | None:
-    """The newest committed step that is none of `but`."""
-    steps = (entry.step for entry in scan_steps(root) if entry.record is not None)
-    return max((step for step in steps if step not in but), default=None)
+    """The newest committed step that is none of `but`. No older one is read."""
+    return next((entry.step for entry in newest_first(root) if entry.record is not None and entry.step not in but), None)
 
 
 def choose(root: Store, wanted: int | None, skipped: Collection[int]) -> tuple[int | None, list[Skipped]]:
@@ -67,7 +66,7 @@ def choose(root: Store, wanted: int | None, skipped: Collection[int]) -> tuple[i
         _check(entry, root)
         return wanted, []
     passed: list[Skipped] = []
-    for entry in reversed(scan_steps(root)):
+    for entry in newest_first(root):
         if entry.state is StepState.NEWER:
             raise VersionError(f"the newest step of {root.location} is {entry.step}: {entry.problem}")
         if entry.state is StepState.DAMAGED:

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from giantstep.errors import GiantstepError
 from giantstep.group.base import Group, consult
 from giantstep.manager.metrics import SaveRecord
+from giantstep.manager.timing import Expectation
 from giantstep.pending import PendingSave
 from giantstep.reports import SaveReport
+from giantstep.saver import saver_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +32,23 @@ class Flight:
     began: float
     blocked_secs: float
 
-    def told(self) -> dict[str, Any]:
-        """What this rank knows of it, now that it is finished; tells nobody of a failure."""
+    def told(self, group: Group) -> dict[str, Any]:
+        """What this rank of the group knows of it, now that it is finished; tells nobody of a failure."""
         report, error, finished = self.pending.outcome()
-        return told_of(self.step, report, error, finished - self.began, self.blocked_secs)
+        told = told_of(self.step, report, error, finished - self.began, self.blocked_secs)
+        return {**told, "owed": error is not None and saver_of(group).owes(self.pending.location)}
 
 
 def told_of(
     step: int, report: SaveReport | None, error: BaseException | None, total_secs: float, blocked_secs: float
 ) -> dict[str, Any]:
-    """What one rank tells the others of a save that is finished, as JSON values."""
+    """What one rank tells the others of a save that is finished, as JSON values.
+
+    It is owed if it failed and that is to be raised: the caller was not told, and did not ask for warnings only.
+    """
     return {
         "step": step,
+        "owed": False,
         "error": "" if error is None else str(error),
         "total_secs": total_secs,
         "blocked_secs": blocked_secs,
@@ -51,8 +59,26 @@ def told_of(
     }
 
 
+def owed(flights: Sequence[Flight], by_rank: Sequence[Sequence[dict[str, Any]]]) -> GiantstepError | None:
+    """What the first of the saves failed with of which some rank was not told; this counts as telling of all of them.
+
+    Args:
+        flights: this rank's, all finished.
+        by_rank: what every rank told of them.
+    """
+    lost = [flight for flight, *ranks in zip(flights, *by_rank, strict=True) if any(told["owed"] for told in ranks)]
+    errors = [error for flight in lost if (error := flight.pending.exception()) is not None]
+    return errors[0] if errors else None
+
+
 def record_of(
-    ranks: Sequence[dict[str, Any]], rank: int, location: str, *, asynchronous: bool, raw_bytes_per_sec: float | None
+    ranks: Sequence[dict[str, Any]],
+    rank: int,
+    location: str,
+    *,
+    asynchronous: bool,
+    raw_bytes_per_sec: float | None,
+    expected: Expectation | None,
 ) -> SaveRecord:
     """The record of a save, of what all ranks told."""
     own = ranks[rank]
@@ -72,6 +98,7 @@ def record_of(
         bytes_per_sec=speed,
         raw_fraction=speed / raw_bytes_per_sec if raw_bytes_per_sec and speed else None,
         seconds=tuple(told["seconds"] for told in ranks),
+        expected=expected,
     )
 
 

@@ -10,14 +10,16 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
-from giantstep.errors import BadArgumentError, CheckpointNotFoundError, DisagreementError
+from giantstep.errors import BadArgumentError, DisagreementError
 from giantstep.format.names import new_save_id
 from giantstep.format.record import Json
-from giantstep.group.base import consult
+from giantstep.group.base import Parts, consult, consult_parts
 from giantstep.group.torch_group import group_of
+from giantstep.manager.arguments import Arguments, nothing_if_same
 from giantstep.manager.choosing import newest_committed
 from giantstep.manager.flights import packed, unpacked
 from giantstep.manager.metrics import ManagerCallback, Teller
+from giantstep.manager.pins import pin, unpin
 from giantstep.manager.policies import EverySteps, Keep, SaveWhen
 from giantstep.manager.restores import Restored, restore_step
 from giantstep.manager.retention import Retention
@@ -27,9 +29,9 @@ from giantstep.manager.speed import raw_bytes_per_sec
 from giantstep.manager.timing import Expectation, Timing
 from giantstep.options import LoadOptions, SaveOptions, StrictHandling
 from giantstep.pending import PendingSave
+from giantstep.phases import with_call
 from giantstep.reports import SaveReport
-from giantstep.steps import PIN_NAME, StepEntry, look_at_step, scan_steps, step_name
-from giantstep.storage.base import Store
+from giantstep.steps import StepEntry, scan_steps
 from giantstep.storage.locate import StoreLike, store_at
 
 
@@ -45,7 +47,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 if manager.stopping:
                     break
 
-    One job at a time may save under a root. Anybody may read.
+    One job at a time may save under a root. Anybody may read. Making one is collective too.
 
     Args:
         root: a directory, URL or store; each step is a checkpoint in a directory `step_00000100` in it.
@@ -71,6 +73,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     Raises:
         BadArgumentError: a value that can never work.
+        DisagreementError: ranks give different arguments.
+        StoreError, PeerError: the speed could not be measured; a rank is lost or late.
     """
 
     def __init__(
@@ -91,26 +95,32 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         measure_raw: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        place: Store = store_at(root)
-        self._when = EverySteps(save_when) if isinstance(save_when, int) else save_when
-        rules = Keep(last=keep) if isinstance(keep, int) else keep
-        _require(isinstance(self._when, SaveWhen | None), "save_when", save_when, "a policy, a number of steps, or None")
-        _require(isinstance(rules, Keep | None), "keep", keep, "a Keep, a number of steps, or None")
-        _require(isinstance(full_every, int) and full_every >= 1, "full_every", full_every, "an int of at least 1")
-        secs = isinstance(deadline_secs, int | float) and 0 < deadline_secs < 1e9
-        _require(secs, "deadline_secs", deadline_secs, "a positive number of seconds")
-        group = group_of(process_group)
-        self._asynchronous, self._deadline_secs = asynchronous, deadline_secs
-        options = save_options or SaveOptions()
-        self._timeout_secs, self._load_options = options.timeout_secs, load_options or LoadOptions()
+        group, place = group_of(process_group), store_at(root)
+        options = save_options if isinstance(save_options, SaveOptions) else SaveOptions()
+        self._timeout_secs = options.timeout_secs
+
+        self._notice = Notice((), clock)
+
+        def begin() -> Parts:
+            self._given = Arguments(
+                save_when, keep, asynchronous, incremental, full_every, save_options, load_options, deadline_secs
+            )
+            call = self._given.call(place.location, signals=signals, measure_raw=measure_raw)
+            self._notice = Notice(signals, clock)
+            return with_call(call)
+
+        try:
+            consult_parts(group, "manage", self._timeout_secs, begin, nothing_if_same)
+            raw = raw_bytes_per_sec(place, group, self._timeout_secs) if measure_raw else None
+        except BaseException:
+            self._notice.close()
+            raise
+        self._timing = Timing(self._given.when, notices=bool(signals), clock=clock)
         teller = Teller(tuple(callbacks), group.rank)
-        self._notice = Notice(signals, clock)
-        self._timing = Timing(self._when, notices=bool(signals), clock=clock)
         began = new_save_id(dt.datetime.now(dt.UTC), secrets.token_hex(8))
-        self._job = Job(place, group, process_group, Retention(place, rules, began, teller.tell), teller)
-        raw = raw_bytes_per_sec(place, group, self._timeout_secs) if measure_raw else None
+        self._job = Job(place, group, process_group, Retention(place, self._given.rules, began, teller.tell), teller)
         self._saves = Saves(self._job, options, Linking(incremental, full_every), self._timing, raw)
-        self._talk_at = 0
+        self._talk_at = self._asked_step = 0
         self._saved_step: int | None = None
         self._closed = False
         self.stopping = False
@@ -135,7 +145,11 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             PeerError: a rank died or did not ask in time.
         """
         self._check_open()
-        when, was_stopping = self._when, self.stopping
+        if step < self._asked_step:
+            # The job went back to an earlier step.
+            self._forget_steps()
+        self._asked_step = step
+        when, was_stopping = self._given.when, self.stopping
         due = isinstance(when, EverySteps) and step % when.steps == 0
         self._timing.see(step)
         if self._timing.talks and not was_stopping and step >= self._talk_at:
@@ -143,6 +157,11 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             self._talk_at, self.stopping = answer["talk_at"], answer["stop"]
             due = due or answer["due"] or answer["stop"]
         return due and step != self._saved_step and not was_stopping
+
+    def _forget_steps(self) -> None:
+        """What was noted of steps says nothing of those to come."""
+        self._talk_at = self._asked_step = 0
+        self._saved_step = None
 
     def _talk(self, step: int) -> Any:
         def decide(reports: Sequence[bytes]) -> list[bytes]:
@@ -191,6 +210,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
         Raises (the same on all ranks):
             BadArgumentError: the step is there already, or is being saved.
+            GiantstepError: an earlier save in the background failed, and no call has told so far; this one was not begun.
+                Once the job is to end it is, and `close` tells of the other.
             Others: as `giantstep.save` and `giantstep.async_save`. Steps that were there before stay.
         """
         self._check_open()
@@ -199,10 +220,10 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             step,
             state_dict,
             {"content_metadata": content_metadata, "metrics": metrics},
-            background=(self._asynchronous if asynchronous is None else asynchronous) and not ending,
+            background=(self._given.asynchronous if asynchronous is None else asynchronous) and not ending,
             overwrite=overwrite,
             stop=self._notice.came,
-            left_secs=max(0.1, self._notice.left_secs(self._deadline_secs)) if ending else None,
+            left_secs=max(0.1, self._notice.left_secs(self._given.deadline_secs)) if ending else None,
         )
         self._saved_step = step
         self.stopping = ending or self._saves.stop_heard
@@ -219,8 +240,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
         Args:
             state_dict, strict: as for `giantstep.load`.
-            step: which; None: the newest that loads. Newer ones that are damaged or lack files are passed over, on all ranks
-                alike, with a warning.
+            step: which; None: the newest that loads, once saves in the background are through. Newer ones that are damaged or
+                lack files are passed over, on all ranks alike, with a warning.
 
         Returns:
             What was loaded; None if there is no step to load, and none was passed over.
@@ -231,7 +252,12 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             Others: as `giantstep.load`.
         """
         self._check_open()
-        return restore_step(self._job, state_dict, step, strict, self._load_options)
+        # Their copies are of the tensors that are filled now, and what they commit may be the newest step.
+        self._saves.settle()
+        restored = restore_step(self._job, state_dict, step, strict, self._given.load_options or LoadOptions())
+        self._forget_steps()
+        self._timing.resume()
+        return restored
 
     @property
     def expectation(self) -> Expectation | None:
@@ -252,18 +278,17 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     def pin(self, step: int) -> None:
         """Keep a step, whatever the rules say, also when other jobs manage the root. Collective."""
-        self._on_root(lambda: _pin(self._job.root, step))
+
+        def keep() -> None:
+            # It may be about to be removed.
+            with self._job.retention.using(step):
+                pin(self._job.root, step)
+
+        self._on_root(keep)
 
     def unpin(self, step: int) -> None:
         """Undo `pin`. Collective."""
-
-        def undo() -> None:
-            place = self._job.root.folder(step_name(step))
-            place.delete(PIN_NAME)
-            if place.exists():
-                place.sync_names("")
-
-        self._on_root(undo)
+        self._on_root(lambda: unpin(self._job.root, step))
 
     def _on_root(self, action: Callable[[], None]) -> None:
         self._check_open()
@@ -280,7 +305,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         """Wait until all saves in the background are through. Collective.
 
         Raises (the same on all ranks):
-            GiantstepError: what the first of them failed with, if `SaveOptions.on_error` is "raise".
+            GiantstepError: what the first of them failed with of which no call has told, if `SaveOptions.on_error` is "raise".
         """
         self._check_open()
         self._saves.wait()
@@ -313,23 +338,3 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             # Other ranks may not be here: nothing that needs them.
             self._saves.wait_alone()
             self._end()
-
-
-def _pin(root: Store, step: int) -> None:
-    entry, place = look_at_step(root, step), root.folder(step_name(step))
-    if entry.record is None:
-        raise CheckpointNotFoundError(f"step {step} of {root.location} is not committed ({entry.state.value}): nothing to pin")
-    try:
-        handle = place.create(PIN_NAME, 0, direct=False)
-    except FileExistsError:
-        return
-    try:
-        handle.sync()
-    finally:
-        handle.close()
-    place.sync_names("")
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise BadArgumentError(f"{name}={value!r} cannot be: expected {expected}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from giantstep.manager.timing import Expectation
 from giantstep.reports import size_text
 
 _LOG = logging.getLogger("giantstep")
@@ -31,6 +32,7 @@ class SaveRecord:
         bytes_per_sec: `bytes` by the time that the ranks wrote, the slowest counted.
         raw_fraction: that by the speed of the medium, as it was measured when the manager began; None if it was not.
         seconds: per phase, by rank.
+        expected: what follows from all saves so far, see `CheckpointManager.expectation`.
     """
 
     step: int
@@ -46,6 +48,7 @@ class SaveRecord:
     bytes_per_sec: float = 0.0
     raw_fraction: float | None = None
     seconds: tuple[Mapping[str, float], ...] = ()
+    expected: Expectation | None = None
 
     def __str__(self) -> str:
         if not self.committed:
@@ -53,9 +56,11 @@ class SaveRecord:
         slowest = _slowest(self.seconds)
         speed = f"{size_text(int(self.bytes_per_sec))}/s"
         fraction = "" if self.raw_fraction is None else f", {self.raw_fraction:.2f} of raw"
+        goodput = None if self.expected is None else self.expected.goodput
+        share = "" if goodput is None else f"; expected goodput {100 * goodput:.2f} %"
         return (
             f"step {self.step}: saved {size_text(self.bytes)} in {self.total_secs:.2f} s ({speed}{fraction}); "
-            f"training was blocked {self.blocked_secs:.3f} s{slowest}"
+            f"training was blocked {self.blocked_secs:.3f} s{share}{slowest}"
         )
 
 
@@ -175,6 +180,8 @@ def _numbers(record: SaveRecord | LoadRecord) -> dict[str, float]:
     found = {name: float(getattr(record, name)) for name in names if hasattr(record, name)}
     if record.raw_fraction is not None:
         found["raw_fraction"] = record.raw_fraction
+    if isinstance(record, SaveRecord) and record.expected is not None and record.expected.goodput is not None:
+        found["expected_goodput"] = record.expected.goodput
     for phase in dict.fromkeys(phase for own in record.seconds for phase in own):
         found[f"secs/{phase}"] = max(own.get(phase, 0.0) for own in record.seconds)
     return found
@@ -222,13 +229,14 @@ class _OpenTelemetry(ManagerCallback):
             text = f"giantstep.{kind}.{name.replace('/', '.')}"
             if text not in self.made:
                 self.made[text] = self.meter.create_histogram(text, unit=_unit(name))
-            self.made[text].record(value, attributes={**attributes, "location": record.location})
+            # Not the place, which is another one for each step: every value of an attribute is a series of its own.
+            self.made[text].record(value, attributes=attributes)
 
 
 def _unit(name: str) -> str:
     if name == "bytes_per_sec":
         return "By/s"
-    return "s" if "secs" in name else "1" if name == "raw_fraction" else "By"
+    return "s" if "secs" in name else "1" if name in ("raw_fraction", "expected_goodput") else "By"
 
 
 def opentelemetry(meter: Any) -> ManagerCallback:

@@ -42,6 +42,14 @@ def restore_step(
     job: Job, state_dict: dict[Any, Any], wanted: int | None, strict: StrictHandling, options: LoadOptions
 ) -> Restored | None:
     """Collective. See `CheckpointManager.restore`."""
+    # A step that is passed over may be the one for whose sake others were to be removed.
+    with job.retention.held():
+        return _restore(job, state_dict, wanted, strict, options)
+
+
+def _restore(
+    job: Job, state_dict: dict[Any, Any], wanted: int | None, strict: StrictHandling, options: LoadOptions
+) -> Restored | None:
     began = time.monotonic()
     skipped: list[Skipped] = []
     failure: GiantstepError | None = None
@@ -57,9 +65,8 @@ def restore_step(
                 raise CorruptionError(f"no step of {job.root.location} can be loaded: {passed[0].reason}")
             return None
         try:
-            with job.retention.using(step):
-                place = job.root.folder(step_name(step))
-                state = load(state_dict, place, strict=strict, process_group=job.process_group, options=options)
+            place = job.root.folder(step_name(step))
+            state = load(state_dict, place, strict=strict, process_group=job.process_group, options=options)
         except PASSED_OVER as error:
             if wanted is not None:
                 raise

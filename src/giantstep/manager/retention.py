@@ -1,7 +1,8 @@
 """`Retention`: removes steps that no rule wants, in a thread of its own, on rank 0.
 
-Never removed: the newest good step; what is pinned; what is being saved or read here; anything that is not a step of
-giantstep's, or of a newer version, or has a damaged commit record; leftovers of saves that began after this manager did.
+Never removed: the newest good step, and the one that this manager saved last; what is pinned; what is being saved or read
+here; anything that is not a step of giantstep's, or of a newer version, or has a damaged commit record; leftovers of saves
+that began after this manager did.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from giantstep.commit.remove import remove_checkpoint
-from giantstep.errors import GiantstepError
+from giantstep.errors import CorruptionError, GiantstepError, IncompleteError
 from giantstep.format.record import CommitRecord
 from giantstep.manager.metrics import DeleteRecord
+from giantstep.manager.pins import is_pinned
 from giantstep.manager.policies import Keep, SavedStep
 from giantstep.pending import PendingSave
-from giantstep.steps import PIN_NAME, StepEntry, StepState, scan_steps, step_name
+from giantstep.reading.data_files import check_data_files
+from giantstep.steps import StepEntry, StepState, look_at_step, scan_steps, step_name
 from giantstep.storage.base import Store
 
 _LOG = logging.getLogger("giantstep")
@@ -49,13 +52,15 @@ class Retention:
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._used: Counter[int] = Counter()
+        self._held = 0
         self._bad: set[int] = set()
+        self._last_saved: int | None = None
         self._doomed: int | None = None
-        self._asked = self._closed = False
+        self._asked = self._missed = self._warned = self._closed = False
         self._awaited: list[tuple[PendingSave, Sequence[int]]] = []
         self._thread: threading.Thread | None = None
 
-    # Called by the manager; none of these waits for storage, but `using` for the removal of that very step.
+    # Called by the manager; none of these waits for storage, but `using` and `held` for the removal of one step.
 
     @contextmanager
     def using(self, step: int) -> Iterator[None]:
@@ -77,6 +82,21 @@ class Retention:
         with self._lock:
             self._used[step] -= 1
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, nothing is removed: while a good step is looked for, the one that is taken for it may turn out to be bad."""
+        with self._lock:
+            self._wake.wait_for(lambda: self._doomed is None)
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= 1
+                missed, self._missed = self._missed, False
+            if missed:
+                self.ask()
+
     def found_bad(self, step: int) -> None:
         """The step does not load: it is not the one that must be kept as the newest."""
         with self._lock:
@@ -86,13 +106,14 @@ class Retention:
         """The step was committed now, whatever it was before."""
         with self._lock:
             self._bad.discard(step)
+            self._last_saved = step
 
     def ask(self, after: PendingSave | None = None, used: Sequence[int] = ()) -> None:
         """Look what can go, soon.
 
         Args:
             after: once this save is finished.
-            used: steps that were taken for it, and are to be released then.
+            used: steps that were taken for it, and are to be released then; the first is the one that it saves.
         """
         with self._lock:
             self._asked = self._asked or after is None
@@ -124,22 +145,36 @@ class Retention:
                     return
             for pending, used in awaited:
                 pending.wait()
+                if pending.outcome()[0] is not None:
+                    self.saved(used[0])
                 for step in used:
                     self.release(step)
-            self.run_once()
+            try:
+                self.run_once()
+            except Exception:  # noqa: BLE001 - of a store's, perhaps; the job must not lose all later removals to it
+                _LOG.exception("%s: old steps could not be removed", self._root.location)
 
     def run_once(self) -> DeleteRecord | None:
-        """Remove what can go now. Failures are logged; the next time tries again."""
+        """Remove what can go now. Failures are logged, and do not keep other steps; the next time tries again."""
         begin = time.monotonic()
         steps: list[int] = []
         leftovers: list[int] = []
+        problems: list[str] = []
         try:
-            for entry in self._removable(scan_steps(self._root)):
-                if self._remove(entry.step):
-                    (steps if entry.state is StepState.COMMITTED else leftovers).append(entry.step)
+            newest, doomed = self._removable(scan_steps(self._root))
         except (OSError, GiantstepError) as error:
+            newest, doomed, problems = -1, [], [str(error)]
+        for entry in doomed:
+            try:
+                if self._remove(entry, newest):
+                    (steps if entry.state is StepState.COMMITTED else leftovers).append(entry.step)
+            except (OSError, GiantstepError) as error:
+                problems.append(f"step {entry.step}: {error}")
+        if problems:
             _LOG.warning(
-                "%s: old steps could not be removed, which is tried again after the next save: %s", self._root.location, error
+                "%s: old steps could not be removed, which is tried again after the next save: %s",
+                self._root.location,
+                "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""),
             )
         if not steps and not leftovers:
             return None
@@ -147,53 +182,78 @@ class Retention:
         self._tell(record)
         return record
 
-    def _removable(self, entries: list[StepEntry]) -> list[StepEntry]:
-        """Oldest first."""
+    def _removable(self, entries: list[StepEntry]) -> tuple[int, list[StepEntry]]:
+        """The newest good step, and what can go while it is there, oldest first."""
         committed = {entry.step: entry.record for entry in entries if entry.record is not None}
         with self._lock:
-            bad = set(self._bad)
-        good = set(committed) - bad
-        newest = max(good, default=None)
+            bad, last_saved = set(self._bad), self._last_saved
+        newest = self._newest_good(committed, bad)
         if newest is None:
-            return []
+            return -1, []
+        self._warn_of_newer(newest, last_saved)
         found = [entry for entry in entries if self._is_leftover(entry, newest)]
         if self._keep is not None:
             steps = [
-                SavedStep(step, _committed_at(record), record.metrics) for step, record in committed.items() if step in good
+                SavedStep(step, _committed_at(record), record.metrics) for step, record in committed.items() if step not in bad
             ]
-            kept = self._keep.kept(steps, self._wall(), self._pinned(committed)) | {newest}
+            pinned = {step for step in committed if is_pinned(self._root, step)}
+            kept = self._keep.kept(steps, self._wall()) | pinned | {newest, last_saved}
             # A bad step newer than the newest good one may be somebody's last hope.
             found += [entry for entry in entries if entry.step in committed and entry.step not in kept and entry.step < newest]
-        return sorted(found, key=lambda entry: entry.step)
+        return newest, sorted(found, key=lambda entry: entry.step)
+
+    def _newest_good(self, committed: dict[int, CommitRecord], bad: set[int]) -> int | None:
+        """The newest that is not known to be bad, and has all its files; those that have not join the bad."""
+        for step in sorted(set(committed) - bad, reverse=True):
+            try:
+                check_data_files(self._root.folder(step_name(step)), committed[step])
+            except (IncompleteError, CorruptionError) as error:
+                _LOG.warning("%s: step %d is not taken for a good one: %s", self._root.location, step, error)
+                bad.add(step)
+            else:
+                return step
+        return None
+
+    def _warn_of_newer(self, newest: int, last_saved: int | None) -> None:
+        if last_saved is not None and last_saved < newest and not self._warned:
+            self._warned = True
+            _LOG.warning(
+                "%s: step %d was saved, but the newest step is %d, and restore(step=None) goes on from there. If the job went "
+                "back to an earlier step for good, remove the newer ones.",
+                self._root.location,
+                last_saved,
+                newest,
+            )
 
     def _is_leftover(self, entry: StepEntry, newest: int) -> bool:
         """Of a save that crashed: began before this manager did, or left nothing but a directory, and was overtaken since."""
         dead = max(entry.save_ids, default="") < self._began
         return entry.state is StepState.UNFINISHED and dead and entry.step < newest
 
-    def _pinned(self, committed: dict[int, CommitRecord]) -> set[int]:
-        found = set()
-        for step in committed:
-            try:
-                self._root.folder(step_name(step)).size(PIN_NAME)
-            except FileNotFoundError:
-                continue
-            found.add(step)
-        return found
-
-    def _remove(self, step: int) -> bool:
+    def _remove(self, entry: StepEntry, newest: int) -> bool:
+        step = entry.step
         with self._lock:
-            if self._used[step] > 0:
+            if self._held:
+                self._missed = True
+            if self._held or self._used[step] > 0 or newest in self._bad:
                 return False
             self._doomed = step
         store = self._root.folder(step_name(step))
         try:
+            if not self._is_as_before(entry, newest):
+                return False
             # A directory with foreign ones in it stays, and is nothing to tell of.
             return bool(remove_checkpoint(store)) or not store.exists()
         finally:
             with self._lock:
                 self._doomed = None
                 self._wake.notify_all()
+
+    def _is_as_before(self, entry: StepEntry, newest: int) -> bool:
+        """Whether what the scan saw is still so: the step may have been pinned or saved anew, and the newest may be gone."""
+        if entry.state is StepState.COMMITTED and is_pinned(self._root, entry.step):
+            return False
+        return look_at_step(self._root, entry.step) == entry and look_at_step(self._root, newest).record is not None
 
 
 def _committed_at(record: CommitRecord) -> float:

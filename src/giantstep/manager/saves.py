@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from giantstep.async_saving import async_save
-from giantstep.errors import BadArgumentError, DisagreementError, PhaseTimeoutError
+from giantstep.errors import BadArgumentError, DisagreementError, GiantstepError, PhaseTimeoutError
 from giantstep.group.base import Group, consult
 from giantstep.manager.choosing import check_may_save, newest_committed
-from giantstep.manager.flights import Flight, gathered, packed, record_of, told_of, unpacked
+from giantstep.manager.flights import Flight, gathered, owed, packed, record_of, told_of, unpacked
 from giantstep.manager.metrics import Teller
 from giantstep.manager.retention import Retention
 from giantstep.manager.timing import Timing
@@ -68,6 +68,7 @@ class Saves:
         self._job, self._options, self._linking, self._timing, self._raw = job, options, linking, timing, raw_bytes_per_sec
         self._flights: list[Flight] = []
         self._since_full = 0
+        self._owed: GiantstepError | None = None
         self.stop_heard = False
 
     def save(
@@ -91,7 +92,9 @@ class Saves:
         """
         began = time.monotonic()
         leave = self._options.max_pending - 1 if background else 0
-        answer = self._prepare(step, overwrite, stop, leave=leave, left_secs=left_secs)
+        answer = self._prepare(step, overwrite, stop, leave=leave, left_secs=left_secs, owing=not background)
+        if left_secs is None:
+            self._pay(f"Step {step} was not saved: call save again")
         previous: int | None = answer["previous"]
         options = self._options_for(previous, answer["left_secs"])
         # What is saved and what it is compared with must not be removed meanwhile.
@@ -125,10 +128,17 @@ class Saves:
             retention.ask()
         return report
 
-    def _prepare(self, step: int, overwrite: bool, stop: bool, *, leave: int, left_secs: float | None) -> dict[str, Any]:
-        """Agree that the step may be saved, and on the one to compare it with; hear of saves that are through."""
+    def _prepare(
+        self, step: int, overwrite: bool, stop: bool, *, leave: int, left_secs: float | None, owing: bool = False
+    ) -> dict[str, Any]:
+        """Agree that the step may be saved, and on the one to compare it with; hear of saves that are through.
+
+        Args:
+            owing: whether to note what they failed with; `async_save` raises that by itself.
+        """
         began = time.monotonic()
         flights, late = self._finish(leave, left_secs)
+        group = self._job.group
 
         def look() -> bytes:
             if late:
@@ -138,7 +148,7 @@ class Saves:
             if any(flight.step == step for flight in self._flights):
                 raise BadArgumentError(f"step {step} is being saved already")
             left = None if left_secs is None else max(0.1, left_secs - (time.monotonic() - began))
-            return packed({"step": step, "stop": stop, "left_secs": left, "told": [flight.told() for flight in flights]})
+            return packed({"step": step, "stop": stop, "left_secs": left, "told": [flight.told(group) for flight in flights]})
 
         def decide(reports: Sequence[bytes]) -> list[bytes]:
             told = [unpacked(report) for report in reports]
@@ -158,12 +168,14 @@ class Saves:
             return [packed(answer)] * len(reports)
 
         try:
-            answer: dict[str, Any] = unpacked(consult(self._job.group, "manage", self._options.timeout_secs, look, decide))
+            answer: dict[str, Any] = unpacked(consult(group, "manage", self._options.timeout_secs, look, decide))
         except BaseException:
             # The next call hears of them.
             self._flights = flights + self._flights
             raise
         self._record(answer["told"], asynchronous=True)
+        if owing:
+            self._owed = self._owed or owed(flights, answer["told"])
         self.stop_heard = answer["stop"]
         return answer
 
@@ -205,25 +217,47 @@ class Saves:
         """Of what every rank told of the same saves."""
         for ranks in zip(*by_rank, strict=True):
             if not ranks[0]["error"]:
-                self._job.retention.saved(ranks[0]["step"])
+                if not asynchronous:
+                    self._job.retention.saved(ranks[0]["step"])
                 # The slowest rank counts: so all ranks go by the same numbers.
                 self._timing.cost(*(max(told[name] for told in ranks) for name in ("blocked_secs", "total_secs")))
             self._tell(ranks, self._job.group.rank, asynchronous=asynchronous)
 
     def _tell(self, ranks: Sequence[dict[str, Any]], rank: int, *, asynchronous: bool) -> None:
         place = self._job.root.folder(step_name(ranks[0]["step"])).location
-        self._job.teller.tell(record_of(ranks, rank, place, asynchronous=asynchronous, raw_bytes_per_sec=self._raw))
+        record = record_of(
+            ranks,
+            rank,
+            place,
+            asynchronous=asynchronous,
+            raw_bytes_per_sec=self._raw,
+            expected=self._timing.expectation(),
+        )
+        self._job.teller.tell(record)
 
     def wait(self) -> None:
-        """Collective. Wait until nothing is in flight; raise what the first save failed with, if failures are to be raised."""
+        """Collective. Wait until nothing is in flight; raise what the first save failed with of which no call has told."""
         flights, _ = self._finish(0)
-        if not flights:
-            return
-        self._share([flight.told() for flight in flights], asynchronous=True)
-        errors = [flight.pending.exception() for flight in flights]
-        first = next((error for error in errors if error is not None), None)
-        if first is not None and self._options.on_error == "raise":
-            raise first
+        if flights:
+            by_rank = gathered(
+                self._job.group, [flight.told(self._job.group) for flight in flights], self._options.timeout_secs
+            )
+            self._record(by_rank, asynchronous=True)
+            self._owed = self._owed or owed(flights, by_rank)
+        self._pay("")
+
+    def _pay(self, note: str) -> None:
+        """Raise what a save in the background failed with, if that was not told."""
+        error, self._owed = self._owed, None
+        if error is not None:
+            if note:
+                error.add_note(f"This is what an earlier asynchronous save of this manager failed with. {note}.")
+            raise error
+
+    def settle(self) -> None:
+        """Wait until nothing is in flight, and leave it to the next call to tell what became of it."""
+        for flight in self._flights:
+            flight.pending.wait()
 
     def wait_alone(self) -> None:
         """Wait until nothing is in flight; other ranks need not be there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -12,14 +13,21 @@ from giantstep.storage.buffers import device_buffer
 
 _SCRATCH_BYTES = 64 << 20
 _PIECE_BYTES = 8 << 20
+_SCRATCH = re.compile(r"giantstep-speed-[0-9a-f]{16}\.tmp")
 
 
 def raw_bytes_per_sec(root: Store, group: Group, timeout_secs: float) -> float:
     """Bytes per second that all ranks together can write durably.
 
-    Each writes 64 MiB to a file beside the steps, and removes it.
+    Each writes 64 MiB to a file beside the steps, and removes it; rank 0 also those of jobs that were killed meanwhile.
     """
-    consult(group, "measure", timeout_secs, lambda: b"")
+
+    def clean(reports: Sequence[bytes]) -> list[bytes]:
+        for name in [name for name in root.names("") if _SCRATCH.fullmatch(name)] if root.exists() else []:
+            root.delete(name)
+        return [b""] * len(reports)
+
+    consult(group, "measure", timeout_secs, lambda: b"", clean)
 
     def slowest(reports: Sequence[bytes]) -> list[bytes]:
         return [max(reports, key=float)] * len(reports)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from giantstep.manager.policies import EverySecs, EverySteps, ForFailures, SaveWhen, best_interval_secs, goodput
 
-# Where time or signals decide, ranks talk so often, or when a save is due, and after so many steps at most.
+# Where time or signals decide, ranks talk so often, or when a save is due, and after so many steps at most: steps may become
+# slower than they were, and a signal must be heard all the same.
 _TALK_SECS = 1.0
-_MOST_STEPS = 10_000
+_MOST_STEPS = 100
 # Weight of the newest measurement.
 _NEWEST = 0.3
 
@@ -87,6 +88,10 @@ class Timing:
         self._begun = self._clock()
         self._last_step = None
 
+    def resume(self) -> None:
+        """Training goes on from a step that was restored: the time that took is no training."""
+        self.begin_save()
+
     def cost(self, blocked_secs: float, total_secs: float) -> None:
         """A save was committed, and took so long."""
         for name, value in (("_cost_secs", blocked_secs), ("_save_secs", total_secs)):
@@ -113,5 +118,7 @@ class Timing:
             interval = when.steps * self._step_secs
         share = None
         if isinstance(when, ForFailures):
-            share = goodput(interval, self._cost_secs, when.mtbf_secs, when.restart_secs)
+            # Until a save in the background is committed, a failure loses what came before it too.
+            behind = max(0.0, self._save_secs - self._cost_secs)
+            share = goodput(interval, self._cost_secs, when.mtbf_secs, when.restart_secs + behind)
         return Expectation(interval, self._cost_secs, self._save_secs, self._step_secs, share)
