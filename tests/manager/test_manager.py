@@ -642,6 +642,7 @@ def test_saves_and_loads_are_told_with_seconds_of_all_ranks_to_the_log_and_to_ex
     assert ("checkpoint/load/secs/read", 2) in writer.scalars
     assert meter.units["giantstep.save.bytes_per_sec"] == "By/s"
     assert meter.units["giantstep.save.secs.write"] == "s"
+    assert {key for _, told in meter.found["giantstep.save.bytes"] for key in told} == {"asynchronous", "committed"}
     assert [attributes["asynchronous"] for _, attributes in meter.found["giantstep.save.total_secs"]] == [False, True]
     assert not list(tmp_path.glob("*speed*"))
 

@@ -8,6 +8,7 @@ import math
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 import giantstep as gs
 import giantstep.manager.restores
-from giantstep.errors import BadArgumentError, DisagreementError, StoreError
+from giantstep.errors import BadArgumentError, DisagreementError, PhaseTimeoutError, StoreError
 from giantstep.format.record import CommitRecord, IndexEntry, Totals
 from giantstep.group.threads import ThreadGroup
 from giantstep.manager import CheckpointManager, EverySecs, ForFailures, Keep, ManagerCallback, SaveRecord
@@ -484,11 +485,78 @@ def test_records_state_the_goodput_to_be_expected(tmp_path: Path, caplog: pytest
         def on_save(self, record: SaveRecord) -> None:
             found.append(record)
 
-    with caplog.at_level(logging.INFO, "giantstep"):
-        with CheckpointManager(tmp_path, save_when=ForFailures(mtbf_secs=1e5), callbacks=[Watch()]) as manager:
-            manager.save(1, state_of(1))
-            assert found[0].expected == manager.expectation
+    caplog.set_level(logging.INFO, "giantstep")
+    with CheckpointManager(tmp_path, save_when=ForFailures(mtbf_secs=1e5), callbacks=[Watch()]) as manager:
+        manager.save(1, state_of(1))
+        assert found[0].expected == manager.expectation
     assert found[0].expected is not None
     assert found[0].expected.goodput is not None
     assert not math.isnan(found[0].expected.goodput)
     assert re.search(r"step 1: saved .* expected goodput 9\d\.\d\d %", caplog.text)
+
+
+# The end.
+
+
+def test_a_signal_that_came_since_ranks_last_talked_makes_the_save_of_that_step_the_last_and_a_blocking_one(
+    tmp_path: Path,
+) -> None:
+    def rank(group: ThreadGroup) -> tuple[str, bool]:
+        options = gs.SaveOptions(max_pending=3)
+        with CheckpointManager(
+            tmp_path, save_when=1, asynchronous=True, incremental=True, save_options=options, process_group=group
+        ) as manager:
+            for step in (1, 2):
+                assert isinstance(manager.save(step, state_of(step)), gs.PendingSave)
+            if group.rank == 1:
+                manager.stop()
+            result = manager.save(3, state_of(3))
+            assert steps_in(tmp_path) == [1, 2, 3], "in order, and all of them"
+            return type(result).__name__, manager.stopping
+
+    assert run_ranks(2, rank) == [("SaveReport", True)] * 2
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_beyond_the_deadline(tmp_path: Path) -> None:
+    absent = threading.Event()
+
+    def rank(group: ThreadGroup) -> float:
+        manager = CheckpointManager(tmp_path, save_when=EverySecs(1e6), process_group=group, deadline_secs=1.5)
+        manager.stop()
+        assert manager.should_save(1)
+        if group.rank == 1:
+            absent.wait(30)
+            return 0.0
+        begin = time.monotonic()
+        try:
+            with pytest.raises(PhaseTimeoutError, match="rank 1"):
+                manager.save(1, state_of(1))
+        finally:
+            absent.set()
+        return time.monotonic() - begin
+
+    assert 0.5 < run_ranks(2, rank)[0] < 10
+
+
+def test_a_save_that_is_not_through_at_the_deadline_is_named_by_all_ranks() -> None:
+    store = GatedStore()
+    root = _Root(store)
+
+    def rank(group: ThreadGroup) -> str:
+        manager = CheckpointManager(root, save_when=EverySecs(1e6), process_group=group, deadline_secs=0.5, asynchronous=True)
+        manager.save(1, state_of(1))
+        manager.stop()
+        assert manager.should_save(2)
+        try:
+            with pytest.raises(PhaseTimeoutError) as caught:
+                manager.save(2, state_of(2))
+            return str(caught.value)
+        finally:
+            both.wait()
+            store.gate.set()
+            manager.close()
+
+    both = threading.Barrier(2)
+    first, second = run_ranks(2, rank)
+    assert first == second
+    assert "the save of step 1 has not finished in the time that is left; step 2 is not saved" in first

@@ -195,8 +195,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     ) -> SaveReport | PendingSave:
         """Save a step. Collective.
 
-        Once the job is to end (`stopping`) it blocks, whatever was asked for, after earlier saves have finished, and fails
-        rather than take longer than the deadline allows.
+        Once the job is to end (`stopping`, or a signal that has come since) it blocks, whatever was asked for, after earlier
+        saves have finished, and fails rather than let ranks wait for each other beyond the deadline.
 
         Args:
             step: its number.
@@ -215,7 +215,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             Others: as `giantstep.save` and `giantstep.async_save`. Steps that were there before stay.
         """
         self._check_open()
-        ending = self.stopping
+        ending, hurried = self.stopping, self.stopping or self._notice.came
         result = self._saves.save(
             step,
             state_dict,
@@ -223,7 +223,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             background=(self._given.asynchronous if asynchronous is None else asynchronous) and not ending,
             overwrite=overwrite,
             stop=self._notice.came,
-            left_secs=max(0.1, self._notice.left_secs(self._given.deadline_secs)) if ending else None,
+            left_secs=max(0.1, self._notice.left_secs(self._given.deadline_secs)) if hurried else None,
         )
         self._saved_step = step
         self.stopping = ending or self._saves.stop_heard

@@ -88,13 +88,10 @@ class Saves:
             arguments: further ones of `giantstep.save`.
             background: whether to use `giantstep.async_save`.
             stop: whether this rank has heard that the job is to end.
-            left_secs: how long it may take altogether; None: as long as it takes.
+            left_secs: how long it may take altogether, as far as this rank knows; None: as long as it takes.
         """
         began = time.monotonic()
-        leave = self._options.max_pending - 1 if background else 0
-        answer = self._prepare(step, overwrite, stop, leave=leave, left_secs=left_secs, owing=not background)
-        if left_secs is None:
-            self._pay(f"Step {step} was not saved: call save again")
+        background, answer = self._agree(step, overwrite, stop, background=background, left_secs=left_secs)
         previous: int | None = answer["previous"]
         options = self._options_for(previous, answer["left_secs"])
         # What is saved and what it is compared with must not be removed meanwhile.
@@ -123,18 +120,32 @@ class Saves:
             return pending
         for number in used:
             retention.release(number)
-        self._share([told_of(step, report, None, blocked, blocked)], asynchronous=False)
+        self._share([told_of(step, report, None, blocked, blocked)], asynchronous=False, left_secs=answer["left_secs"])
         if self._job.group.rank == 0:
             retention.ask()
         return report
 
+    def _agree(
+        self, step: int, overwrite: bool, stop: bool, *, background: bool, left_secs: float | None
+    ) -> tuple[bool, dict[str, Any]]:
+        """Whether the save is made in the background, and the answer of `_prepare`."""
+        leave = self._options.max_pending - 1 if background else 0
+        answer = self._prepare(step, overwrite, stop, leave=leave, left_secs=left_secs, background=background)
+        if background and answer["stop"]:
+            # A signal has come since ranks last talked. What would be begun now in the background might never be finished.
+            background = False
+            answer = self._prepare(step, overwrite, stop, leave=0, left_secs=answer["left_secs"])
+        if answer["left_secs"] is None:
+            self._pay(f"Step {step} was not saved: call save again")
+        return background, answer
+
     def _prepare(
-        self, step: int, overwrite: bool, stop: bool, *, leave: int, left_secs: float | None, owing: bool = False
+        self, step: int, overwrite: bool, stop: bool, *, leave: int, left_secs: float | None, background: bool = False
     ) -> dict[str, Any]:
         """Agree that the step may be saved, and on the one to compare it with; hear of saves that are through.
 
         Args:
-            owing: whether to note what they failed with; `async_save` raises that by itself.
+            background: whether it will be an `async_save`, which raises by itself what earlier ones failed with.
         """
         began = time.monotonic()
         flights, late = self._finish(leave, left_secs)
@@ -158,9 +169,10 @@ class Saves:
                     f"save is called for step {step} on rank 0 and for {told[other]['step']} on rank {other}"
                 )
             check_may_save(self._job.root, step, overwrite=overwrite)
+            stops = any(own["stop"] for own in told)
             answer = {
-                "previous": self._previous_of(step),
-                "stop": any(own["stop"] for own in told),
+                "previous": None if background and stops else self._previous_of(step),
+                "stop": stops,
                 # The rank that heard the signal first knows best.
                 "left_secs": min((own["left_secs"] for own in told if own["left_secs"] is not None), default=None),
                 "told": [own["told"] for own in told],
@@ -168,13 +180,13 @@ class Saves:
             return [packed(answer)] * len(reports)
 
         try:
-            answer: dict[str, Any] = unpacked(consult(group, "manage", self._options.timeout_secs, look, decide))
+            answer: dict[str, Any] = unpacked(consult(group, "manage", self._patience_secs(left_secs), look, decide))
         except BaseException:
             # The next call hears of them.
             self._flights = flights + self._flights
             raise
         self._record(answer["told"], asynchronous=True)
-        if owing:
+        if not background:
             self._owed = self._owed or owed(flights, answer["told"])
         self.stop_heard = answer["stop"]
         return answer
@@ -209,9 +221,13 @@ class Saves:
                 late = late or flight
         return flights, late
 
-    def _share(self, told: list[dict[str, Any]], *, asynchronous: bool) -> None:
+    def _share(self, told: list[dict[str, Any]], *, asynchronous: bool, left_secs: float | None) -> None:
         """Every rank tells what it knows of the same saves, in one small round."""
-        self._record(gathered(self._job.group, told, self._options.timeout_secs), asynchronous=asynchronous)
+        self._record(gathered(self._job.group, told, self._patience_secs(left_secs)), asynchronous=asynchronous)
+
+    def _patience_secs(self, left_secs: float | None) -> float:
+        """How long ranks may keep each other waiting where so much is left of a deadline."""
+        return self._options.timeout_secs if left_secs is None else min(self._options.timeout_secs, max(1.0, left_secs))
 
     def _record(self, by_rank: Sequence[Sequence[dict[str, Any]]], *, asynchronous: bool) -> None:
         """Of what every rank told of the same saves."""
