@@ -7,7 +7,6 @@ that began after this manager did.
 
 from __future__ import annotations
 
-import datetime as dt
 import logging
 import threading
 import time
@@ -15,16 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from giantstep.collection import uncollected
 from giantstep.commit.remove import remove_checkpoint
-from giantstep.errors import CorruptionError, GiantstepError, IncompleteError
-from giantstep.format.record import CommitRecord
+from giantstep.errors import CorruptionError, GiantstepError, OpenError
+from giantstep.manager.ledger import Known, Ledger
 from giantstep.manager.metrics import DeleteRecord
 from giantstep.manager.pins import is_pinned
 from giantstep.manager.policies import Keep, SavedStep
 from giantstep.pending import PendingSave
 from giantstep.reading.data_files import check_data_files
-from giantstep.steps import StepEntry, StepState, look_at_step, scan_steps, step_name
+from giantstep.steps import StepState, step_name
 from giantstep.storage.base import Store
+from giantstep.storage.record_file import read_record
 
 _LOG = logging.getLogger("giantstep")
 
@@ -48,6 +49,7 @@ class Retention:
         tell: Callable[[DeleteRecord], None],
         wall: Callable[[], float] = time.time,
     ) -> None:
+        self._ledger = Ledger(root)
         self._root, self._keep, self._began, self._tell, self._wall = root, keep, began, tell, wall
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -161,15 +163,15 @@ class Retention:
         leftovers: list[int] = []
         problems: list[str] = []
         try:
-            newest, doomed = self._removable(scan_steps(self._root))
+            newest, doomed = self._removable(self._ledger.look())
         except (OSError, GiantstepError) as error:
-            newest, doomed, problems = -1, [], [str(error)]
-        for entry in doomed:
+            newest, doomed, problems = None, [], [str(error)]
+        for one in doomed:
             try:
-                if self._remove(entry, newest):
-                    (steps if entry.state is StepState.COMMITTED else leftovers).append(entry.step)
+                if newest is not None and self._remove(one, newest):
+                    (steps if one.state is StepState.COMMITTED else leftovers).append(one.step)
             except (OSError, GiantstepError) as error:
-                problems.append(f"step {entry.step}: {error}")
+                problems.append(f"step {one.step}: {error}")
         if problems:
             _LOG.warning(
                 "%s: old steps could not be removed, which is tried again after the next save: %s",
@@ -182,37 +184,41 @@ class Retention:
         self._tell(record)
         return record
 
-    def _removable(self, entries: list[StepEntry]) -> tuple[int, list[StepEntry]]:
+    def _removable(self, steps: list[Known]) -> tuple[Known | None, list[Known]]:
         """The newest good step, and what can go while it is there, oldest first."""
-        committed = {entry.step: entry.record for entry in entries if entry.record is not None}
+        committed = {one.step: one for one in steps if one.state is StepState.COMMITTED}
         with self._lock:
             bad, last_saved = set(self._bad), self._last_saved
         newest = self._newest_good(committed, bad)
         if newest is None:
-            return -1, []
-        self._warn_of_newer(newest, last_saved)
-        found = [entry for entry in entries if self._is_leftover(entry, newest)]
+            return None, []
+        self._warn_of_newer(newest.step, last_saved)
+        found = [one for one in steps if self._is_leftover(one, newest.step)]
         if self._keep is not None:
-            steps = [
-                SavedStep(step, _committed_at(record), record.metrics) for step, record in committed.items() if step not in bad
-            ]
+            rated = [SavedStep(one.step, one.committed, one.metrics) for one in committed.values() if one.step not in bad]
             pinned = {step for step in committed if is_pinned(self._root, step)}
-            kept = self._keep.kept(steps, self._wall()) | pinned | {newest, last_saved}
+            kept = self._keep.kept(rated, self._wall()) | pinned | {newest.step, last_saved}
             # A bad step newer than the newest good one may be somebody's last hope.
-            found += [entry for entry in entries if entry.step in committed and entry.step not in kept and entry.step < newest]
-        return newest, sorted(found, key=lambda entry: entry.step)
+            found += [one for one in committed.values() if one.step not in kept and one.step < newest.step]
+        return newest, sorted(found, key=lambda one: one.step)
 
-    def _newest_good(self, committed: dict[int, CommitRecord], bad: set[int]) -> int | None:
+    def _newest_good(self, committed: dict[int, Known], bad: set[int]) -> Known | None:
         """The newest that is not known to be bad, and has all its files; those that have not join the bad."""
         for step in sorted(set(committed) - bad, reverse=True):
-            try:
-                check_data_files(self._root.folder(step_name(step)), committed[step])
-            except (IncompleteError, CorruptionError) as error:
-                _LOG.warning("%s: step %d is not taken for a good one: %s", self._root.location, step, error)
-                bad.add(step)
-            else:
-                return step
+            if self._is_whole(step):
+                return committed[step]
+            bad.add(step)
         return None
+
+    def _is_whole(self, step: int) -> bool:
+        place = self._root.folder(step_name(step))
+        try:
+            with uncollected():
+                check_data_files(place, read_record(place))
+        except (OpenError, CorruptionError) as error:
+            _LOG.warning("%s: step %d is not taken for a good one: %s", self._root.location, step, error)
+            return False
+        return True
 
     def _warn_of_newer(self, newest: int, last_saved: int | None) -> None:
         if last_saved is not None and last_saved < newest and not self._warned:
@@ -225,22 +231,24 @@ class Retention:
                 newest,
             )
 
-    def _is_leftover(self, entry: StepEntry, newest: int) -> bool:
+    def _is_leftover(self, one: Known, newest: int) -> bool:
         """Of a save that crashed: began before this manager did, or left nothing but a directory, and was overtaken since."""
-        dead = max(entry.save_ids, default="") < self._began
-        return entry.state is StepState.UNFINISHED and dead and entry.step < newest
+        dead = max(one.save_ids, default="") < self._began
+        return one.state is StepState.UNFINISHED and dead and one.step < newest
 
-    def _remove(self, entry: StepEntry, newest: int) -> bool:
-        step = entry.step
+    def _remove(self, one: Known, newest: Known) -> bool:
         with self._lock:
             if self._held:
                 self._missed = True
-            if self._held or self._used[step] > 0 or newest in self._bad:
+            if self._held or self._used[one.step] > 0 or newest.step in self._bad:
                 return False
-            self._doomed = step
-        store = self._root.folder(step_name(step))
+            self._doomed = one.step
+        store = self._root.folder(step_name(one.step))
         try:
-            if not self._is_as_before(entry, newest):
+            # Since the scan the step may have been pinned or saved anew, and the newest may be gone.
+            if is_pinned(self._root, one.step) and one.state is StepState.COMMITTED:
+                return False
+            if not (self._ledger.is_as_before(one) and self._ledger.is_as_before(newest)):
                 return False
             # A directory with foreign ones in it stays, and is nothing to tell of.
             return bool(remove_checkpoint(store)) or not store.exists()
@@ -248,17 +256,3 @@ class Retention:
             with self._lock:
                 self._doomed = None
                 self._wake.notify_all()
-
-    def _is_as_before(self, entry: StepEntry, newest: int) -> bool:
-        """Whether what the scan saw is still so: the step may have been pinned or saved anew, and the newest may be gone."""
-        if entry.state is StepState.COMMITTED and is_pinned(self._root, entry.step):
-            return False
-        return look_at_step(self._root, entry.step) == entry and look_at_step(self._root, newest).record is not None
-
-
-def _committed_at(record: CommitRecord) -> float:
-    try:
-        return dt.datetime.fromisoformat(record.created).timestamp()
-    except ValueError:
-        # For people, the format says: a writer may have put anything there. Such a step counts as old.
-        return 0.0

@@ -5,7 +5,10 @@ from __future__ import annotations
 from giantstep.errors import CheckpointNotFoundError, IncompleteError, NotACheckpointError
 from giantstep.format.names import DATA_DIR, RECORD_NAME, save_id_of
 from giantstep.format.record import MAX_RECORD_BYTES, CommitRecord, decode_record
-from giantstep.storage.base import Store, read_all
+from giantstep.storage.base import Store, read_all, reading
+
+# More than a digest and what surrounds it.
+_SEAL_BYTES = 128
 
 
 def files_of_ours(store: Store) -> list[str]:
@@ -36,6 +39,23 @@ def read_record_bytes(store: Store) -> bytes:
             "The save was interrupted, or is still running: load another step, or save again to this path."
         )
     raise NotACheckpointError(f"{store.location} holds no {RECORD_NAME}: it is not a checkpoint")
+
+
+def record_seal(store: Store) -> bytes | None:
+    """The end of the commit record, where its digest stands, and its size; None if there is none.
+
+    Records of equal seals are the same one: to see that a step is as it was, a large record need not be read again.
+
+    Raises:
+        OSError: reading failed.
+    """
+    try:
+        with reading(store, RECORD_NAME) as handle:
+            end = bytearray(min(_SEAL_BYTES, handle.size))
+            handle.read_into(handle.size - len(end), memoryview(end))
+            return b"%d %b" % (handle.size, bytes(end))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def read_record(store: Store) -> CommitRecord:
