@@ -1,7 +1,8 @@
 """How long removing old steps keeps the trainer waiting: pauses of a thread that wakes every millisecond.
 
 Beside it the same loop without removal, and with removal in the caller's thread. Prints a table; states are files of the given
-size on the given directory.
+size on the given directory. A second table is of looking for what can go, and finding nothing, among many steps of many ranks,
+whose commit records are large: first all of them must be read, later only those that are new.
 
     python benchmarks/retention.py --dir /var/tmp/retention --mib 512 --steps 6
 """
@@ -9,6 +10,7 @@ size on the given directory.
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import shutil
 import statistics
 import threading
@@ -20,6 +22,11 @@ import torch
 
 import giantstep as gs
 from giantstep.commit.remove import remove_checkpoint
+from giantstep.format.names import RECORD_NAME, data_file_name, index_file_name, new_save_id
+from giantstep.format.record import CommitRecord, FileEntry, IndexEntry, Totals, encode_record
+from giantstep.manager import Keep
+from giantstep.manager.retention import Retention
+from giantstep.steps import step_name
 from giantstep.storage.local import LocalStore
 
 
@@ -75,6 +82,44 @@ def measure(root: Path, mib: int, steps: int, how: str) -> tuple[float, float, f
     return max(ticker.late), call, gone
 
 
+def many_ranks(root: Path, steps: int, ranks: int) -> None:
+    """Steps as so many ranks leave them, but of no bytes; only the newest has its data files."""
+    shutil.rmtree(root, ignore_errors=True)
+    for step in range(1, steps + 1):
+        save_id, place = f"20260101T000000-{step:016x}", root / step_name(step)
+        names = [data_file_name(save_id, rank, 0) for rank in range(ranks)]
+        (place / "data").mkdir(parents=True)
+        record = CommitRecord(
+            save_id=save_id,
+            library="benchmark",
+            created="2026-01-01T00:00:00+00:00",
+            world_size=ranks,
+            block_bytes=4096,
+            index=IndexEntry(index_file_name(save_id), 0, 0, ""),
+            files=tuple(FileEntry(name, 0, rank) for rank, name in enumerate(names)),
+            totals=Totals(0, 0, 0, 0),
+            content_metadata=None,
+        )
+        (place / RECORD_NAME).write_bytes(encode_record(record))
+    for name in names:
+        (place / name).touch()
+
+
+def look(root: Path, steps: int, ranks: int) -> list[tuple[float, float]]:
+    """Seconds and worst pause of the first look at all steps, and of two more."""
+    many_ranks(root, steps, ranks)
+    retention = Retention(LocalStore(root), Keep(last=steps), new_save_id(dt.datetime.now(dt.UTC), "0" * 16), lambda _: None)
+    found = []
+    for _ in range(3):
+        with Ticker() as ticker:
+            time.sleep(0.3)
+            start = time.perf_counter()
+            retention.run_once()
+            secs = time.perf_counter() - start
+        found.append((secs, max(ticker.late)))
+    return found
+
+
 def main() -> None:
     """Run all ways in turn, several times."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -82,6 +127,8 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kept", type=int, default=30, help="steps of the second table")
+    parser.add_argument("--ranks", type=int, default=10_000, help="ranks of the second table")
     arguments = parser.parse_args()
     ways = ("nothing", "manager", "caller's thread")
     found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
@@ -96,6 +143,15 @@ def main() -> None:
         pauses, calls, gone = zip(*found[way], strict=True)
         call, until = statistics.median(calls) * 1000, statistics.median(gone) * 1000
         print(f"{way:<18}{call:>9.2f} ms{until:>11.1f} ms{max(pauses) * 1000:>11.2f} ms")
+    looks = [look(arguments.dir, arguments.kept, arguments.ranks) for _ in range(arguments.rounds)]
+    shutil.rmtree(arguments.dir, ignore_errors=True)
+    print(
+        f"\nlooking at {arguments.kept} steps of {arguments.ranks} ranks, medians of {arguments.rounds} (worst pause: likewise)"
+    )
+    print(f"{'look':<18}{'until through':>14}{'worst pause':>14}")
+    for number, name in enumerate(("first", "second", "third")):
+        secs, pauses = zip(*(one[number] for one in looks), strict=True)
+        print(f"{name:<18}{statistics.median(secs) * 1000:>11.1f} ms{statistics.median(pauses) * 1000:>11.2f} ms")
 
 
 if __name__ == "__main__":
