@@ -167,6 +167,26 @@ def test_a_job_that_went_back_keeps_what_it_saved_last_and_is_told_of_newer_step
     assert caplog.text.count("goes on from there") == 1
 
 
+def test_of_newer_steps_that_the_manager_itself_saves_there_is_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, 2, 4)
+    retention = Retention(LocalStore(tmp_path), None, "20990101T000000-0000000000000000", lambda _: None)
+    retention.take(4)
+    retention.saved(2)
+    retention.run_once()
+    retention.saved(4)
+    retention.release(4)
+    # A save that began earlier and was noted later.
+    retention.saved(2)
+    retention.run_once()
+    assert caplog.text == ""
+    saved(tmp_path, 9)
+    retention.run_once()
+    retention.run_once()
+    assert caplog.text.count("step 2 was saved, but the newest step is 9") == 1
+
+
 class Stubborn(LocalStore):
     """Deletes nothing of the first step; and gets into trouble when it is told to."""
 

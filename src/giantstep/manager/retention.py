@@ -56,6 +56,7 @@ class Retention:
         self._used: Counter[int] = Counter()
         self._held = 0
         self._bad: set[int] = set()
+        self._own: set[int] = set()
         self._last_saved: int | None = None
         self._doomed: int | None = None
         self._asked = self._missed = self._warned = self._closed = False
@@ -108,6 +109,7 @@ class Retention:
         """The step was committed now, whatever it was before."""
         with self._lock:
             self._bad.discard(step)
+            self._own.add(step)
             self._last_saved = step
 
     def ask(self, after: PendingSave | None = None, used: Sequence[int] = ()) -> None:
@@ -221,8 +223,12 @@ class Retention:
         return True
 
     def _warn_of_newer(self, newest: int, last_saved: int | None) -> None:
-        if last_saved is not None and last_saved < newest and not self._warned:
-            self._warned = True
+        """Say so once if somebody else's step is newer than the one that was saved last."""
+        with self._lock:
+            # One that is in use may have been committed a moment ago, and not be noted yet.
+            own = newest in self._own or self._used[newest] > 0
+            told, self._warned = self._warned, self._warned or not (own or last_saved is None or last_saved > newest)
+        if self._warned and not told:
             _LOG.warning(
                 "%s: step %d was saved, but the newest step is %d, and restore(step=None) goes on from there. If the job went "
                 "back to an earlier step for good, remove the newer ones.",

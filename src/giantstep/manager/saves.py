@@ -118,9 +118,12 @@ class Saves:
             if self._job.group.rank == 0:
                 retention.ask(pending, used)
             return pending
-        for number in used:
-            retention.release(number)
-        self._share([told_of(step, report, None, blocked, blocked)], asynchronous=False, left_secs=answer["left_secs"])
+        try:
+            # Retention hears of it.
+            self._share([told_of(step, report, None, blocked, blocked)], asynchronous=False, left_secs=answer["left_secs"])
+        finally:
+            for number in used:
+                retention.release(number)
         if self._job.group.rank == 0:
             retention.ask()
         return report
