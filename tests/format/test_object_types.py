@@ -55,6 +55,11 @@ VALUES: dict[str, list[Any]] = {
     "set": [set(), {1, 2, (3, "x")}, {"a", b"a", None, 2.5, frozenset({1})}],
     "frozenset": [frozenset(), frozenset({frozenset({frozenset()}), 1})],
     "OrderedDict": [collections.OrderedDict(), collections.OrderedDict([("z", 1), ("a", collections.OrderedDict(x=1))])],
+    "Counter": [
+        collections.Counter(),
+        collections.Counter("abca"),
+        collections.Counter({"z": -1, (2, "x"): 2.5, None: 0, "a": 2**70}),
+    ],
     "deque": [
         collections.deque(),
         collections.deque([1, [2], (3,)]),
@@ -266,7 +271,7 @@ class OtherGenerator(np.random.PCG64):
         torch.zeros(2).to_sparse(),
         torch.zeros(0, 2**60),
         torch.quint8,
-        collections.Counter("aab"),
+        type("SubCounter", (collections.Counter,), {})("aab"),
         collections.defaultdict(list),
         type("Sub", (dict,), {})(),
         np.longlong(3),
