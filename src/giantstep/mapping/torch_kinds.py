@@ -20,10 +20,11 @@ from giantstep.shards.dtypes import BY_TORCH_NAME, dtype_of_torch_name
 from giantstep.shards.paths import Path, dotted
 from giantstep.words import bytes_of, words_of
 
-# Of the state of a CPU generator (ATen's legacy layout): its size, and seed, left, seeded, next at its beginning.
+# Of the state of a CPU generator (ATen's legacy layout): its size; seed, left, seeded, next at its beginning; then the table,
+# of which each word has 8 bytes.
 _CPU_STATE_BYTES = 5056
-_CPU_STATE = struct.Struct("<QiiQ")
-_CPU_WORDS = 624
+CPU_STATE = struct.Struct("<QiiQ")
+CPU_WORDS = 624
 
 
 def _dtype_name(dtype: torch.dtype, path: Path) -> str:
@@ -88,19 +89,19 @@ def _decode_generator(payload: Json, reader: Reader) -> Any:
         remedy = f"Load it on a machine with devices of the type {device!r}."
         return reader.unregistered(Unregistered("torch.Generator", [device, state]), remedy)
     if device == "cpu":
-        _check_cpu_state(state)
+        check_cpu_state(state)
     found.set_state(state)
     return found
 
 
-def _check_cpu_state(state: torch.Tensor) -> None:
+def check_cpu_state(state: torch.Tensor) -> None:
     """Refuse a state with which torch would read past the end of its table; torch takes some of these."""
     data = state.numpy().tobytes()
     if len(data) != _CPU_STATE_BYTES:
         raise ValueError(f"expected {_CPU_STATE_BYTES} bytes of state, found {len(data)}")
-    _, left, seeded, following = _CPU_STATE.unpack_from(data)
+    _, left, seeded, following = CPU_STATE.unpack_from(data)
     fresh = (left, following) == (1, 0)
-    if seeded != 1 or not (fresh or (1 <= left <= _CPU_WORDS and left + following == _CPU_WORDS + 1)):
+    if seeded != 1 or not (fresh or (1 <= left <= CPU_WORDS and left + following == CPU_WORDS + 1)):
         raise ValueError(f"state of a generator with {left} words left after {following}")
 
 
