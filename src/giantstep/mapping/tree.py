@@ -1,7 +1,7 @@
 """Nested state dicts: walking them, taking leaves out, putting values back, comparing two.
 
-Containers are dicts (subclasses count as dicts, `OrderedDict` stays one, `Counter` is a leaf), lists and tuples; everything else is
-a leaf. Only structure is handled here; what a leaf means is `describe`'s.
+Containers are dicts (subclasses count as dicts, `OrderedDict` stays one, `Counter` is a leaf), lists and tuples; everything
+else is a leaf. Only structure is handled here; what a leaf means is `describe`'s.
 """
 
 from __future__ import annotations

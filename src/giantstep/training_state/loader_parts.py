@@ -1,4 +1,4 @@
-"""What of a loader of torch's kind its own state leaves out: generators and epochs of its samplers; and samplers that it gets wrong.
+"""What the state of a loader of torch's kind leaves out: generators and epochs of samplers; and which samplers it gets wrong.
 
 torchdata's `StatefulDataLoader` asks the sampler that its batch sampler has for a state. Samplers without one it starts again,
 and skips what was used: right only if their order follows from what they are made of. Called by `loaders`.
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     DistributedSampler,
     RandomSampler,
@@ -53,22 +52,24 @@ def check_samplers(loader: Any) -> None:
     Raises:
         BadArgumentError: names the sampler and what to use.
     """
-    started_again = False
+    # The outermost sampler that torchdata starts again, and with it those inside.
+    started_again: Any = None
     for sampler in samplers_of(loader):
         if isinstance(sampler, ResumableSampler):
             raise BadArgumentError(
                 "LoaderState: the loader has a ResumableSampler, which knows best where training stands: save the sampler "
                 "itself, as a leaf, and no LoaderState"
             )
-        if is_stateful(sampler) and not started_again:
+        if is_stateful(sampler) and started_again is None:
             return
         drawn = isinstance(getattr(sampler, "generator", None), torch.Generator)
         unasked = is_stateful(sampler) and not isinstance(sampler, DistributedSampler)
-        if isinstance(sampler, _DRAWN) or (started_again and (drawn or unasked)):
-            raise _wrong_order(sampler, samplers_of(loader)[0] if started_again else sampler)
+        if isinstance(sampler, _DRAWN) or (started_again is not None and (drawn or unasked)):
+            raise _wrong_order(sampler, sampler if started_again is None else started_again)
         # torchdata asks iterators of its own samplers for their state, and ours have one too.
         known = isinstance(sampler, ReplayedSampler) or type(sampler).__module__.startswith("torchdata.")
-        started_again = started_again or not known
+        if started_again is None and not known:
+            started_again = sampler
 
 
 def _wrong_order(sampler: Any, outermost: Any) -> BadArgumentError:
