@@ -1,23 +1,48 @@
-"""Reading, setting and seeding random generators of all kinds. Called by `random_state`."""
+"""Reading, setting and seeding random generators of all kinds. Called by `random_state` and `loaders`.
+
+Not here: whether a stored state can be set (`generator_checks`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from giantstep.errors import BadArgumentError, CorruptionError
-from giantstep.format.kinds_random import GAUSS, KNOWN_BITS, checked_state
-from giantstep.mapping.torch_kinds import CPU_STATE, CPU_STATE_BYTES, CPU_WORDS, check_cpu_state
+from giantstep.errors import BadArgumentError
+from giantstep.mapping.torch_kinds import CPU_STATE, CPU_WORDS
 
 PYTHON, NUMPY, TORCH, CUDA = "python", "numpy", "torch", "cuda"
 STREAMS = (PYTHON, NUMPY, TORCH, CUDA)
-_LARGEST_SEED = (1 << 63) - 1
+_SEEDS = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """From what new streams begin: one per position and name, all different.
+
+    Attributes:
+        root: the same for all positions.
+        number: of the position.
+    """
+
+    root: bytes
+    number: int
+
+    def words(self, name: str, count: int) -> list[int]:
+        """Words of 32 bits."""
+        data = hashlib.shake_256(b"%d %s %s" % (self.number, self.root, name.encode())).digest(4 * count)
+        return list(struct.unpack(f"<{count}I", data))
+
+    def seed(self, name: str) -> int:
+        """63 bits; of one name, numbers of positions that differ give seeds that differ."""
+        base = int.from_bytes(hashlib.sha256(self.root + name.encode()).digest(), "little")
+        return (base + self.number) % _SEEDS
 
 
 def state_of(generator: Any) -> Any:
@@ -106,21 +131,38 @@ def can_be_seeded(generator: Any) -> bool:
     return isinstance(generator, random.Random | np.random.Generator | np.random.RandomState | torch.Generator)
 
 
-def seed(generator: Any, number: int) -> None:
-    """Begin a new stream; `number` has 256 bits."""
+def seed(generator: Any, beginning: Beginning, name: str) -> None:
+    """Begin a new stream."""
     if isinstance(generator, random.Random):
-        generator.seed(number)
+        generator.seed(_number(beginning, name))
     elif isinstance(generator, np.random.Generator):
         fresh: Any = type(generator.bit_generator)
-        generator.bit_generator.state = fresh(number).state
+        generator.bit_generator.state = fresh(_number(beginning, name)).state
     elif isinstance(generator, np.random.RandomState):
-        generator.seed(_words(number))
+        generator.seed(beginning.words(name, 8))
+    elif generator.device.type == "cpu":
+        _seed_cpu(generator, beginning, name)
     else:
-        _seed_torch(generator, number)
+        generator.manual_seed(beginning.seed(name))
 
 
-def _words(number: int) -> list[int]:
-    return [number >> shift & 0xFFFFFFFF for shift in range(0, 256, 32)]
+def _number(beginning: Beginning, name: str) -> int:
+    """256 bits."""
+    return sum(word << 32 * place for place, word in enumerate(beginning.words(name, 8)))
+
+
+def _seed_cpu(generator: torch.Generator, beginning: Beginning, name: str) -> None:
+    """Fill the whole table: of what `manual_seed` is given, this generator uses 32 bits."""
+    generator.manual_seed(beginning.seed(name))
+    state = generator.get_state()
+    data = bytearray(state.numpy().tobytes())
+    words = beginning.words(name, CPU_WORDS)
+    # Invariant: two positions differ in this word, and so in their streams.
+    words[1] = beginning.number % (1 << 32)
+    # The highest bit of the first word is one of those that count; a table without any gives nothing but zeros.
+    words[0] |= 1 << 31
+    struct.pack_into(f"<{CPU_WORDS}Q", data, CPU_STATE.size, *words)
+    generator.set_state(torch.frombuffer(data, dtype=torch.uint8))
 
 
 def _seed_torch(generator: torch.Generator, number: int) -> None:
@@ -170,17 +212,17 @@ def set_stream(name: str, state: Any) -> None:
         torch.cuda.set_rng_state(state)
 
 
-def seed_stream(name: str, number: int) -> bool:
+def seed_stream(name: str, beginning: Beginning) -> bool:
     """Begin a new stream; False if the machine has no such stream."""
     if name == PYTHON:
-        random.seed(number)
+        random.seed(_number(beginning, name))
     elif name == NUMPY:
-        np.random.seed(_words(number))
+        np.random.seed(beginning.words(name, 8))
     elif name == TORCH:
         # Not torch.manual_seed, which seeds all devices.
-        _seed_torch(torch.default_generator, number)
+        _seed_cpu(torch.default_generator, beginning, name)
     elif not torch.cuda.is_available():
         return False
     else:
-        torch.cuda.manual_seed(number & _LARGEST_SEED)
+        torch.cuda.manual_seed(beginning.seed(name))
     return True
