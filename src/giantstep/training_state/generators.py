@@ -51,8 +51,6 @@ def state_of(generator: Any) -> Any:
         return generator.getstate()
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
     for name in ("get_states", "get_state"):
         if hasattr(generator, name):
             return getattr(generator, name)()
@@ -62,60 +60,8 @@ def state_of(generator: Any) -> Any:
     )
 
 
-def check_state(generator: Any, state: Any, name: str) -> None:
-    """Raise `CorruptionError` if a stored state is none of this generator's: some of those break generators that take them.
-
-    Of an object that keeps several the states are its own to check.
-    """
-    if isinstance(generator, random.Random):
-        with _naming(name):
-            random.Random().setstate(state)  # noqa: S311 - no secret
-            # The next number of a normal distribution, which Python takes as it is.
-            if not isinstance(state[2], float | None):
-                raise TypeError(f"{state[2]!r:.40} is no number")
-    elif isinstance(generator, np.random.Generator):
-        kind = type(generator.bit_generator).__name__
-        # Bits of the user's own check their states themselves.
-        if kind in KNOWN_BITS:
-            with _naming(name):
-                checked_state(kind, state, {})
-    elif isinstance(generator, np.random.RandomState):
-        _check_legacy(state, name)
-    elif isinstance(generator, torch.Generator):
-        _check_torch(state, generator.device.type, name)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, ValueError, OverflowError, LookupError, RuntimeError) as error:
-        raise CorruptionError(
-            f"the stored state of random generator {name!r} is none of such a generator: {error}. Load another step, or leave "
-            "it out with streams= or generators="
-        ) from error
-
-
-def _check_legacy(state: Any, name: str) -> None:
-    with _naming(name):
-        if not isinstance(state, dict):
-            raise TypeError("expected a dict")
-        if state.get("bit_generator") in KNOWN_BITS:
-            checked_state(state["bit_generator"], state, GAUSS)
-
-
-def _check_torch(state: Any, device: str, name: str) -> None:
-    with _naming(name):
-        if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
-            raise ValueError("expected a tensor of bytes")
-        if device == "cpu":
-            check_cpu_state(state)
-        else:
-            torch.Generator(device).set_state(state)
-
-
 def set_state(generator: Any, state: Any) -> None:
-    """The inverse of `state_of`; of a state that `check_state` has seen."""
+    """The inverse of `state_of`."""
     if isinstance(generator, random.Random):
         generator.setstate(state)
     elif isinstance(generator, np.random.Generator):
@@ -165,51 +111,30 @@ def _seed_cpu(generator: torch.Generator, beginning: Beginning, name: str) -> No
     generator.set_state(torch.frombuffer(data, dtype=torch.uint8))
 
 
-def _seed_torch(generator: torch.Generator, number: int) -> None:
-    generator.manual_seed(number & _LARGEST_SEED)
-    if generator.device.type == "cpu":
-        # Of a seed this one takes 32 bits, of which thousands of ranks would share some. Its state takes all that there are.
-        words = np.frombuffer(hashlib.shake_256(number.to_bytes(32, "little")).digest(4 * CPU_WORDS), dtype="<u4")
-        state = CPU_STATE.pack(number & _LARGEST_SEED, 1, 1, 0) + words.astype("<u8").tobytes()
-        generator.set_state(torch.frombuffer(bytearray(state.ljust(CPU_STATE_BYTES, b"\0")), dtype=torch.uint8))
-
-
 def state_of_stream(name: str) -> Any:
     """The state of one of the process's own streams; None if the machine has none."""
     if name == PYTHON:
         return random.getstate()
     if name == NUMPY:
-        return np.random.get_state(legacy=False)
+        return np.random.get_state()
     if name == TORCH:
         return torch.get_rng_state()
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
-def has_stream(name: str) -> bool:
-    """Whether the machine has this stream."""
-    return name != CUDA or torch.cuda.is_available()
-
-
-def check_stream(name: str, state: Any) -> None:
-    """As `check_state`, of a stream that the machine has."""
-    if name == PYTHON:
-        check_state(random.Random(), state, name)  # noqa: S311 - no secret
-    elif name == NUMPY:
-        _check_legacy(state, name)
-    else:
-        _check_torch(state, "cpu" if name == TORCH else "cuda", name)
-
-
-def set_stream(name: str, state: Any) -> None:
-    """The inverse of `state_of_stream`; of a state that `check_stream` has seen."""
+def set_stream(name: str, state: Any) -> bool:
+    """The inverse; False if the machine has no such stream."""
     if name == PYTHON:
         random.setstate(state)
     elif name == NUMPY:
         np.random.set_state(state)
     elif name == TORCH:
         torch.set_rng_state(state)
+    elif not torch.cuda.is_available():
+        return False
     else:
         torch.cuda.set_rng_state(state)
+    return True
 
 
 def seed_stream(name: str, beginning: Beginning) -> bool:
