@@ -53,13 +53,13 @@ def _counter_from_plain(plain: Any) -> Counter[Any]:
 
 
 # Types of Python's that are registered from the start: readers from before they were say that they do not know the name.
-_FROM_THE_START = (Registration(Counter, "collections.Counter", dict, _counter_from_plain, ("collections.Counter",)),)
+FROM_THE_START = (Registration(Counter, "collections.Counter", dict, _counter_from_plain, ("collections.Counter",)),)
 
 
 class TypeRegistry:
     """Registered types. May be used from several threads at once.
 
-    Those of `_FROM_THE_START` may be registered otherwise, which decides how they are saved; under their own names they are
+    Those of `FROM_THE_START` may be registered otherwise, which decides how they are saved; under their own names they are
     read either way.
     """
 
@@ -67,8 +67,8 @@ class TypeRegistry:
         self._lock = threading.Lock()
         self._by_class: dict[type, Registration] = {}
         self._by_name: dict[str, Registration] = {}
-        self._first_by_class: dict[type, Registration] = {found.cls: found for found in _FROM_THE_START}
-        self._first_by_name = {found.name: found for found in _FROM_THE_START}
+        self._first_by_class: dict[type, Registration] = {found.cls: found for found in FROM_THE_START}
+        self._first_by_name = {found.name: found for found in FROM_THE_START}
 
     def has_class(self, cls: type) -> bool:
         """Whether exactly this class is registered."""
