@@ -138,7 +138,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         """Whether this step is to be saved; the same on all ranks, which must all ask, with the same steps.
 
         By steps alone no rank talks to another. Where time or signals decide, rank 0 does; all learn of it in a tiny round
-        about once in a second, after each step if steps are longer.
+        about once in a second: after each step if steps are longer, and after a hundred of them at the latest. It carries some
+        fifty bytes per rank and waits for the slowest rank, as a training step does.
 
         Raises (the same on all ranks):
             DisagreementError: ranks ask about different steps.
