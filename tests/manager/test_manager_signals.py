@@ -49,6 +49,40 @@ def test_a_signal_to_one_process_is_agreed_upon_by_all_and_saved(tmp_path: Path,
     assert gs.open_checkpoint(tmp_path / f"step_{last:08d}").common["step"] == last
 
 
+def train_in_flight(rank: int, path: str) -> tuple[int, list[str]]:
+    """The first of two processes gets a signal while saves are in flight."""
+    state: dict[str, Any] = {"w": gs.ShardedTensor.from_rank_offsets("w", torch.zeros(1 << 18), (0, rank, 2)), "step": 0}
+    options, made = gs.SaveOptions(max_pending=3), []
+    with CheckpointManager(
+        path, save_when=2, keep=2, asynchronous=True, save_options=options, signals=[signal.SIGUSR1], deadline_secs=20
+    ) as manager:
+        for step in range(1, 300):
+            state["w"].data.fill_(step)
+            state["step"] = step
+            if step == 7 and rank == 0:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if manager.should_save(step):
+                made.append(type(manager.save(step, state)).__name__)
+            if manager.stopping:
+                break
+    return step, made
+
+
+def test_saves_in_flight_are_finished_before_the_last_one_which_another_number_of_processes_restores(tmp_path: Path) -> None:
+    first, second = results(run_processes(2, train_in_flight, str(tmp_path)))
+    assert first == second
+    last, made = first
+    assert last >= 7
+    assert made == [*["PendingSave"] * (len(made) - 1), "SaveReport"]
+    target = {"w": gs.ShardedTensor.from_rank_offsets("w", torch.zeros(1 << 19)), "step": 0}
+    with CheckpointManager(tmp_path) as manager:
+        assert len(manager.steps()) == 2
+        restored = manager.restore(target)
+    assert restored is not None
+    assert (restored.step, restored.state["step"], restored.skipped) == (last, last, ())
+    assert set(restored.state["w"].tolist()) == {float(last)}
+
+
 def test_handlers_that_were_there_are_called_too_and_put_back() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
