@@ -91,6 +91,8 @@ def contents(store: Any) -> str | None:
         info = checkpoint.info(key)
         state.update(repr((key, str(info.dtype), tuple(info.shape))).encode("utf-8"))
         state.update(checkpoint[key][...].tobytes())
+    for key in sorted(checkpoint.object_keys()):
+        state.update(key.encode("utf-8") + OBJECT_CODEC.encode(checkpoint.object(key), key))
     state.update(OBJECT_CODEC.encode(checkpoint.common, "common state"))
     return state.hexdigest()
 
