@@ -99,12 +99,12 @@ class SavePlanner:
         self._refusal: CoverageError | None = None
         self._known: StoredPlan | None = None
 
-    def agree(self, describe: Callable[[], Subject], prepare: Callable[[], bytes]) -> bytes:
+    def agree(self, describe: Callable[[], Subject], prepare: Callable[[SavePlan], bytes]) -> bytes:
         """Come to a plan. Nothing is written.
 
         Args:
             describe: makes the subject; its errors reach all ranks.
-            prepare: runs on rank 0 once there is a plan; what it returns, `agree` returns on all ranks.
+            prepare: runs on rank 0 with the plan once there is one; what it returns, `agree` returns on all ranks.
 
         Raises:
             CoverageError, DisagreementError: the ranks' states do not fit together.
@@ -158,11 +158,13 @@ class SavePlanner:
 
     # Rank 0's decision.
 
-    def _decide(self, reports: Sequence[Parts], prepare: Callable[[], bytes]) -> list[Parts]:
+    def _decide(self, reports: Sequence[Parts], prepare: Callable[[SavePlan], bytes]) -> list[Parts]:
         count = len(reports)
         if any(report[0] == _AS_BEFORE for report in reports):
             holds = all(report[0] == _AS_BEFORE for report in reports) and all_as_before([report[1] for report in reports])
-            return [(_HOLDS, prepare())] * count if holds else [(_TELL,)] * count
+            if not holds or self._known is None or self._known.plan is None:
+                return [(_TELL,)] * count
+            return [(_HOLDS, prepare(self._known.plan))] * count
         descriptions = decode_descriptions([report[2:] for report in reports])
         # Equal names are one object: they are numbered without being looked at.
         numbers: dict[bytes, int] = {}
@@ -181,7 +183,7 @@ class SavePlanner:
             self._refusal = error
             return [(_REFUSED, error.tensor_key.encode("utf-8"))] * count
         self.plan = plan
-        head, plan_id = prepare(), secrets.token_bytes(PLAN_ID_BYTES)
+        head, plan_id = prepare(plan), secrets.token_bytes(PLAN_ID_BYTES)
         return [(_PLANNED, head, plan_id, *part.encode()) for part in plan.parts(descriptions)]
 
     def _explain_refusal(self, key: str) -> None:

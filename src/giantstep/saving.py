@@ -16,7 +16,7 @@ from typing import Any
 from giantstep.collection import uncollected
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
-from giantstep.errors import BadArgumentError, GiantstepError, PeerError
+from giantstep.errors import BadArgumentError, GiantstepError, PeerError, StoreError
 from giantstep.format.data_file import file_metadata
 from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata
@@ -28,7 +28,8 @@ from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
 from giantstep.planning.index_plan import WriteReport, build_index
-from giantstep.reports import SaveReport
+from giantstep.planning.save_plan import SavePlan
+from giantstep.reports import SaveReport, size_text
 from giantstep.sources import PartSources, encoded, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
@@ -154,10 +155,21 @@ class Save:
         self._planner = SavePlanner(group, self.options)
         self._save_id = self._planner.agree(describe, self._prepare).decode("ascii")
 
-    def _prepare(self) -> bytes:
+    def _prepare(self, plan: SavePlan) -> bytes:
+        self._check_free_space(plan.total_bytes())
         self._store.prepare(DATA_DIR)
         self._root.before = current_record(self._store)
         return new_save_id(dt.datetime.now(dt.UTC), secrets.token_hex(8)).encode("ascii")
+
+    def _check_free_space(self, needed: int) -> None:
+        """What does not fit is better told now than when most of it is written."""
+        free = self._store.free_bytes()
+        if free is not None and free < needed:
+            raise StoreError(
+                f"{self._store.location} has too little space: this save needs {needed} bytes ({size_text(needed)}) and a little "
+                f"more for headers and index, and {free} bytes ({size_text(free)}) are free. Nothing was written. Delete what is "
+                "not needed there, or save elsewhere. A checkpoint at the path stays until the new one is complete."
+            )
 
     # Stages 3 to 5: stage, write, commit.
 

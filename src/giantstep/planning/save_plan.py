@@ -92,6 +92,10 @@ class SavePlan:
     ranks: int
     objects: ObjectPlan
 
+    def total_bytes(self) -> int:
+        """Bytes of all chunks and objects; data files are larger by their headers."""
+        return int(self.bytes.sum() + self.objects.bytes.sum())
+
     def encode(self) -> Parts:
         """As parts, to be kept."""
         objects = self.objects

@@ -127,7 +127,8 @@ class LocalStore:
     def free_bytes(self) -> int | None:
         there = next(path for path in (self._root, *self._root.parents) if path.exists())
         found = os.statvfs(there)
-        return found.f_bavail * found.f_frsize
+        # A file system that says it has no blocks at all does not know, as some over networks.
+        return found.f_bavail * found.f_frsize if found.f_blocks else None
 
     def folder(self, name: str) -> LocalStore:
         return LocalStore(self._path(name))
