@@ -23,7 +23,7 @@ from independent_reader import read_checkpoint
 
 OPTIONS = gs.SaveOptions(block_bytes=4096, buffer_bytes=4096, writer_threads=1, timeout_secs=20)
 # How many states are looked at after each system call, where the default is too many or too few.
-SOME, MANY = 12, 2000
+SOME, MANY = 12, 300
 
 
 def state_of(value: float, rank: int, ranks: int) -> dict[str, Any]:
