@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per process: several ranks share this machine's cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint bench fuzz clean
+.PHONY: demo test lint bench faults fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/background.py
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -29,7 +29,16 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/balance.py
 	$(BIN)/python benchmarks/bytes_read.py
+	$(BIN)/python benchmarks/incremental.py
 	$(BIN)/python benchmarks/zero_forms.py
+
+# Rounds of each kind of kill.
+ROUNDS ?= 8
+
+faults: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[faults]'
+	$(BIN)/python faults/run.py --rounds $(ROUNDS) --json build/faults.json
+	$(BIN)/python -m giantstep.testing.killing --rounds $(ROUNDS) --mode all --json build/killing.json
 
 # Seconds per target; corpora, findings and logs go to build/fuzz.
 SECS ?= 60

@@ -1,4 +1,6 @@
-"""Data parallelism: DistributedDataParallel, AdamW, a learning-rate schedule. Saved in the background.
+"""Data parallelism: DistributedDataParallel, AdamW, a schedule, the place in shuffled data, random streams.
+
+All of it is saved in the background, and goes on.
 
 Stop it whenever you like, and go on with any number of processes:
 
@@ -9,24 +11,39 @@ Stop it whenever you like, and go on with any number of processes:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 import giantstep as gs
 from giantstep.optimizer import OptimizerState
+from giantstep.training_state import RandomState, ResumableSampler
 
-WIDTH, BATCH = 32, 24
+WIDTH, BATCH, SAMPLES = 32, 24, 120
 
 
-def samples(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of the batch of a step."""
-    inputs = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(1000 + step))
-    part = inputs.chunk(ranks)[rank]
-    return part, torch.roll(part, 1, dims=1).tanh()
+class Samples(Dataset):
+    """Inputs and targets, made from their numbers."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = torch.randn(WIDTH, generator=torch.Generator().manual_seed(number))
+        return inputs, torch.roll(inputs, 1, dims=0).tanh()
+
+
+def batches(sampler: ResumableSampler, size: int) -> Iterator[list[torch.Tensor]]:
+    """This rank's parts of batches, from where the sampler stands, epoch after epoch."""
+    while True:
+        # A generator of its own: a loader draws a seed when it begins, which would move the stream that training draws from.
+        yield from DataLoader(Samples(), size, sampler=sampler, drop_last=True, generator=torch.Generator())
+        sampler.set_epoch(sampler.epoch + 1)
 
 
 def newest(folder: Path) -> Path | None:
@@ -34,7 +51,7 @@ def newest(folder: Path) -> Path | None:
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             gs.open_checkpoint(path)
-        except gs.errors.OpenError:
+        except (gs.errors.IncompleteError, gs.errors.NotACheckpointError):
             continue
         return path
     return None
@@ -55,24 +72,38 @@ def main() -> None:
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+    sampler = ResumableSampler(SAMPLES, rank, ranks)
+    # Each rank's own stream from here on; on another number of ranks, new streams that follow from the stored ones.
+    torch.manual_seed(rank)
+    streams = RandomState(on_reshard="derive")
 
     def state(step: int) -> dict[str, Any]:
-        # The model inside DDP, so that no key begins with "module.": then anything can load it.
-        return {"model": model, "optimizer": OptimizerState(optimizer, {"model": model}), "schedule": schedule, "step": step}
+        return {
+            # The model inside DDP, so that no key begins with "module.": then anything can load it.
+            "model": model,
+            "optimizer": OptimizerState(optimizer, {"model": model}),
+            "schedule": schedule,
+            "sampler": sampler,
+            "streams": streams,
+            "step": step,
+        }
 
     step, path = 0, newest(arguments.dir)
     if path is not None:
         step = gs.load(state(0), path)["step"]
     if rank == 0:
         print(f"{ranks} ranks, from step {step}", flush=True)
+    # After loading: an iterator does not notice that its sampler was moved.
+    parts = batches(sampler, BATCH // ranks)
     while step < arguments.steps:
-        inputs, targets = samples(step, rank, ranks)
-        loss = torch.nn.functional.mse_loss(parallel(inputs), targets)
+        inputs, targets = next(parts)
+        loss = torch.nn.functional.mse_loss(parallel(inputs + 1e-4 * torch.randn_like(inputs)), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         step += 1
+        sampler.advance(BATCH)
         mean = loss.detach() / ranks
         dist.all_reduce(mean)
         if rank == 0:

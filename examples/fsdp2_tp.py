@@ -47,7 +47,7 @@ def newest(folder: Path) -> Path | None:
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             gs.open_checkpoint(path)
-        except gs.errors.OpenError:
+        except (gs.errors.IncompleteError, gs.errors.NotACheckpointError):
             continue
         return path
     return None

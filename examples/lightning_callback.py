@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 import giantstep as gs
 from giantstep.optimizer import OptimizerState
 
-WIDTH, BATCH = 32, 24
+WIDTH, BATCH, SAMPLES = 32, 24, 120
 
 
 class Giantstep(lightning.Callback):
@@ -28,33 +29,37 @@ class Giantstep(lightning.Callback):
 
     Args:
         folder: of all checkpoints.
-        every: steps between two.
+        every: steps of the trainer (`trainer.global_step`) between two.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
-        self.folder, self.every, self.step = folder, every, 0
+        self.folder, self.every, self.last = folder, every, 0
 
     def state(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, Any]:
-        """What is saved. Lightning has made the optimizers when training starts."""
-        optimizers = OptimizerState(list(trainer.optimizers), {"model": module})
-        schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-        return {"model": module, "optimizer": optimizers, "schedules": schedules, "step": self.step}
+        """What is saved."""
+        return {
+            "model": module,
+            "optimizer": OptimizerState(list(trainer.optimizers), {"model": module}),
+            "schedules": [config.scheduler for config in trainer.lr_scheduler_configs],
+            # Lightning's counters: of epochs, batches and steps. `max_steps`, schedules and loggers go by them.
+            "loops": trainer.fit_loop,
+        }
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Load."""
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Load: the optimizers are made, and the loops have not begun. From here on they do as with `ckpt_path`."""
         path = newest(self.folder)
         if path is not None:
-            self.step = gs.load(self.state(trainer, module), path)["step"]
+            gs.load(self.state(trainer, module), path)
+        self.last = trainer.global_step
         if trainer.is_global_zero:
-            print(f"{trainer.world_size} ranks, from step {self.step}", flush=True)
-        trainer.should_stop = self.step >= trainer.max_steps
+            print(f"{trainer.world_size} ranks, from step {self.last}", flush=True)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: Any) -> None:
-        """Save: all ranks are here."""
-        self.step += 1
-        if self.step % self.every == 0:
-            gs.async_save(self.state(trainer, module), self.folder / f"step_{self.step:08d}").guard(*trainer.optimizers)
-        trainer.should_stop = self.step >= trainer.max_steps
+        """Save: all ranks are here. While gradients accumulate, several batches belong to one step."""
+        step = trainer.global_step
+        if step % self.every == 0 and step != self.last:
+            gs.async_save(self.state(trainer, module), self.folder / f"step_{step:08d}").guard(*trainer.optimizers)
+            self.last = step
 
     def on_train_end(self, *_: Any) -> None:
         """Wait for what is in flight."""
@@ -74,8 +79,7 @@ class Regression(lightning.LightningModule):
         loss = torch.nn.functional.mse_loss(self.layers(inputs), torch.roll(inputs, 1, dims=1).tanh())
         mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         if self.trainer.is_global_zero:
-            step = self.trainer.callbacks[0].step + 1
-            print(f"step {step} loss {float(mean):.6f} {float(mean).hex()}", flush=True)
+            print(f"step {self.trainer.global_step + 1} loss {float(mean):.6f} {float(mean).hex()}", flush=True)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -86,20 +90,22 @@ class Regression(lightning.LightningModule):
 
 
 class Numbers(torch.utils.data.Sampler[int]):
-    """Samples from where training stands, divided over all ranks."""
+    """Numbers of samples from where training stands in the epoch, divided over all ranks.
 
-    def __init__(self, trainer_of: Any, step_of: Any) -> None:
-        self.trainer_of, self.step_of = trainer_of, step_of
+    Lightning asks for an iterator after the loops were loaded; it skips nothing of what the iterator gives.
+    """
 
-    def __iter__(self) -> Any:
-        trainer = self.trainer_of()
-        share = BATCH // trainer.world_size
-        for step in range(self.step_of(), 1_000_000):
-            first = step * BATCH + trainer.global_rank * share
+    def __init__(self, trainer: lightning.Trainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        share = BATCH // self.trainer.world_size
+        for batch in range(self.trainer.fit_loop.batch_idx + 1, SAMPLES // BATCH):
+            first = batch * BATCH + self.trainer.global_rank * share
             yield from range(first, first + share)
 
     def __len__(self) -> int:
-        return 1_000_000
+        return SAMPLES // self.trainer.world_size
 
 
 def newest(folder: Path) -> Path | None:
@@ -107,7 +113,7 @@ def newest(folder: Path) -> Path | None:
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             gs.open_checkpoint(path)
-        except gs.errors.OpenError:
+        except (gs.errors.IncompleteError, gs.errors.NotACheckpointError):
             continue
         return path
     return None
@@ -121,25 +127,27 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="processes")
     parser.add_argument("--dir", type=Path, default=Path("runs/lightning_callback"))
     arguments = parser.parse_args()
+    # Lightning finds few workers, and a loader that does not say that it resumes: the sampler does that here.
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
-    saving = Giantstep(arguments.dir, arguments.save_every)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=arguments.devices,
         strategy="ddp" if arguments.devices > 1 else "auto",
         max_steps=arguments.steps,
-        callbacks=[saving],
+        callbacks=[Giantstep(arguments.dir, arguments.save_every)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    sampler = Numbers(lambda: trainer, lambda: saving.step)
-    loader = DataLoader(range(1_000_000_000), batch_size=BATCH // arguments.devices, sampler=sampler)
+    loader = DataLoader(range(SAMPLES), batch_size=BATCH // arguments.devices, sampler=Numbers(trainer))
     trainer.fit(Regression(), loader)
+    if trainer.is_global_zero:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        print(f"ended in epoch {trainer.current_epoch} at global step {trainer.global_step}, learning rate {rate.hex()}")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def newest(folder: Path) -> Path | None:
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             gs.open_checkpoint(path)
-        except gs.errors.OpenError:
+        except (gs.errors.IncompleteError, gs.errors.NotACheckpointError):
             continue
         return path
     return None
@@ -208,14 +208,18 @@ def main() -> None:
         step = optimizer.steps = gs.load(state(0), path)["step"]
     if dist.get_rank() == 0:
         print(f"{shape[0]} stages x {shape[1]} data x {shape[2]} tensor ranks, from step {step}", flush=True)
+    pending = None
     while step < arguments.steps:
         loss = stage.train(step)
+        if pending is not None:
+            # What is not copied yet must not change. (torch's optimizers wait by themselves, by `guard`.)
+            pending.wait_staged()
         optimizer.step()
         step += 1
         if dist.get_rank() == 0:
             print(f"step {step} loss {loss:.6f} {loss.hex()}", flush=True)
         if step % arguments.save_every == 0:
-            gs.async_save(state(step), arguments.dir / f"step_{step:08d}")
+            pending = gs.async_save(state(step), arguments.dir / f"step_{step:08d}")
     gs.finish_saves()
     dist.destroy_process_group()
 

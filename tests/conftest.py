@@ -11,6 +11,16 @@ from giantstep.storage.base import Store, read_all
 from independent_reader import StoredCheckpoint, read_checkpoint
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cases that take long are run on request: `pytest -m slow`."""
+    if config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="takes long: run it with -m slow")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(skip)
+
+
 def files_of(store: Store, names: list[str]) -> dict[str, bytes]:
     """Bytes of the named files."""
     return {name: read_all(store, name, 1 << 32) for name in names}

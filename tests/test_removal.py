@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import giantstep as gs
-import giantstep.removal
+import giantstep.rewriting
 from giantstep.errors import KeyMismatchError, NotACheckpointError
 from giantstep.format.names import save_id_of
 from giantstep.format.record import decode_record, encode_record
@@ -200,7 +200,7 @@ def test_a_save_over_it_leaves_no_file_of_any_earlier_save(tmp_path: Path) -> No
 def test_a_clock_that_runs_back_costs_no_file_and_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, SHAPES)
     with monkeypatch.context() as patch:
-        patch.setattr(giantstep.removal, "new_save_id", lambda *_: "20010101T000000-0123456789abcdef")
+        patch.setattr(giantstep.rewriting, "new_save_id", lambda *_: "20010101T000000-0123456789abcdef")
         remove_sharded_tensors(tmp_path, "gone")
     check(tmp_path, without(SHAPES, "gone"))
     assert set(files_of_ours(store_at(tmp_path))) == named_by(tmp_path)
@@ -449,7 +449,7 @@ def interrupt(*_: Any) -> None:
 def test_an_interrupt_leaves_the_checkpoint_and_no_file_behind(saved: CrashingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store = copy_of(saved)
     names = set(files_of_ours(store))
-    monkeypatch.setattr(giantstep.removal, "index_after", interrupt)
+    monkeypatch.setattr(giantstep.rewriting, "index_after", interrupt)
     with pytest.raises(KeyboardInterrupt):
         remove_sharded_tensors(store, "gone")
     assert not is_new(store)
@@ -458,13 +458,13 @@ def test_an_interrupt_leaves_the_checkpoint_and_no_file_behind(saved: CrashingSt
 
 def test_a_removal_that_a_save_overtook_gives_up(saved: CrashingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store = copy_of(saved)
-    original: Callable[..., Any] = giantstep.removal.index_after
+    original: Callable[..., Any] = giantstep.rewriting.index_after
 
     def index_after(*arguments: Any) -> Any:
         save(store, {"other": (2, 2)}, ranks=1)
         return original(*arguments)
 
-    monkeypatch.setattr(giantstep.removal, "index_after", index_after)
+    monkeypatch.setattr(giantstep.rewriting, "index_after", index_after)
     with pytest.raises(gs.errors.StoreError, match="another save was committed"):
         remove_sharded_tensors(store, "gone")
     check(store, {"other": (2, 2)})

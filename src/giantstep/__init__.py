@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from giantstep.async_saving import async_save
     from giantstep.codecs import register_type
     from giantstep.loading import load
+    from giantstep.manager import CheckpointManager
     from giantstep.mapping.factory import ShardedTensorFactory
     from giantstep.mapping.sharded_object import LocalNonpersistentObject, ShardedObject
     from giantstep.mapping.sharded_tensor import ShardedTensor
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Checkpoint": "giantstep.reading.checkpoint",
+    "CheckpointManager": "giantstep.manager",
     "LoadReport": "giantstep.reports",
     "LoadedState": "giantstep.reports",
     "LocalNonpersistentObject": "giantstep.mapping.sharded_object",
@@ -60,6 +62,7 @@ _LAZY = {
 
 __all__ = [
     "Checkpoint",
+    "CheckpointManager",
     "GiantstepError",
     "LoadOptions",
     "LoadReport",

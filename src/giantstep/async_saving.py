@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.mapping.torch_sharded import is_torch_sharded
 from giantstep.options import SaveOptions, threads_for
 from giantstep.pending import PendingSave
-from giantstep.phases import same_call, settings, with_call
+from giantstep.phases import same_call, with_call
 from giantstep.planned_save import Subject
 from giantstep.reports import SaveReport
 from giantstep.saver import Saver, Work, check_not_ending, line_up, saver_of
@@ -49,6 +49,7 @@ def async_save(
     process_group: Any = None,
     options: SaveOptions | None = None,
     content_metadata: Json = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> PendingSave:
     """Begin to save the state of all ranks; return once it is handed off. The rest goes on in the background.
 
@@ -61,7 +62,7 @@ def async_save(
     checkpoint is committed: a thread of this process sees to it.
 
     Args:
-        state_dict, path, process_group, content_metadata: as for `save`.
+        state_dict, path, process_group, content_metadata, metrics: as for `save`.
         options: see `SaveOptions`.
 
     Returns:
@@ -75,7 +76,7 @@ def async_save(
         PeerError: a rank died or did not call in time.
     """
     group = group_of(process_group)
-    run = _AsyncSave(group, state_dict, path, process_group, options, content_metadata)
+    run = _AsyncSave(group, state_dict, path, process_group, options, content_metadata, metrics)
     return run.begin()
 
 
@@ -90,10 +91,11 @@ class _AsyncSave:
         process_group: Any,
         options: SaveOptions | None,
         metadata: Json,
+        metrics: Mapping[str, float] | None,
     ) -> None:
         self._group = group
         self._saver: Saver = saver_of(group)
-        self._save = Save(state_dict, path, process_group, options, metadata)
+        self._save = Save(state_dict, path, process_group, options, metadata, metrics)
         self._options = self._save.options
 
     # In the caller's thread.
@@ -157,7 +159,7 @@ class _AsyncSave:
                 "more, or call save, which needs no copies."
             )
         failure = self._saver.first_failure()
-        call = {"call": "async_save", "path": self._save.location, "options": settings(self._options)}
+        call = self._save.call("async_save")
         if failure is None:
             return with_call(call)
         wire = {"number": failure.number, "location": failure.location, "error": error_to_wire(failure.error)}
@@ -237,6 +239,7 @@ class _AsyncSave:
             line_up(group, self._number, self._options.timeout_secs)
         with uncollected(), save.watch.phase("plan"):
             save.plan(group, subject)
+        save.compare(check, spared=1)
         with save.watch.phase("write"):
             # The trainer goes on meanwhile.
             save.write_and_commit(check, spared=1)

@@ -8,7 +8,7 @@ what another has saved. For users, beside `giantstep.fused`; shared experts and 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,10 +35,8 @@ class LocalExperts:
     total: int
 
     def __post_init__(self) -> None:
-        try:
-            ids = tuple(operator.index(one) for one in self.ids)
-        except TypeError:
-            ids = (-1,)
+        ids = _ints(self.ids, "experts")
+        object.__setattr__(self, "total", *_ints((self.total,), "total of experts"))
         if len(set(ids)) != len(ids) or any(not 0 <= one < self.total for one in ids):
             raise BadArgumentError(f"experts {self.ids} must be different numbers from 0 to {self.total - 1}")
         object.__setattr__(self, "ids", ids)
@@ -50,6 +48,7 @@ class LocalExperts:
         Raises:
             BadArgumentError: `total` is not a multiple of `ep_size`, or there is no such rank.
         """
+        total, ep_size = _ints((total, ep_size), "experts and ranks")
         if ep_size < 1 or total % ep_size:
             raise BadArgumentError(f"{total} experts cannot be divided evenly among {ep_size} ranks: use LocalExperts.uneven")
         return cls.uneven([total // ep_size] * ep_size, ep_rank)
@@ -57,6 +56,7 @@ class LocalExperts:
     @classmethod
     def uneven(cls, counts: Sequence[int], ep_rank: int) -> LocalExperts:
         """`counts[rank]` on each rank, in order; none is allowed."""
+        counts = _ints(counts, "expert counts")
         if any(count < 0 for count in counts) or not 0 <= ep_rank < len(counts):
             raise BadArgumentError(
                 f"rank {ep_rank} of expert counts {tuple(counts)}: counts must not be negative, and the rank one of theirs"
@@ -71,6 +71,14 @@ class LocalExperts:
                 f"{what}: there are {length} experts, but this rank is to hold the {len(self.ids)} {self.ids}"
             )
         return Axis(tuple(Run(one, 1) for one in self.ids), (self.total,))
+
+
+def _ints(values: Iterable[int], what: str) -> tuple[int, ...]:
+    """Whole numbers of any kind as Python's; raises `BadArgumentError` if they are none."""
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError as error:
+        raise BadArgumentError(f"{what} {values!r} must be whole numbers: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +152,8 @@ def sequential(
         raise BadArgumentError(f"factory {key!r}: {len(tensors)} tensors for {len(experts.ids)} experts {experts.ids}")
     found = []
     for data, one in zip(tensors, experts.ids, strict=True):
+        if not isinstance(data, torch.Tensor):
+            raise BadArgumentError(f"factory {key!r}: what is given for expert {one} is a {type(data).__name__}, not a tensor")
         shape = tuple(data.shape) if inner.shape is None else tuple(inner.shape)
         alone = LocalExperts((one,), experts.total)
         found.append(arranged(key, data, _stored(key, (1, *shape), alone, inner, prepend), replica_id))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.collection import uncollected
 from giantstep.conditions import check_conditions
-from giantstep.errors import BadArgumentError
+from giantstep.errors import BadArgumentError, GiantstepError
 from giantstep.filling import compare_sinks, fill_sinks, plan_filling
 from giantstep.format.names import RECORD_NAME
 from giantstep.format.record import CommitRecord, decode_record
@@ -24,7 +25,8 @@ from giantstep.group.torch_group import group_of
 from giantstep.kept_index import KeptIndex, keep_index, kept_index
 from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import Described, describe
-from giantstep.options import LoadOptions, StrictHandling, Threads, threads_for
+from giantstep.older_steps import PASSED_OVER, older_step, reason_of, root_of
+from giantstep.options import LoadOptions, OnCorrupt, StrictHandling, Threads, threads_for
 from giantstep.phases import Stopwatch, same_call, settings, with_call
 from giantstep.planned_load import LoadPlanner, Subject
 from giantstep.planning.exchange_part import ExchangePart
@@ -37,6 +39,7 @@ from giantstep.reading.fetch import Source, fetch
 from giantstep.reports import LoadedState, LoadReport
 from giantstep.requesting import match
 from giantstep.restoring import restore
+from giantstep.steps import step_name
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
@@ -54,6 +57,7 @@ def load(
     strict: StrictHandling = StrictHandling.RAISE_ALL,
     process_group: Any = None,
     options: LoadOptions | None = None,
+    on_corrupt: OnCorrupt = "raise",
 ) -> LoadedState:
     """Load a checkpoint into the state of all ranks, whatever ranks and layout saved it.
 
@@ -68,6 +72,9 @@ def load(
         strict: which differences of keys are errors; see `StrictHandling` and `LoadOptions.strict_overrides`.
         process_group: ranks that load together; default: the default group, or one process alone.
         options: see `LoadOptions`.
+        on_corrupt: what to do if the checkpoint is damaged or not all there: `raise`; or, of a step such as
+            `runs/7b/step_00000100`, `fallback` to the newest older step beside it that loads, on all ranks alike. The
+            report's `passed_over` says which were not loaded and why.
 
     Returns:
         The stored common state, whole, with the loaded tensors and objects in the places that `state_dict` gives them
@@ -83,9 +90,42 @@ def load(
             was changed.
         StoreError, PeerError: reading failed, or a rank did; the state must not be used.
     """
+    if on_corrupt not in get_args(OnCorrupt):
+        raise BadArgumentError(f"on_corrupt={on_corrupt!r} cannot be: expected one of {get_args(OnCorrupt)}")
     # Thousands of objects are made, and gone when the load is through.
     with uncollected():
+        if on_corrupt == "fallback":
+            return _load_or_older(state_dict, path, strict, process_group, options)
         return _load(_Load(state_dict, path, strict, process_group, options))
+
+
+def _load_or_older(
+    state_dict: dict[Any, Any], path: StoreLike, strict: StrictHandling, process_group: Any, options: LoadOptions | None
+) -> LoadedState:
+    root, asked = root_of(path)
+    settings = options if isinstance(options, LoadOptions) else LoadOptions()
+    if isinstance(strict, StrictHandling) and not strict.raises_unexpected:
+        # A step that need not fill everything must not come after one that has filled some of it before it was seen to be bad.
+        settings = replace(settings, verify="before")
+    step, place = asked, path
+    passed: dict[int, str] = {}
+    first: GiantstepError | None = None
+    while True:
+        try:
+            state = _load(_Load(state_dict, place, strict, process_group, settings))
+        except PASSED_OVER as error:
+            first = first or error
+            passed[step] = reason_of(step, error)
+            older = older_step(group_of(process_group), root, asked, passed, settings.timeout_secs)
+            if older is None:
+                first.add_note(f"No older step of {root.location} loads. Passed over: {'; '.join(passed.values())}")
+                raise first from None
+            step, place = older, root.folder(step_name(older))
+            continue
+        state.report = replace(state.report, passed_over=tuple(passed.values()))
+        if passed:
+            _LOG.warning("%s is loaded instead of %s: %s", state.report.location, path, "; ".join(passed.values()))
+        return state
 
 
 def _load(run: _Load) -> LoadedState:

@@ -25,6 +25,7 @@ StagingMode = Literal["auto", "background"]
 Cast = Literal["never", "floating", "any"]
 Verify = Literal["reading", "before", "never"]
 UnknownTypes = Literal["raise", "keep"]
+OnCorrupt = Literal["raise", "fallback"]
 
 
 class StrictHandling(enum.Enum):
@@ -204,6 +205,23 @@ class SaveOptions:
     max_pending: int = 1
     """`async_save`: how many saves may be unfinished. With so many, the next call waits until one is finished."""
 
+    check_free_space: bool = True
+    """Before a byte is written, compare what all ranks are to write with the space that the store says is free, and raise
+    `StoreError` if it is too little. Not done for incremental saves, nor where a store does not know."""
+
+    digests: bool = False
+    """Keep a digest of every chunk and object in the index, so that a later save can tell what has not changed since, and
+    `giantstep diff` need not read what is equal. Costs a pass over the bytes. `previous` implies it."""
+
+    previous: Any = None
+    """A committed step saved with digests: a path, URL or store of the same kind. What has not changed since is not written
+    again; data files that hold it become files of the new step too (hard links), which does not depend on `previous` from
+    then on. What cannot be used again is written, with a warning. Give the same on all ranks."""
+
+    least_live: float = 0.5
+    """A data file of `previous` is used again if at least this part of its bytes is unchanged and still wanted; the rest of
+    it is dead weight. What is unchanged in other files is written into files of its own."""
+
     on_error: OnError = "raise"
     """`async_save`: what becomes of a save that failed in the background. `raise`: the next `async_save` raises its error
     on all ranks, unless `result` or `exception` told of it before. `warn`: a warning is logged, and training goes on."""
@@ -234,6 +252,18 @@ class SaveOptions:
         _require(policy and not isinstance(self.writers, type), "writers", self.writers, "a policy of giantstep.writers")
         _require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
         self._check_background()
+        for name in ("digests", "check_free_space"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
+        earlier = self.previous
+        place = isinstance(earlier, str | os.PathLike) or callable(getattr(earlier, "open_read", None))
+        _require(earlier is None or (place and earlier != ""), "previous", earlier, "a path, URL or store, or None")
+        part = isinstance(self.least_live, int | float) and not isinstance(self.least_live, bool)
+        _require(part and 0 < self.least_live <= 1, "least_live", self.least_live, "a number above 0, up to 1")
+
+    @property
+    def keeps_digests(self) -> bool:
+        """Whether the index is to have digests."""
+        return self.digests or self.previous is not None
 
     def _check_background(self) -> None:
         _require(self.staging in get_args(StagingMode), "staging", self.staging, f"one of {get_args(StagingMode)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ class PendingSave:
         self._finished = _Gate()
         self._cancelled = threading.Event()
         self._report: SaveReport | None = None
+        self._finished_at = 0.0
         self._error: GiantstepError | None = None
 
     def wait_staged(self, timeout: float | None = None) -> bool:
@@ -68,6 +70,10 @@ class PendingSave:
     def done(self) -> bool:
         """Whether the checkpoint is committed, or the save has failed."""
         return self._finished.is_open
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is committed or has failed, without asking which; False if that takes longer than `timeout` seconds."""
+        return self._finished.wait(timeout)
 
     def result(self, timeout: float | None = None) -> SaveReport:
         """Wait until the checkpoint is committed and durable.
@@ -125,6 +131,10 @@ class PendingSave:
         """Whether this rank wishes to cancel."""
         return self._cancelled.is_set()
 
+    def outcome(self) -> tuple[SaveReport | None, GiantstepError | None, float]:
+        """Report or error, and when it was finished, by `time.monotonic`; of a save that is. Counts as telling nobody."""
+        return self._report, self._error, self._finished_at
+
     def mark_staged(self) -> None:
         """Tensors may change."""
         self._staged.open()
@@ -135,6 +145,7 @@ class PendingSave:
             self._report = outcome
         else:
             self._error = outcome
+        self._finished_at = time.monotonic()
         self._staged.open()
         self._finished.open()
 

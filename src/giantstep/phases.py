@@ -33,7 +33,10 @@ class Stopwatch:
 
 
 def settings(options: Any) -> dict[str, Any]:
-    """The fields of an options object as JSON values; of functions, groups, policies and caches only what they are."""
+    """The fields of an options object as JSON values; of functions, groups, policies and caches only what they are.
+
+    Without `previous`, which is another one with every save: no plan depends on it, and callers compare it themselves.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, enum.Enum):
@@ -44,7 +47,7 @@ def settings(options: Any) -> dict[str, Any]:
             return value
         return "a function" if callable(value) else f"a {type(value).__name__}"
 
-    return {item.name: plain(getattr(options, item.name)) for item in fields(options)}
+    return {item.name: plain(getattr(options, item.name)) for item in fields(options) if item.name != "previous"}
 
 
 def with_call(call: dict[str, Any], *payload: bytes) -> Parts:

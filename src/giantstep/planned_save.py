@@ -99,12 +99,12 @@ class SavePlanner:
         self._refusal: CoverageError | None = None
         self._known: StoredPlan | None = None
 
-    def agree(self, describe: Callable[[], Subject], prepare: Callable[[SavePlan], bytes]) -> bytes:
+    def agree(self, describe: Callable[[], Subject], prepare: Callable[[], bytes]) -> bytes:
         """Come to a plan. Nothing is written.
 
         Args:
             describe: makes the subject; its errors reach all ranks.
-            prepare: runs on rank 0 with the plan once there is one; what it returns, `agree` returns on all ranks.
+            prepare: runs on rank 0 once there is a plan; what it returns, `agree` returns on all ranks.
 
         Raises:
             CoverageError, DisagreementError: the ranks' states do not fit together.
@@ -158,13 +158,14 @@ class SavePlanner:
 
     # Rank 0's decision.
 
-    def _decide(self, reports: Sequence[Parts], prepare: Callable[[SavePlan], bytes]) -> list[Parts]:
+    def _decide(self, reports: Sequence[Parts], prepare: Callable[[], bytes]) -> list[Parts]:
         count = len(reports)
         if any(report[0] == _AS_BEFORE for report in reports):
             holds = all(report[0] == _AS_BEFORE for report in reports) and all_as_before([report[1] for report in reports])
-            if not holds or self._known is None or self._known.plan is None:
+            if not holds:
                 return [(_TELL,)] * count
-            return [(_HOLDS, prepare(self._known.plan))] * count
+            self.plan = None if self._known is None else self._known.plan
+            return [(_HOLDS, prepare())] * count
         descriptions = decode_descriptions([report[2:] for report in reports])
         # Equal names are one object: they are numbered without being looked at.
         numbers: dict[bytes, int] = {}
@@ -175,6 +176,7 @@ class SavePlanner:
                 split_bytes=self._options.split_bytes,
                 max_chunk_bytes=max(1, self._options.max_file_bytes - _HEADER_BYTES),
                 cells=cells if len(numbers) > 1 else None,
+                steady=self._options.keeps_digests,
             )
         except CoverageError as error:
             if error.tensor_key is None:
@@ -183,7 +185,7 @@ class SavePlanner:
             self._refusal = error
             return [(_REFUSED, error.tensor_key.encode("utf-8"))] * count
         self.plan = plan
-        head, plan_id = prepare(plan), secrets.token_bytes(PLAN_ID_BYTES)
+        head, plan_id = prepare(), secrets.token_bytes(PLAN_ID_BYTES)
         return [(_PLANNED, head, plan_id, *part.encode()) for part in plan.parts(descriptions)]
 
     def _explain_refusal(self, key: str) -> None:
@@ -237,6 +239,11 @@ class SavePlanner:
     def forget(self) -> None:
         """Let go of the state that was planned for."""
         self._described = NOTHING
+
+    def planned_bytes(self) -> int:
+        """Payload that all ranks are to write, each byte once; on rank 0, once there is a plan."""
+        plan = self.planned()
+        return int(plan.bytes.sum() + plan.objects.bytes.sum())
 
     def planned(self) -> SavePlan:
         """The whole plan; on rank 0, after `agree`."""

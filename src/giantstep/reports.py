@@ -37,6 +37,9 @@ class SaveReport:
         seconds: per phase, on this rank.
         removed: files of superseded saves that rank 0 deleted after the commit; empty on other ranks.
         plan_reused: whether the plan of an earlier save was used (see `PlanCache`).
+        bytes_reused: of `bytes`, what lies in data files of the previous step and was not written (`SaveOptions.previous`).
+        bytes_dead: in these files, bytes that belong to earlier steps alone.
+        not_reused: why not all that is unchanged was used again, if something stood against it; else "".
     """
 
     location: str
@@ -48,11 +51,15 @@ class SaveReport:
     seconds: dict[str, float]
     removed: tuple[str, ...] = ()
     plan_reused: bool = False
+    bytes_reused: int = 0
+    bytes_dead: int = 0
+    not_reused: str = ""
 
     def __str__(self) -> str:
         what = f"{_counted(self.tensors, 'tensor')} and {_counted(self.objects, 'object')}"
+        again = f", {size_text(self.bytes_reused)} of it unchanged" if self.bytes_reused else ""
         return (
-            f"saved {what}, {size_text(self.bytes)}, to {self.location} "
+            f"saved {what}, {size_text(self.bytes)}{again}, to {self.location} "
             f"(this rank wrote {size_text(self.bytes_written)}; {_secs(self.seconds)})"
         )
 
@@ -71,6 +78,8 @@ class LoadReport:
         dequantised: keys that this rank loaded from quantised tensors into floating-point ones.
         skipped: keys that this rank requested and `LoadOptions.rename` left out; and state that may be missing from a
             checkpoint, and was: it stays as it is.
+        passed_over: newer steps that were to be loaded and are damaged or not all there, each with the reason
+            (`load(on_corrupt="fallback")`).
         dropped: keys of sharded objects that are stored for another number of positions and were dropped.
         bytes_filled: bytes of this rank's tensors that were filled.
         bytes_read: bytes of tensors that this rank read from the store, whole blocks.
@@ -98,6 +107,7 @@ class LoadReport:
     bytes_sent: int = 0
     bytes_received: int = 0
     plan_reused: bool = False
+    passed_over: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         filled, read = size_text(self.bytes_filled), size_text(self.bytes_read)
@@ -113,6 +123,7 @@ class LoadReport:
             ("cast", self.cast),
             ("dequantised", self.dequantised),
             ("left out", self.skipped),
+            ("passed over", self.passed_over),
             ("dropped for another number of positions", self.dropped),
         ):
             if names:

@@ -1,6 +1,8 @@
 """`save`: the flow from a state dict to a committed checkpoint, one call per stage.
 
 state -describe-> leaves -plan_save-> part -host_pieces-> bytes -write-> data files -publish-> checkpoint
+
+Incremental saves go through one more stage before they write: `compare` finds what lies unchanged in the previous step.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from typing import Any
 from giantstep.collection import uncollected
 from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
+from giantstep.comparison import Comparison
 from giantstep.errors import BadArgumentError, GiantstepError, PeerError, StoreError
-from giantstep.format.data_file import file_metadata
+from giantstep.format.data_file import DataFilePlan, file_metadata
 from giantstep.format.names import DATA_DIR, new_save_id
-from giantstep.format.record import CommitRecord, Json, check_content_metadata
+from giantstep.format.record import CommitRecord, Json, check_content_metadata, check_metrics
 from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.kept_outlines import keep_outline, kept_outlines
@@ -28,9 +31,8 @@ from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
 from giantstep.planning.index_plan import WriteReport, build_index
-from giantstep.planning.save_plan import SavePlan
 from giantstep.reports import SaveReport, size_text
-from giantstep.sources import PartSources, encoded, write_report
+from giantstep.sources import Content, PartSources, encoded, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 from giantstep.writing.write import write
@@ -45,6 +47,7 @@ def save(
     process_group: Any = None,
     options: SaveOptions | None = None,
     content_metadata: Json = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> SaveReport:
     """Save the state of all ranks as one checkpoint; return when it is committed and durable.
 
@@ -61,6 +64,7 @@ def save(
         process_group: ranks that save together; default: the default group, or one process alone.
         options: see `SaveOptions`.
         content_metadata: a JSON value of the user's, kept in the commit record; rank 0's is stored.
+        metrics: numbers by name, such as losses, kept in the commit record; rank 0's are stored.
 
     Raises (the same on all ranks):
         BadArgumentError, UnsupportedTypeError: something cannot be saved; nothing was written.
@@ -69,7 +73,7 @@ def save(
         PeerError: a rank died or did not report in time. Likewise.
     """
     group = group_of(process_group)
-    run = Save(state_dict, path, process_group, options, content_metadata)
+    run = Save(state_dict, path, process_group, options, content_metadata, metrics)
 
     def describe() -> Subject:
         run.describe(group)
@@ -79,6 +83,7 @@ def save(
     with uncollected():
         with run.watch.phase("plan"):
             run.plan(group, describe)
+        run.compare()
         with run.watch.phase("write"):
             run.write_and_commit()
         with run.watch.phase("clean"):
@@ -108,7 +113,13 @@ class Save:
     objects: Mapping[str, bytes]
 
     def __init__(
-        self, state_dict: dict[Any, Any], path: StoreLike, process_group: Any, options: SaveOptions | None, metadata: Json
+        self,
+        state_dict: dict[Any, Any],
+        path: StoreLike,
+        process_group: Any,
+        options: SaveOptions | None,
+        metadata: Json,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         self.watch = Stopwatch()
         self._state_dict = state_dict
@@ -117,8 +128,11 @@ class Save:
         self._asked = options
         self.options = options if isinstance(options, SaveOptions) else SaveOptions()
         self._metadata = metadata
+        self._metrics = metrics
         self._root = _RootState()
         self._written_bytes = 0
+        self._content: Content | None = None
+        self._comparison: Comparison | None = None
         self._totals = (0, 0, 0)
 
     # Stage 1: describe.
@@ -128,8 +142,11 @@ class Save:
         if not isinstance(self._asked, SaveOptions | None):
             raise BadArgumentError(f"options must be SaveOptions, not {type(self._asked).__name__}")
         self._store: Store = store_at(self._path)
+        self._previous = None if self.options.previous is None else store_at(self.options.previous)
         check_content_metadata(self._metadata)
         self._metadata = copy.deepcopy(self._metadata)
+        check_metrics(self._metrics)
+        self._metrics = dict(self._metrics or {})
         self._place = Place.of(group.rank, group.size, self._process_group, self.options)
         self.described = describe(self._state_dict, for_load=False, known=kept_outlines(group))
         keep_outline(group, self.described.outline)
@@ -142,10 +159,14 @@ class Save:
         """Where the checkpoint is to be."""
         return self._store.location
 
+    def call(self, name: str) -> dict[str, Any]:
+        """What must be equal on all ranks."""
+        previous = None if self._previous is None else self._previous.location
+        return {"call": name, "path": self.location, "previous": previous, "options": settings(self.options)}
+
     def subject(self, name: str = "save") -> Subject:
         """What is to be planned; `name` is that of the call that all ranks must make."""
-        call = {"call": name, "path": self._store.location, "options": settings(self.options)}
-        return Subject(self.described, call, {name: len(data) for name, data in self.objects.items()}, self._place)
+        return Subject(self.described, self.call(name), {name: len(data) for name, data in self.objects.items()}, self._place)
 
     # Stage 2: plan.
 
@@ -155,21 +176,47 @@ class Save:
         self._planner = SavePlanner(group, self.options)
         self._save_id = self._planner.agree(describe, self._prepare).decode("ascii")
 
-    def _prepare(self, plan: SavePlan) -> bytes:
-        self._check_free_space(plan.total_bytes())
+    def _prepare(self) -> bytes:
         self._store.prepare(DATA_DIR)
         self._root.before = current_record(self._store)
+        # Of an incremental save it is not known yet how much is to be written.
+        if self.options.check_free_space and self._previous is None:
+            self._check_space(self._planner.planned_bytes())
         return new_save_id(dt.datetime.now(dt.UTC), secrets.token_hex(8)).encode("ascii")
 
-    def _check_free_space(self, needed: int) -> None:
-        """What does not fit is better told now than when most of it is written."""
+    def _check_space(self, needed: int) -> None:
         free = self._store.free_bytes()
         if free is not None and free < needed:
             raise StoreError(
-                f"{self._store.location} has too little space: this save needs {needed} bytes ({size_text(needed)}) and a little "
-                f"more for headers and index, and {free} bytes ({size_text(free)}) are free. Nothing was written. Delete what is "
-                "not needed there, or save elsewhere. A checkpoint at the path stays until the new one is complete."
+                f"{self.location} has {size_text(free)} of free space, and the save needs {size_text(needed)} "
+                "(an earlier checkpoint stays until the new one is committed). Nothing was written: make room, or save "
+                "elsewhere; SaveOptions(check_free_space=False) tries all the same"
             )
+
+    # Incremental saves only: compare.
+
+    def compare(self, check: Callable[[], None] = lambda: None, *, spared: int = 0) -> None:
+        """Take digests of what is to be written, and find what the previous step holds of it. Only links are made.
+
+        Args:
+            check, spared: as of `write_and_commit`.
+        """
+        if not self.options.keeps_digests:
+            return
+        threads = threads_for(self.options.writer_threads, self._group.size, spared=spared).memory
+        comparison = Comparison(self._group, self._store, self._previous, self.options, self._planner.planned)
+        with self.watch.phase("compare"):
+            comparison.run(self._contents, threads, check)
+        self._comparison = comparison
+
+    def _contents(self) -> Content:
+        if self._content is None:
+            # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
+            with uncollected():
+                chosen = PartSources(self._planner.part, self._planner.description, self.described, self.objects)
+                layout = self._planner.layout_of(chosen.layout)
+                self._content = Content(chosen, layout, chosen.sources(layout, self.options.buffer_bytes))
+        return self._content
 
     # Stages 3 to 5: stage, write, commit.
 
@@ -198,20 +245,26 @@ class Save:
         self._totals = (tensors, objects, total)
 
     def _write(self, threads: Threads, check: Callable[[], None]) -> Parts:
-        # Thousands of tensors, thousands of small objects: but only until the bytes begin to flow.
-        with uncollected():
-            part = self._planner.part
-            chosen = PartSources(part, self._planner.description, self.described, self.objects)
-            layout = self._planner.layout_of(chosen.layout)
-            plans = chosen.plans(layout, self.options.max_file_bytes, file_metadata(self._save_id, self._group.rank))
-            sources = chosen.sources(layout, self.options.buffer_bytes)
+        content, self._content = self._contents(), None
+        sources = content.sources
+        plans = self._file_plans(content)
         self._store.prepare(DATA_DIR)
         written = write(self._store, self._save_id, self._group.rank, plans, sources, self.options, threads, check)
-        self._written_bytes = int(sources.bytes.sum())
-        return write_report(written, sources, list(chosen.objects)).encode()
+        self._written_bytes = sum(int(sources.bytes[plan.order].sum()) for plan in plans)
+        return write_report(written, sources, list(content.chosen.objects)).encode()
+
+    def _file_plans(self, content: Content) -> list[DataFilePlan]:
+        metadata = file_metadata(self._save_id, self._group.rank)
+        groups = None if self._comparison is None else self._comparison.groups()
+        with uncollected():
+            if groups is None:
+                return content.chosen.plans(content.layout, self.options.max_file_bytes, metadata)
+            return content.chosen.plans_of(groups, self.options.max_file_bytes, metadata)
 
     def _decide_commit(self, reports: Sequence[Parts]) -> list[Parts]:
-        index, files = build_index(self._planner.planned(), [WriteReport.decode(report) for report in reports])
+        told = [WriteReport.decode(report) for report in reports]
+        reused = None if self._comparison is None else self._comparison.reused
+        index, files = build_index(self._planner.planned(), told, reused)
         record: CommitRecord = publish(
             self._store,
             self._save_id,
@@ -220,6 +273,7 @@ class Save:
             world_size=self._group.size,
             block_bytes=self.options.block_bytes,
             content_metadata=self._metadata,
+            metrics=self._metrics or {},
             before=self._root.before,
         )
         self._root.record = record
@@ -239,6 +293,8 @@ class Save:
             return []
 
     def _discard(self) -> None:
+        if self._comparison is not None:
+            self._comparison.give_up()
         try:
             discard(self._store, self._save_id, self._group.rank)
         except OSError as error:
@@ -246,7 +302,7 @@ class Save:
 
     def forget(self) -> None:
         """Let go of the state."""
-        self.described, self.objects, self._state_dict = NOTHING, {}, {}
+        self.described, self.objects, self._state_dict, self._content = NOTHING, {}, {}, None
         # There is none if the save came to nothing before.
         planner: SavePlanner | None = getattr(self, "_planner", None)
         if planner is not None:
@@ -255,6 +311,7 @@ class Save:
     def report(self, removed: list[str]) -> SaveReport:
         """The report of this rank."""
         tensors, objects, total = self._totals
+        verdict = None if self._comparison is None else self._comparison.verdict
         return SaveReport(
             location=self._store.location,
             save_id=self._save_id,
@@ -265,4 +322,7 @@ class Save:
             seconds=self.watch.seconds,
             removed=tuple(removed),
             plan_reused=self._planner.reused,
+            bytes_reused=0 if verdict is None else verdict.bytes_reused,
+            bytes_dead=0 if verdict is None else verdict.bytes_dead,
+            not_reused="" if verdict is None else verdict.problem,
         )

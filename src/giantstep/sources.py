@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -77,6 +78,23 @@ class PartSources:
         alignments = [*(dtype.item_bytes for dtype in dtypes), *(1 for _ in entries)]
         return plan_data_files([*chunks, *entries], alignments, max_file_bytes, metadata)
 
+    def plans_of(self, groups: Sequence[NDArray[np.intp]], max_file_bytes: int, metadata: dict[str, str]) -> list[DataFilePlan]:
+        """The data files of some entries (chunks, then objects), each group in files of its own."""
+        keys, dtypes, regions = self._chunks()
+        objects = list(self.objects.items())
+        found = []
+        for group in groups:
+            rows = group.tolist()
+            chunks = [row for row in rows if row < len(keys)]
+            entries = [chunk_entry(keys[row], dtypes[row], regions[row]) for row in chunks]
+            entries += [
+                object_entry(name, len(data)) for name, data in (objects[row - len(keys)] for row in rows[len(chunks) :])
+            ]
+            alignments = [dtypes[row].item_bytes for row in chunks] + [1] * (len(rows) - len(chunks))
+            plans = plan_data_files(entries, alignments, max_file_bytes, metadata)
+            found += [replace(plan, order=group[plan.order]) for plan in plans]
+        return found
+
     def sources(self, layout: ChunkLayout, piece_bytes: int) -> Sources:
         """Where the bytes come from.
 
@@ -102,6 +120,20 @@ class PartSources:
             owner=held.owner,
             pieces=pieces,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a rank is to write, by its part of the plan: chunks, then objects."""
+
+    chosen: PartSources
+    layout: ChunkLayout
+    sources: Sources
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return len(self.sources.bytes) - len(self.chosen.objects)
 
 
 def _addresses(views: Sequence[torch.Tensor], key_of: Callable[[int], str]) -> Held:

@@ -19,6 +19,9 @@ from giantstep.storage.record_file import files_of_ours, read_record_bytes
 _STEP = re.compile(r"step_([0-9]{8,18})")
 _LARGEST = 10**18 - 1
 
+PIN_NAME = "pinned"
+"""A file of this name in a step's directory keeps the step, whatever the rules of a manager say."""
+
 
 def step_name(step: int) -> str:
     """Name of a step's directory: at least eight digits, so that names sort as steps do."""
@@ -87,7 +90,11 @@ def scan_steps(root: Store) -> list[StepEntry]:
 
 def look_at_step(root: Store, step: int) -> StepEntry:
     """One of them; raises as `scan_steps`. A directory that is not there is UNFINISHED and holds nothing."""
-    store = root.folder(step_name(step))
+    return look_at_place(root.folder(step_name(step)), step)
+
+
+def look_at_place(store: Store, step: int = 0) -> StepEntry:
+    """What a place holds, whatever its name is; raises as `scan_steps`."""
     names = files_of_ours(store)
     save_ids = tuple(sorted({found for found in map(save_id_of, names) if found}))
     try:

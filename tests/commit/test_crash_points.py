@@ -16,7 +16,7 @@ from giantstep.errors import NotACheckpointError
 from giantstep.steps import scan_steps, step_name
 from giantstep.storage.base import read_all
 from giantstep.storage.record_file import files_of_ours
-from giantstep.testing.crash_points import CrashReport, explore, leftovers, step_contents
+from giantstep.testing.crash_points import CrashReport, explore, unneeded_files, step_contents
 from giantstep.testing.faults import CrashingStore, Loss
 from giantstep.testing.ranks import run_ranks, run_ranks_collecting
 from independent_reader import read_checkpoint
@@ -73,26 +73,26 @@ def check_next_save(store: Any) -> None:
     """The next save over whatever is left works and leaves nothing else behind."""
     saving(5.0, ranks=1)(store)
     assert found_in(store) == 5.0
-    assert leftovers(store) == []
+    assert unneeded_files(store) == []
 
 
 def explored(report: CrashReport, outcomes: set[Any]) -> None:
-    assert report.points == len(report.calls) + 1 > 20
+    assert report.points == len(report.operations) + 1 > 20
     assert report.distinct > report.points
     assert set(report.outcomes) == outcomes
 
 
 def test_crash_before_or_after_any_operation_of_a_first_save_leaves_nothing_or_the_checkpoint() -> None:
-    explored(explore(saving(1.0), check=found_in, after=check_next_save), {None, 1.0})
+    explored(explore(saving(1.0), check=found_in, again=check_next_save), {None, 1.0})
 
 
 def test_crash_before_or_after_any_operation_of_an_overwrite_leaves_old_or_new() -> None:
-    explored(explore(saving(2.0), before=saving(1.0), check=found_in, after=check_next_save), {1.0, 2.0})
+    explored(explore(saving(2.0), before=saving(1.0), check=found_in, again=check_next_save), {1.0, 2.0})
 
 
 def test_crash_in_two_saves_one_after_the_other_leaves_each_or_the_one_before() -> None:
     # Of the first only what it flushed itself is durable when the second begins.
-    report = explore(saving(1.0, ranks=1), saving(2.0, ranks=1), check=found_in, after=check_next_save)
+    report = explore(saving(1.0, ranks=1), saving(2.0, ranks=1), check=found_in, again=check_next_save)
     explored(report, {None, 1.0, 2.0})
 
 
@@ -121,7 +121,7 @@ def saving_in_background(values: list[float], ranks: int, places: Callable[[Any,
 def test_crash_in_saves_in_the_background_to_one_path_leaves_one_of_them_whole() -> None:
     operation = saving_in_background([2.0, 3.0], 1, lambda store, _: store)
     report = explore(
-        operation, before=saving(1.0), check=found_in, after=check_next_save, also=[2.0], most_states=SOME
+        operation, before=saving(1.0), check=found_in, again=check_next_save, also=[2.0], states_per_point=SOME
     )
     explored(report, {1.0, 2.0, 3.0})
 
@@ -143,7 +143,7 @@ def check_next_step(root: Any) -> None:
     before = dict(steps_found(root))
     step = place_of_step(root, 3.0)
     saving(3.0, ranks=1)(step)
-    assert leftovers(step) == []
+    assert unneeded_files(step) == []
     assert dict(steps_found(root)) == before | {3: 3.0}
 
 
@@ -153,9 +153,9 @@ def test_crash_in_saves_of_steps_in_flight_under_one_root_loses_no_step_before()
         operation,
         before=lambda root: saving(1.0)(place_of_step(root, 1.0)),
         check=steps_found,
-        after=check_next_step,
+        again=check_next_step,
         also=[((1, 1.0), (2, 2.0))],
-        most_states=SOME,
+        states_per_point=SOME,
     )
     explored(report, {((1, 1.0),), ((1, 1.0), (2, 2.0)), ((1, 1.0), (2, 2.0), (3, 3.0))})
 
@@ -174,8 +174,8 @@ def test_crash_while_the_oldest_step_is_removed_and_the_next_one_saved_loses_no_
         lambda root: saving(3.0, ranks=1)(place_of_step(root, 3.0)),
         before=before,
         check=steps_found,
-        after=check_next_step,
-        most_states=SOME,
+        again=check_next_step,
+        states_per_point=SOME,
     )
     explored(report, {((1, 1.0), (2, 2.0)), ((2, 2.0),), ((2, 2.0), (3, 3.0))})
 
@@ -188,7 +188,7 @@ def check_removed(store: Any) -> None:
 
 
 def test_crash_at_any_operation_of_the_removal_of_a_checkpoint_leaves_it_whole_or_gone() -> None:
-    report = explore(remove_checkpoint, before=saving(1.0), check=found_in, after=check_removed)
+    report = explore(remove_checkpoint, before=saving(1.0), check=found_in, again=check_removed)
     assert set(report.outcomes) == {1.0, None}
     assert report.sampled_points == 0
 
@@ -206,7 +206,7 @@ def test_crash_at_any_operation_of_a_removal_of_tensors_leaves_all_or_the_others
         return tuple(checkpoint.keys())
 
     report = explore(
-        lambda store: gs.remove_sharded_tensors(store, "gone"), before=before, check=keys_in, after=check_next_save
+        lambda store: gs.remove_sharded_tensors(store, "gone"), before=before, check=keys_in, again=check_next_save
     )
     explored(report, {("gone", "kept"), ("kept",)})
 
@@ -219,8 +219,8 @@ def test_crash_in_many_more_states_of_saves_leaves_old_or_new(ranks: int, seed: 
         saving(1.0, ranks),
         saving(2.0, ranks),
         check=found_in,
-        after=check_next_save,
-        most_states=MANY,
+        again=check_next_save,
+        states_per_point=MANY,
         seed=seed,
     )
     explored(report, {None, 1.0, 2.0})
@@ -237,7 +237,7 @@ def test_crash_in_many_more_states_of_steps_in_flight_loses_no_step(seed: int) -
         before=lambda root: saving(1.0)(place_of_step(root, 1.0)),
         check=steps_found,
         also=[tuple(steps[:2]), tuple(steps[:3])],
-        most_states=MANY // 4,
+        states_per_point=MANY // 4,
         seed=seed,
     )
     explored(report, {tuple(steps[:count]) for count in (1, 2, 3, 4)} | {tuple(steps[1:])})

@@ -15,7 +15,7 @@ import giantstep as gs
 import giantstep.commit.publish
 import giantstep.saving
 from giantstep.storage.local import LocalStore
-from giantstep.testing.crash_points import explore, leftovers
+from giantstep.testing.crash_points import explore, unneeded_files
 from giantstep.testing.ranks import run_ranks
 
 NOW = dt.datetime(2026, 3, 29, 1, 59, tzinfo=dt.UTC)
@@ -70,7 +70,7 @@ def test_saves_with_ids_out_of_order_replace_each_other_and_leave_nothing(
         clock.jump(jump)
         save(tmp_path, float(value), ranks=2)
         assert value_at(tmp_path) == value
-        assert leftovers(LocalStore(tmp_path)) == []
+        assert unneeded_files(LocalStore(tmp_path)) == []
 
 
 @pytest.mark.parametrize("jump", [-86400.0, 0.0, 86400.0])
@@ -89,10 +89,10 @@ def test_a_crash_while_the_clock_is_wrong_leaves_old_or_new(jump: float, monkeyp
         for seconds, value in ((-2 * 86400.0, 6.0), (2 * 86400.0, 7.0)):
             at(seconds, value)(store)
             assert gs.open_checkpoint(store).common["value"] == value
-        assert leftovers(store) == []
+        assert unneeded_files(store) == []
 
     report = explore(
-        at(jump, 2.0), before=at(0.0, 1.0), check=lambda store: value_at(store), after=check_next_saves, most_states=8
+        at(jump, 2.0), before=at(0.0, 1.0), check=value_at, again=check_next_saves, states_per_point=8
     )
     assert set(report.outcomes) == {1.0, 2.0}
 

@@ -17,7 +17,7 @@ import giantstep as gs
 from giantstep.errors import BadArgumentError, CorruptionError
 from giantstep.format.container import Entry, header_bytes_bound, headers_bytes_bound, lay_out, parse_header
 from giantstep.format.data_file import ChunkLayout, chunk_entry, object_entry, plan_data_files
-from giantstep.format.index import COLUMNS, Index, check_index, encode_index
+from giantstep.format.index import COLUMNS, OPTIONAL_COLUMNS, Index, check_index, encode_index
 from giantstep.format.names import data_file_name, is_data_file, is_index_file, save_id_of
 from giantstep.format.record import CommitRecord, FileEntry, IndexEntry, Totals, decode_record, encode_record
 from giantstep.shards.dtypes import BY_NAME
@@ -102,6 +102,19 @@ def test_an_index_with_a_column_cut_short_is_refused(tmp_path: Any, name: str) -
     index, sizes = small_index(tmp_path)
     with pytest.raises(CorruptionError):
         check(dataclasses.replace(index, **{name: getattr(index, name)[:-1]}), sizes)
+
+
+@pytest.mark.parametrize("name", OPTIONAL_COLUMNS)
+def test_an_optional_column_may_be_absent_but_not_cut_short(tmp_path: Any, name: str) -> None:
+    gs.save({"w": torch.zeros(4, 3), "s": torch.tensor(1.0), "n": 1}, tmp_path, options=gs.SaveOptions(digests=True))
+    checkpoint = gs.open_checkpoint(tmp_path)
+    index, sizes = checkpoint.index_tables().load_all(), [file.bytes for file in checkpoint.record.files]
+    check(index, sizes)
+    assert index.version == "1.1"
+    check(dataclasses.replace(index, **{name: None}), sizes)
+    for wrong in (getattr(index, name)[:-1], getattr(index, name).reshape(-1)[:, None].repeat(3, axis=1)):
+        with pytest.raises(CorruptionError, match=f"column '{name}'"):
+            check(dataclasses.replace(index, **{name: wrong}), sizes)
 
 
 def test_the_index_opens_with_the_safetensors_library(tmp_path: Any) -> None:

@@ -54,6 +54,7 @@ VALUES: dict[str, list[Any]] = {
     ],
     "set": [set(), {1, 2, (3, "x")}, {"a", b"a", None, 2.5, frozenset({1})}],
     "frozenset": [frozenset(), frozenset({frozenset({frozenset()}), 1})],
+    "Counter": [collections.Counter(), collections.Counter("aab"), {"a": collections.Counter({(1, 2): -1, None: 2.5})}],
     "OrderedDict": [collections.OrderedDict(), collections.OrderedDict([("z", 1), ("a", collections.OrderedDict(x=1))])],
     "deque": [
         collections.deque(),
@@ -266,7 +267,6 @@ class OtherGenerator(np.random.PCG64):
         torch.zeros(2).to_sparse(),
         torch.zeros(0, 2**60),
         torch.quint8,
-        collections.Counter("aab"),
         collections.defaultdict(list),
         type("Sub", (dict,), {})(),
         np.longlong(3),

@@ -206,7 +206,11 @@ def test_experts_are_divided_evenly_or_as_said() -> None:
     [
         (lambda: LocalExperts((0, 0), 3), "must be different numbers from 0 to 2"),
         (lambda: LocalExperts((3,), 3), "must be different numbers from 0 to 2"),
-        (lambda: LocalExperts(("a",), 3), "must be different numbers"),  # type: ignore[arg-type]
+        (lambda: LocalExperts(("a",), 3), "must be whole numbers"),  # type: ignore[arg-type]
+        (lambda: LocalExperts((0,), None), "must be whole numbers"),  # type: ignore[arg-type]
+        (lambda: LocalExperts.even(4.0, 0, 2), "must be whole numbers"),  # type: ignore[arg-type]
+        (lambda: LocalExperts.uneven([1.5, 2], 0), "must be whole numbers"),  # type: ignore[list-item]
+        (lambda: sequential("k", [None], LocalExperts((0,), 1)), "is a NoneType, not a tensor"),  # type: ignore[list-item]
         (lambda: LocalExperts.even(5, 0, 2), "use LocalExperts.uneven"),
         (lambda: LocalExperts.even(4, 2, 2), r"rank 2 of expert counts \(2, 2\)"),
         (lambda: LocalExperts.uneven([2, -1], 0), "must not be negative"),

@@ -244,6 +244,7 @@ def test_ranks_that_count_different_numbers_of_ranks_disagree() -> None:
         (lambda: swiglu("w", torch.zeros(3), 0, 1), "'w', axis 0: 3 local elements cannot be gate and up"),
         (lambda: swiglu("w", torch.zeros(4), 2, 2), "index 2 must be from 0 to 1"),
         (lambda: swiglu("w", torch.zeros(4), 0, 1, axis=1), r"axis \[1\] must be among the 1 axes \(4,\)"),
+        (lambda: fused("w", torch.zeros(4), {"0": Span(0, 4)}), r"axis \['0'\] must be among"),
         (lambda: swiglu("w", torch.zeros(()), 0, 1), "must be among the 0 axes"),
         (lambda: swiglu("w", None, 0, 1), "data must be a torch.Tensor, not NoneType"),
         (lambda: swiglu("w", torch.zeros(4), 0, 1, prepend=((3, 3),)), "index 3 of a prepended axis"),
@@ -258,6 +259,10 @@ def test_ranks_that_count_different_numbers_of_ranks_disagree() -> None:
             lambda: fused("w", torch.zeros(2, 2), {n: Fused((1, 1), names=("a", "b")) for n in (0, 1)}),
             "several axes are fused",
         ),
+        (
+            lambda: fused("w", torch.zeros(2, 2), {n: Fused((2,), names=("a",)) for n in (0, 1)}),
+            "several axes are fused",
+        ),
         (lambda: replace(swiglu("w", torch.zeros(4), 0, 1), data=torch.zeros(3)), r"shape \(3,\), expected \(4,\)"),
         (lambda: replace(swiglu("w", torch.zeros(4), 0, 1), flattened_range=slice(2, 5)), "inside the 4 local elements"),
         (lambda: replace(swiglu("w", torch.zeros(4), 0, 1), flattened_range=slice(0, 4, 2)), "inside the 4 local elements"),
@@ -267,3 +272,9 @@ def test_ranks_that_count_different_numbers_of_ranks_disagree() -> None:
 def test_what_does_not_fit_is_refused_with_key_and_reason(make: Any, message: str) -> None:
     with pytest.raises(BadArgumentError, match=message):
         make()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_single_weight_with_a_name_is_stored_under_it_whatever_its_axis(axis: int) -> None:
+    factory = fused("w", torch.zeros(4, 4), {axis: Fused((4,), names=("only",))}, prepend=((0, 2),))
+    assert [shard.key for shard in factory.build().values()] == ["w.only"]

@@ -97,6 +97,21 @@ def test_an_empty_group_finds_the_stored_one_that_it_is_like(tmp_path: Path) -> 
     assert state.report.groups == ("group 1: left as it is: it is empty, and none like it was saved",)
 
 
+def test_hyper_parameters_of_another_algorithm_are_reported(tmp_path: Path) -> None:
+    model = params("ab")
+    gs.save({"optimizer": OptimizerState(torch.optim.Adam(model.values()), model)}, tmp_path / "c")
+    for make, said in (
+        (torch.optim.Adam, ()),
+        (torch.optim.AdamW, ("; takes decoupled_weight_decay=False, unlike this optimizer",)),
+        (torch.optim.Adagrad, ("; takes amsgrad=False, betas=(0.9, 0.999), decoupled_weight_decay=False, ",)),
+    ):
+        fresh = params("ab")
+        state = OptimizerState(make(fresh.values()), fresh)
+        gs.load({"optimizer": state}, tmp_path / "c")
+        assert len(state.report.groups) == len(said)
+        assert all(part in note for note, part in zip(state.report.groups, said, strict=True)), state.report.groups
+
+
 def test_how_this_process_computes_is_not_taken_from_the_checkpoint(tmp_path: Path) -> None:
     model = params("a")
     saved(tmp_path / "c", [{"params": [model["a"]], "fused": True, "maximize": True}], model)
@@ -104,7 +119,7 @@ def test_how_this_process_computes_is_not_taken_from_the_checkpoint(tmp_path: Pa
     optimizer, state = loaded(tmp_path / "c", [{"params": [fresh["a"]]}], fresh)
     assert optimizer.param_groups[0]["fused"] is None
     assert optimizer.param_groups[0]["maximize"] is True
-    assert state.report.groups == ("group 0: keeps its own fused",)
+    assert state.report.groups == ("group 0: keeps its own fused; takes maximize=True, unlike this optimizer",)
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
@@ -191,3 +206,27 @@ def test_every_division_that_splits_saved_groups_restores_them(data: st.DataObje
     plans = plan_groups(groups, members, stored, keep_conflicts=False)
     assert [plan.values for plan in plans] == [stored[str(number)] for number, _ in parts]
     assert options_of({"params": [1], "param_names": ["x"], "lr": 1}) == {"lr": 1}
+
+
+def test_a_hyper_parameter_that_no_tensor_can_hold_replaces_it(tmp_path: Path) -> None:
+    """Of groups that were saved alike each has its own."""
+    for value, here in ((None, torch.tensor(1.0)), (torch.tensor([0.5]), torch.tensor(1.0)), ((torch.tensor(0.9),), 3)):
+        saved_model, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        optimizers = [
+            torch.optim.SGD([{"params": [param]} for param in one.parameters()], lr=0.1) for one in (saved_model, model)
+        ]
+        for optimizer, option in zip(optimizers, (value, here), strict=True):
+            for group in optimizer.param_groups:
+                group["option"] = option
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        gs.save({"optimizer": OptimizerState(optimizers[0], saved_model)}, path)
+        gs.load({"optimizer": OptimizerState(optimizers[1], model)}, path)
+        first, second = (group["option"] for group in optimizers[1].param_groups)
+        if value is None:
+            assert (first, second) == (None, None)
+        elif isinstance(value, tuple):
+            assert torch.equal(first[0], value[0])
+            assert first[0] is not second[0]
+        else:
+            assert first is here
+            assert torch.equal(first, torch.tensor(0.5))

@@ -11,6 +11,7 @@ import torch
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, DisagreementError, KeyMismatchError, MismatchError
+from giantstep.fused import fused_rows
 from giantstep.optimizer import OptimizerOptions, OptimizerState
 from giantstep.testing.ranks import RanksFailedError, run_ranks
 
@@ -107,6 +108,44 @@ def test_state_left_out_by_rename_stays_as_it_is(tmp_path: Path) -> None:
     assert set(optimizer.state) == {fresh["a"]}
 
 
+def test_state_of_which_a_part_is_left_out_stays_as_it_was_in_all_of_it(tmp_path: Path) -> None:
+    model = params("ab")
+    optimizer = adamw(model, "ab")
+    gs.save({"optimizer": OptimizerState(optimizer, model)}, tmp_path / "c")
+    fresh = params("ab")
+    other = adamw(fresh, "ab")
+    for param in fresh.values():
+        other.state[param]["exp_avg"].fill_(7)
+        other.state[param]["step"].fill_(7)
+    state = OptimizerState(other, fresh)
+    options = gs.LoadOptions(rename={"optimizer.state.exp_avg_sq.b": None})
+    gs.load({"optimizer": state}, tmp_path / "c", options=options)
+    assert state.report.skipped == ("b",)
+    assert len(state.report.loaded) == 2
+    assert other.state[fresh["b"]]["step"] == 7
+    assert torch.all(other.state[fresh["b"]]["exp_avg"] == 7)
+    assert torch.equal(other.state[fresh["a"]]["exp_avg"], optimizer.state[model["a"]]["exp_avg"])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_state_of_a_factory_of_which_one_tensor_is_left_out_stays_as_it_was(steps: int, tmp_path: Path) -> None:
+    def job(steps: int) -> Any:
+        weight = torch.nn.Parameter(torch.ones(8, 3))
+        optimizer = adamw({"w": weight}, "w" if steps else "")
+        leaf = fused_rows("w", weight, (4, 4), 0, 1, names=("gate", "up"))
+        return weight, optimizer, OptimizerState(optimizer, [leaf])
+
+    gs.save({"optimizer": job(1)[2]}, tmp_path / "c")
+    weight, optimizer, state = job(steps)
+    for value in optimizer.state.get(weight, {}).values():
+        value.fill_(7)
+    options = gs.LoadOptions(rename={"optimizer.state.exp_avg.w.up": None})
+    gs.load({"optimizer": state}, tmp_path / "c", options=options)
+    assert state.report.skipped == ("w",)
+    assert len(optimizer.state.get(weight, {})) == 3 * steps
+    assert all(torch.all(value == 7) for value in optimizer.state.get(weight, {}).values())
+
+
 def test_a_renamed_model_finds_its_state(tmp_path: Path) -> None:
     model = params("ab")
     gs.save({"optimizer": OptimizerState(adamw(model, "ab"), {"old": model})}, tmp_path / "c")
@@ -115,6 +154,18 @@ def test_a_renamed_model_finds_its_state(tmp_path: Path) -> None:
     options = gs.LoadOptions(rename=lambda key: key.replace(".new.", ".old."))
     gs.load({"optimizer": OptimizerState(optimizer, {"new": fresh})}, tmp_path / "c", options=options)
     assert optimizer.state[fresh["b"]]["step"] == 1
+
+
+def test_an_optimizer_that_was_saved_under_another_name_is_found(tmp_path: Path) -> None:
+    model, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    optimizer, fresh = torch.optim.AdamW(model.parameters(), lr=0.5), torch.optim.AdamW(other.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    gs.save({"optimizer": OptimizerState(optimizer, model)}, tmp_path / "c")
+    options = gs.LoadOptions(rename=lambda key: key.replace("job.adam.", "optimizer."))
+    gs.load({"job": {"adam": OptimizerState(fresh, other)}}, tmp_path / "c", options=options)
+    assert torch.equal(fresh.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    assert fresh.param_groups[0]["lr"] == 0.5
 
 
 def test_state_that_was_removed_from_the_checkpoint_is_not_invented(tmp_path: Path) -> None:
@@ -263,6 +314,18 @@ def test_main_parameters_that_are_not_stored_are_made_from_the_models(tmp_path: 
     assert other.state[copies["a"]]["exp_avg"].dtype == torch.bfloat16, "as it was stored"
 
 
+def test_main_parameters_that_are_left_out_are_made_from_the_models(tmp_path: Path) -> None:
+    model, _, _, state = offloaded("ab")
+    gs.save({"model": model, "optimizer": state}, tmp_path / "c")
+    other_model, copies, _, state = offloaded("ab")
+    for copy in copies.values():
+        copy.data.zero_()
+    options = gs.LoadOptions(rename={"optimizer.state.fp32_param.b": None})
+    gs.load({"model": other_model, "optimizer": state}, tmp_path / "c", options=options)
+    assert (state.report.skipped, state.report.derived) == (("b",), ("b",))
+    assert torch.equal(copies["b"].data, model["b"].data.float())
+
+
 def test_fp32_moments_of_bf16_parameters_keep_every_bit(tmp_path: Path) -> None:
     model = params("a", torch.bfloat16)
     optimizer = torch.optim.AdamW(model.values())
@@ -405,6 +468,49 @@ def test_places_filled_for_parameters_without_state_are_not_missing(tmp_path: Pa
     assert report.missing == report.unexpected == ()
     assert set(other.state) == {fresh}
     assert state.report.without_state == ("experts", "experts")
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_an_expert_without_tokens_may_be_the_only_one_of_its_group_on_a_rank(make: Any, tmp_path: Path) -> None:
+    """What other groups and statistics have shows what its state would be."""
+
+    def job(group: Any) -> Any:
+        dense, weight = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2, 3))
+        optimizer = make([{"params": [weight], "weight_decay": 0.5}, {"params": [dense]}])
+        leaves = [expert(group.rank, weight, 2), gs.ShardedTensor.from_rank_offsets("d", dense, replica_id=group.rank)]
+        return weight, dense, optimizer, OptimizerState(optimizer, leaves)
+
+    def save(group: Any) -> dict[str, torch.Tensor]:
+        weight, dense, optimizer, state = job(group)
+        dense.grad = torch.ones_like(dense)
+        weight.grad = torch.rand(2, 3) if group.rank == 0 else None
+        optimizer.step()
+        gs.save({"optimizer": state}, tmp_path / "c", process_group=group)
+        return dict(optimizer.state.get(weight, {}))
+
+    def load(group: Any) -> dict[str, torch.Tensor]:
+        weight, _, optimizer, state = job(group)
+        report = gs.load({"optimizer": state}, tmp_path / "c", process_group=group).report
+        assert report.missing == report.unexpected == ()
+        return dict(optimizer.state.get(weight, {}))
+
+    before, after = run_ranks(2, save), run_ranks(2, load)
+    assert before[1] == after[1] == {}
+    assert before[0].keys() == after[0].keys()
+    assert all(torch.equal(after[0][name], value) for name, value in before[0].items())
+
+
+def test_experts_with_statistics_and_without_tokens_on_one_rank(tmp_path: Path) -> None:
+    weights = [torch.nn.Parameter(torch.rand(2, 3)) for _ in range(2)]
+    optimizer = torch.optim.Adafactor(weights)
+    weights[0].grad = torch.rand(2, 3)
+    optimizer.step()
+    gs.save({"optimizer": OptimizerState(optimizer, [expert(n, w, 2) for n, w in enumerate(weights)])}, tmp_path / "c")
+    fresh = [torch.nn.Parameter(torch.rand(2, 3)) for _ in range(2)]
+    other = torch.optim.Adafactor(fresh)
+    gs.load({"optimizer": OptimizerState(other, [expert(n, w, 2) for n, w in enumerate(fresh)])}, tmp_path / "c")
+    assert set(other.state) == {fresh[0]}
+    assert torch.equal(other.state[fresh[0]]["row_var"], optimizer.state[weights[0]]["row_var"])
 
 
 def test_state_that_was_not_saved_is_removed(tmp_path: Path) -> None:
@@ -579,7 +685,15 @@ def test_new_state_is_made_where_the_options_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"on_group_conflict": "x"}, {"on_uncuttable": "x"}, {"statistics": {"r": (1, True)}}, {"statistics": {"r": -1}}]
+    "wrong",
+    [
+        {"on_group_conflict": "x"},
+        {"on_uncuttable": "x"},
+        {"statistics": {"r": (1, True)}},
+        {"statistics": {"r": -1}},
+        {"of_shards": "left"},
+        {"of_shards": [3]},
+    ],
 )
 def test_options_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(BadArgumentError):
@@ -597,6 +711,25 @@ def test_two_shards_of_one_tensor_keep_their_own_state(tmp_path: Path) -> None:
     other = torch.optim.SGD([whole], momentum=0.9)
     gs.load({"optimizer": OptimizerState(other, [gs.ShardedTensor.from_rank_offsets("w", whole)])}, tmp_path / "c")
     assert other.state[whole]["momentum_buffer"][:, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_optimizers_may_be_called_anything_but_alike(tmp_path: Path) -> None:
+    def optimizers(model: torch.nn.Linear, names: tuple[Any, Any]) -> dict[Any, torch.optim.Optimizer]:
+        return {name: torch.optim.SGD([param], momentum=0.9) for name, param in zip(names, model.parameters(), strict=True)}
+
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(BadArgumentError, match="the same text"):
+        OptimizerState(optimizers(model, (0, "0")), model)
+    names = ("param_groups", "state")
+    before, other = optimizers(model, names), torch.nn.Linear(2, 3)
+    model(torch.ones(1, 2)).sum().backward()
+    for optimizer in before.values():
+        optimizer.step()
+    gs.save({"optimizer": OptimizerState(before, model)}, tmp_path / "c")
+    after = optimizers(other, names)
+    gs.load({"optimizer": OptimizerState(after, other)}, tmp_path / "c")
+    assert after["param_groups"].state[other.weight]["momentum_buffer"].tolist() == [[1.0, 1.0]] * 3
+    assert after["state"].state[other.bias]["momentum_buffer"].tolist() == [1.0] * 3
 
 
 def test_what_was_not_loaded_is_not_taken_for_loaded() -> None:

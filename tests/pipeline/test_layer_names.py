@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from drawn_pipelines import by_rank, layouts, stages_of, whole_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giantstep.errors import BadArgumentError, DisagreementError
-from giantstep.pipeline import PipelineLayout, check_names, globalise, localise
+from giantstep.pipeline import PipelineLayout, check_names, describe_stage, globalise, localise
 
 LAYOUT = PipelineLayout.parse("Et|tt|t|tmL", 2)
 
@@ -80,3 +83,23 @@ def test_prefixes_that_cannot_be_told_apart_are_refused() -> None:
     for prefixes in (("", "m."), ("h.", "h.")):
         with pytest.raises(BadArgumentError, match="prefixes"):
             globalise({}, LAYOUT, 0, prefix=prefixes[0], mtp_prefix=prefixes[1])
+
+
+@pytest.mark.parametrize("call", [globalise, check_names, describe_stage])
+@pytest.mark.parametrize("name", ["module.decoder.layers.0.w", "exp_avg.decoder.layers.1.w", "m.decoder.layers.0"])
+def test_layers_that_are_all_behind_another_prefix_are_not_passed_over(call: Any, name: str) -> None:
+    layout = PipelineLayout.parse("E|tt|ttL", 3)
+    state = {name: torch.ones(1), "norm": torch.ones(1)}
+    wrapper = name.split(".", maxsplit=1)[0]
+    with pytest.raises(BadArgumentError, match=rf"give '{wrapper}\.decoder\.layers\.' as what they begin with"):
+        call(state, layout, 1)
+    # A stage without layers may have others' names, and so may one whose own are there.
+    call(state, layout, 0)
+    if call is not check_names:
+        call({**state, "decoder.layers.1.w": torch.ones(1)}, layout, 1)
+
+
+def test_two_names_never_become_one() -> None:
+    layout = PipelineLayout.even(4, 2)
+    state = {"decoder.layers.0.w": 1, "decoder.layers.00.w": 2}
+    assert globalise(state, layout, 1) == {"decoder.layers.2.w": 1, "decoder.layers.00.w": 2}

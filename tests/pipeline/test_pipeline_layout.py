@@ -222,6 +222,13 @@ def test_layers_out_of_order_are_refused(stages: list[str], order: list[str]) ->
         lambda: PipelineLayout.even(0, 2, count_embedding=True, count_loss=True, virtual=2),
         lambda: PipelineLayout.from_counts([]),
         lambda: PipelineLayout.from_counts([2, -1]),
+        lambda: PipelineLayout.from_counts([2.5, 1]),  # type: ignore[list-item]
+        lambda: PipelineLayout.from_counts(["a"]),  # type: ignore[list-item]
+        lambda: PipelineLayout.from_counts(5),  # type: ignore[arg-type]
+        lambda: PipelineLayout.from_counts([2, 1], mtp=-1),
+        lambda: PipelineLayout.even(8, 2.0),  # type: ignore[arg-type]
+        lambda: PipelineLayout.parse(None, 1),  # type: ignore[arg-type]
+        lambda: PipelineLayout.parse(b"EtL", 1),  # type: ignore[arg-type]
         lambda: PipelineLayout.from_counts([2, 1], 0),
         lambda: PipelineLayout(("Ex", "L"), 1),
         lambda: PipelineLayout.even(4, 2).layers_of(2),

@@ -125,6 +125,8 @@ W, B = FlatParameter("w", (4, 3), "float32"), FlatParameter("b", (3,), "float32"
         (lambda: FlatLayout((Bucket((W,), (0,), 12, (0, 12)),), 2), "is cut for 1 ranks, the layout is of 2"),
         (lambda: FlatLayout((Bucket((W,), (0,), 12, (0, 12)),) * 2, 1), "'w' lies twice"),
         (lambda: lay_out([W], 0), "ranks 0"),
+        (lambda: lay_out(["w"], 1), "must be FlatParameters, not str"),  # type: ignore[list-item]
+        (lambda: lay_out([W], 1, {}), "must be BucketRules, not dict"),  # type: ignore[arg-type]
         (lambda: lay_out([W, W], 1), "'w' lies twice"),
         (lambda: lay_out([W], 1, BucketRules(alone=frozenset({"v"}))), "alone names 'v'"),
         (lambda: BucketRules(max_elements=0), "max_elements 0"),

@@ -17,7 +17,7 @@ from giantstep.format.names import DATA_DIR, RECORD_NAME, save_id_of
 from giantstep.format.record import save_id_in
 from giantstep.storage.base import read_all
 from giantstep.storage.record_file import files_of_ours
-from giantstep.testing.crash_points import CrashSafetyError, contents, explore, leftovers
+from giantstep.testing.crash_points import CrashPointError, contents, explore, unneeded_files
 from giantstep.testing.journal_store import Journal, JournalStore
 from giantstep.testing.power_loss import Disk, decisions
 
@@ -33,7 +33,7 @@ def save(value: float) -> Callable[[Any], None]:
 
 def check_next_save(store: Any) -> None:
     save(5.0)(store)
-    assert leftovers(store) == []
+    assert unneeded_files(store) == []
 
 
 # Stores that make one mistake each.
@@ -139,30 +139,30 @@ OVERWRITE = {
 
 
 def test_a_store_without_mistakes_passes() -> None:
-    report = explore(save(1.0), after=check_next_save)
-    assert report.points == len(report.calls) + 1
+    report = explore(save(1.0), again=check_next_save)
+    assert report.points == len(report.operations) + 1
     assert report.states > report.points
     assert set(report.outcomes) == {None, *[found for found in report.outcomes if isinstance(found, str)]}
     assert len(report.outcomes) == 2
     assert sum(report.outcomes.values()) == report.distinct
-    report = explore(save(2.0), before=save(1.0), after=check_next_save)
+    report = explore(save(2.0), before=save(1.0), again=check_next_save)
     assert len(report.outcomes) == 2
     assert None not in report.outcomes
 
 
 @pytest.mark.parametrize("mistake", sorted(FIRST_SAVE, key=lambda kind: kind.__name__))
 def test_a_mistake_of_the_store_is_found_in_a_first_save(mistake: type[JournalStore]) -> None:
-    with pytest.raises(CrashSafetyError) as caught:
-        explore(save(1.0), store_type=mistake, most_states=1)
+    with pytest.raises(CrashPointError) as caught:
+        explore(save(1.0), store_type=mistake, states_per_point=1)
     # A process that is killed loses nothing that it wrote; to rename in the last moment helps in that case alone.
     assert caught.value.lost or mistake is PublishesInPlace
 
 
 @pytest.mark.parametrize("mistake", sorted(OVERWRITE, key=lambda kind: kind.__name__))
 def test_a_mistake_of_the_store_is_found_in_an_overwrite(mistake: type[JournalStore]) -> None:
-    with pytest.raises(CrashSafetyError):
+    with pytest.raises(CrashPointError):
         # Fewer states than one thing alone may lose are never looked at, so more only find more.
-        explore(save(2.0), before=save(1.0), store_type=mistake, most_states=1)
+        explore(save(2.0), before=save(1.0), store_type=mistake, states_per_point=1)
 
 
 # Orders of steps that make one mistake each, on a store without any.
@@ -177,7 +177,7 @@ def test_deleting_the_old_files_before_the_commit_is_found(monkeypatch: pytest.M
         return real(store, save_id, *arguments, before=before, **named)
 
     monkeypatch.setattr(giantstep.saving, "publish", publish)
-    with pytest.raises(CrashSafetyError, match="does not verify"):
+    with pytest.raises(CrashPointError, match="does not verify"):
         explore(save(2.0), before=save(1.0))
 
 
@@ -193,8 +193,8 @@ def test_leaving_files_of_a_crashed_save_behind_is_found(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(giantstep.saving, "remove_superseded", only_of_the_record_before)
     explore(save(2.0), before=save(1.0))
-    with pytest.raises(CrashSafetyError, match="AssertionError"):
-        explore(save(2.0), before=save(1.0), after=check_next_save)
+    with pytest.raises(CrashPointError, match="AssertionError"):
+        explore(save(2.0), before=save(1.0), again=check_next_save)
 
 
 def test_removing_files_before_the_record_is_found() -> None:
@@ -204,7 +204,7 @@ def test_removing_files_before_the_record_is_found() -> None:
         store.sync_names("")
         store.sync_names(DATA_DIR)
 
-    with pytest.raises(CrashSafetyError, match="does not verify"):
+    with pytest.raises(CrashPointError, match="does not verify"):
         explore(careless, before=save(1.0))
     explore(remove_checkpoint, before=save(1.0))
 
@@ -214,7 +214,7 @@ def test_removing_files_before_the_removal_of_the_record_is_durable_is_found() -
         def sync_names(self, folder: str) -> None:
             """Names are durable when the folders go."""
 
-    with pytest.raises(CrashSafetyError, match="IncompleteError"):
+    with pytest.raises(CrashPointError, match="IncompleteError"):
         explore(remove_checkpoint, before=save(1.0), store_type=Hasty)
 
 
@@ -239,7 +239,7 @@ def both(value: int) -> Callable[[Any], None]:
 
 
 def test_a_mix_of_old_and_new_is_found_and_the_message_says_when() -> None:
-    with pytest.raises(CrashSafetyError, match=r"(?s)found \(2, 1\), expected \(1, 1\) or \(2, 2\).*last calls: .*rename") as caught:
+    with pytest.raises(CrashPointError, match=r"(?s)found \(2, 1\), expected \(1, 1\) or \(2, 2\).*last calls: .*rename") as caught:
         explore(both(2), before=both(1), check=values)
     assert caught.value.point > 0
     report = explore(both(2), before=both(1), check=values, also=[(2, 1)])
@@ -263,7 +263,7 @@ def test_what_an_earlier_operation_did_must_stay_and_each_may_only_follow_the_on
             if "b" in self.names("") and values(self)[1] != 1:
                 super().sync_names(folder)
 
-    with pytest.raises(CrashSafetyError, match=r"found \(1, 1\), expected \(2, 1\)"):
+    with pytest.raises(CrashPointError, match=r"found \(1, 1\), expected \(2, 1\)"):
         explore(first, second, before=both(1), check=values, store_type=Late)
 
 
@@ -271,8 +271,8 @@ def test_a_mistake_in_what_comes_next_is_found() -> None:
     def next_one(store: Any) -> None:
         assert list(store.names("")) == ["a", "b"], "a temporary file stays"
 
-    with pytest.raises(CrashSafetyError, match="a temporary file stays"):
-        explore(lambda store: put(store, "a", 2), before=both(1), check=values, after=next_one)
+    with pytest.raises(CrashPointError, match="a temporary file stays"):
+        explore(lambda store: put(store, "a", 2), before=both(1), check=values, again=next_one)
 
 
 def test_an_operation_that_fails_by_itself_is_no_finding() -> None:
@@ -382,7 +382,7 @@ def test_where_not_all_states_are_looked_at_the_extremes_and_all_single_losses_a
 def test_contents_tells_bits_apart_and_leftovers_names_what_nobody_needs() -> None:
     store = JournalStore(Journal())
     assert contents(store) is None
-    assert leftovers(store) == []
+    assert unneeded_files(store) == []
     save(1.0)(store)
     first = contents(store)
     save(1.0)(store)
@@ -393,6 +393,6 @@ def test_contents_tells_bits_apart_and_leftovers_names_what_nobody_needs() -> No
     assert contents(store) != first
     number = store.journal.disk.create("place/data/20200101T000000-0123456789abcdef-r00000-0.safetensors")
     store.journal.disk.write(number, 0, b"left")
-    assert len(leftovers(store)) == 1
+    assert len(unneeded_files(store)) == 1
     store.delete(RECORD_NAME)
-    assert len(leftovers(store)) == 3
+    assert len(unneeded_files(store)) == 3

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import RandomSampler as TorchdatasRandomSampler
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, ShapeMismatchError
 from giantstep.group.threads import ThreadGroup
 from giantstep.testing.ranks import RanksFailedError, run_ranks
-from giantstep.training_state import LoaderState
+from giantstep.training_state import LoaderState, RandomState
 
 # torchdata and torch's loader look at names that torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning")
@@ -61,6 +63,126 @@ def test_torchdatas_loader_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, wor
     other = map_style(workers)
     gs.load({"loader": LoaderState(other)}, tmp_path)
     assert [batch.tolist() for batch in other] == expected
+
+
+Make = Callable[[], StatefulDataLoader[Any]]
+
+
+def shuffled(**settings: Any) -> StatefulDataLoader[Any]:
+    return StatefulDataLoader(list(range(40)), batch_size=4, **settings)
+
+
+def distributed() -> StatefulDataLoader[Any]:
+    return shuffled(sampler=DistributedSampler(range(40), num_replicas=2, rank=1, seed=5))
+
+
+def stateful_distributed() -> StatefulDataLoader[Any]:
+    return shuffled(sampler=StatefulDistributedSampler(range(40), num_replicas=2, rank=1, seed=5))
+
+
+LOADERS: dict[str, Make] = {
+    "in order": shuffled,
+    "shuffled": lambda: shuffled(shuffle=True),
+    "shuffled by a generator": lambda: shuffled(shuffle=True, generator=torch.Generator().manual_seed(7)),
+    "with replacement": lambda: shuffled(
+        sampler=TorchdatasRandomSampler(range(40), replacement=True, generator=torch.Generator().manual_seed(7))
+    ),
+    "distributed": distributed,
+    "stateful and distributed": stateful_distributed,
+    "batches by another sampler": lambda: StatefulDataLoader(
+        list(range(40)), batch_sampler=torch.utils.data.BatchSampler(DistributedSampler(range(40), 2, 0), 4, False)
+    ),
+    "with workers": lambda: shuffled(
+        shuffle=True, generator=torch.Generator().manual_seed(7), num_workers=2, multiprocessing_context="forkserver"
+    ),
+}
+
+
+def epoch_of(loader: StatefulDataLoader[Any], epoch: int) -> Iterator[tuple[list[int], float]]:
+    """What a job draws: batches, and after each a number for its dropout."""
+    if epoch and hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    for batch in loader:
+        yield batch.tolist(), float(torch.rand(1))
+
+
+STOPS = [(0, 0), (0, 3), (1, 0), (1, 2), (1, 5)]
+# Starting workers takes long.
+STOPS_WITH_WORKERS = [(1, 0), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "stop"),
+    [(kind, stop) for kind in LOADERS for stop in (STOPS_WITH_WORKERS if kind == "with workers" else STOPS)],
+)
+def test_a_job_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path, kind: str, stop: tuple[int, int]) -> None:
+    """Samples, random numbers between them, and the order of later epochs; wherever it was saved."""
+    epoch, batches = stop
+    torch.manual_seed(11)
+    loader = LOADERS[kind]()
+    for earlier in range(epoch):
+        list(epoch_of(loader, earlier))
+    begun = epoch_of(loader, epoch)
+    for _ in range(batches):
+        next(begun)
+    state = {"loader": LoaderState(loader), "rng": RandomState()}
+    gs.save(state, tmp_path)
+    expected = [list(begun), list(epoch_of(loader, epoch + 1)), list(epoch_of(loader, epoch + 2))]
+
+    torch.manual_seed(12)
+    torch.rand(5)
+    other = LOADERS[kind]()
+    # Either may be restored first.
+    gs.load({"rng": RandomState(), "loader": LoaderState(other)}, tmp_path)
+    again = [list(epoch_of(other, epoch)), list(epoch_of(other, epoch + 1)), list(epoch_of(other, epoch + 2))]
+    assert again == expected
+
+
+def test_a_loader_that_has_not_begun_is_saved_without_making_or_drawing_anything(tmp_path: Path) -> None:
+    loader = shuffled(shuffle=True)
+    before = torch.get_rng_state()
+    gs.save({"loader": LoaderState(loader)}, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert loader._iterator is None
+
+
+def test_a_loader_saved_right_after_a_load_is_where_it_was(tmp_path: Path) -> None:
+    loader = shuffled(shuffle=True)
+    iterator = iter(loader)
+    next(iterator)
+    gs.save({"loader": LoaderState(loader)}, tmp_path / "1")
+    expected = [batch.tolist() for batch in iterator]
+    other = shuffled(shuffle=True)
+    gs.load({"loader": LoaderState(other)}, tmp_path / "1")
+    gs.save({"loader": LoaderState(other)}, tmp_path / "2")
+    third = shuffled(shuffle=True)
+    gs.load({"loader": LoaderState(third)}, tmp_path / "2")
+    assert [batch.tolist() for batch in third] == expected
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        RandomSampler(range(9)),
+        RandomSampler(range(9), generator=torch.Generator()),
+        SubsetRandomSampler(range(9)),
+        WeightedRandomSampler([0.5] * 9, 9),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_samplers_that_keep_nothing_of_their_order_are_refused_at_any_depth(sampler: Any) -> None:
+    batches = torch.utils.data.BatchSampler(sampler, 2, False)
+    for settings in ({"sampler": sampler}, {"batch_sampler": batches}):
+        with pytest.raises(BadArgumentError, match=f"{type(sampler).__name__}, which keeps nothing of its order"):
+            LoaderState(StatefulDataLoader(list(range(9)), **settings))
+
+
+def test_a_generator_shared_with_a_sampler_that_draws_as_it_goes_is_refused() -> None:
+    generator = torch.Generator()
+    for settings in ({"replacement": True}, {"num_samples": 20}):
+        sampler = TorchdatasRandomSampler(range(9), generator=generator, **settings)
+        with pytest.raises(BadArgumentError, match="Give the sampler one of its own"):
+            LoaderState(StatefulDataLoader(list(range(9)), sampler=sampler, generator=generator))
 
 
 def test_each_rank_has_a_loader_of_its_own(tmp_path: Path) -> None:

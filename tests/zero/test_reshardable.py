@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from zero_layouts import STATES, Optimizer, Place, Side, Spec, models, optimizer
 
 import giantstep as gs
 from giantstep.errors import BadArgumentError, CoverageError
+from giantstep.optimizer import OptimizerState
 from giantstep.storage.memory import MemoryStore
 from giantstep.testing import check_coverage, round_trip, run_ranks
-from giantstep.zero import BucketRules, FlatParameter, lay_out, lay_out_whole, reshardable_state
+from giantstep.zero import BucketRules, FlatParameter, empty_buffers, lay_out, lay_out_whole, reshardable_state
 from processes import results, run_processes
 
 _NUMBERS = itertools.count()
@@ -323,6 +325,8 @@ def one_rank(**changes: object) -> dict[str, object]:
         ({"states": {"m": [torch.zeros(12)[::2], None]}}, "expected a contiguous tensor"),
         ({"states": {"m": {"w": torch.zeros(5)}}}, "state 'm' of parameter 'w': rank 0 owns elements 0:6"),
         ({"states": {"m": {"v": torch.zeros(5)}}}, "of parameter 'v' has 5 elements, but rank 0 owns nothing of such"),
+        ({"states": {"m": {"v": 5}}}, "of parameter 'v' has type int, but rank 0 owns nothing of such"),
+        ({"states": {"m": {"w": 5}}}, "state 'm' of parameter 'w': rank 0 owns .* found int"),
         ({"rank": 2}, "rank 2 must be an int from 0 to 1"),
         ({"instance": -1}, "instance -1"),
         ({"model": {}}, "parameter 'w' of the flat layout: expected .* found nothing"),
@@ -343,6 +347,11 @@ def test_what_does_not_fit_is_refused_and_named(changes: dict[str, object], mess
         one_rank(**changes)
 
 
+def test_state_that_some_parameters_lack_may_be_none_by_name_too() -> None:
+    found = one_rank(states={"m": {"w": torch.zeros(6), "b": None, "elsewhere": None}})
+    assert list(found["m"]) == ["w"]  # type: ignore[call-overload]
+
+
 def test_replicas_that_single_numbers_cannot_tell_apart_are_an_error_on_save() -> None:
     """A norm that two tensor-parallel ranks have, with replica ids 0 and 1: as data-parallel copies both are main."""
 
@@ -353,3 +362,21 @@ def test_replicas_that_single_numbers_cannot_tell_apart_are_an_error_on_save() -
 
     with pytest.raises(CoverageError):
         check_coverage([state(0), state(1)])
+
+
+def test_state_that_an_optimizer_state_saved_loads_into_flat_buffers(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.rand(4, 3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.rand(4, 3)
+    optimizer.step()
+    model = {"w": gs.ShardedTensor.from_rank_offsets("w", weight)}
+    gs.save({"model": model, "optimizer": OptimizerState(optimizer, model)}, tmp_path / "c")
+    layout = lay_out([FlatParameter("w", (4, 3), "float32")], 2)
+
+    def load(group: Any) -> torch.Tensor:
+        buffers = {name: empty_buffers(layout, group.rank, torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+        wanted = {"optimizer": {"state": reshardable_state(layout, group.rank, buffers, model)}}
+        gs.load(wanted, tmp_path / "c", process_group=group, strict=gs.StrictHandling.RAISE_UNEXPECTED)
+        return buffers["exp_avg"][0]
+
+    assert torch.equal(torch.cat(run_ranks(2, load)).view(4, 3), optimizer.state[weight]["exp_avg"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 from typing import TYPE_CHECKING
 
 import click
@@ -41,6 +42,7 @@ def _as_json(checkpoint: Checkpoint, infos: list[TensorInfo]) -> dict[str, objec
         "library": record.library,
         "world_size": record.world_size,
         "content_metadata": record.content_metadata,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in record.metrics.items()},
         "tensors": [
             {"key": info.key, "dtype": info.dtype, "shape": info.shape, "bytes": info.bytes, "chunks": info.chunk_count}
             for info in infos
@@ -60,6 +62,8 @@ def _print(checkpoint: Checkpoint, infos: list[TensorInfo]) -> None:
         click.echo(f"objects: {_objects_text(objects)}")
     if record.content_metadata is not None:
         click.echo(f"content metadata: {json.dumps(record.content_metadata)}")
+    if record.metrics:
+        click.echo("metrics: " + ", ".join(f"{name} {value:g}" for name, value in record.metrics.items()))
     shown = "" if len(infos) == record.totals.tensors else f"{len(infos)} of "
     click.echo(
         f"{shown}{record.totals.tensors} tensors, {size_text(record.totals.bytes)} in {len(record.files)} data files; saved by "

@@ -1,7 +1,8 @@
 """`giantstep`: looking into checkpoints from a terminal.
 
 Commands are imported only when they run, so that `--help` needs nothing but click. Exit codes: 0 all is well,
-1 the checkpoint is damaged or cannot be opened, 2 the command line is wrong.
+1 the checkpoint is damaged or cannot be opened, 2 the command line is wrong. `diff` is like diff: 1 says that checkpoints
+differ, 2 that there is trouble.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ class _LazyGroup(click.Group):
     """A group whose commands are imported when they are used; their one-line helps stand here."""
 
     lazy: ClassVar[dict[str, tuple[str, str]]] = {
+        "diff": ("giantstep.cli.diff", "Say in what two checkpoints differ."),
+        "doctor": ("giantstep.cli.doctor", "Say what is wrong with a path, and what to do."),
         "ls": ("giantstep.cli.ls", "List the tensors and objects of a checkpoint."),
+        "materialize": ("giantstep.cli.materialize", "Make a checkpoint share no files with others."),
+        "recover": ("giantstep.cli.recover", "Find what crashed saves left, and remove it."),
         "show": ("giantstep.cli.show", "Show one tensor: shape, dtype, where it lies, statistics, first values."),
         "verify": ("giantstep.cli.verify", "Check every byte of a checkpoint."),
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 
 from giantstep.errors import IncompleteError, NotACheckpointError, StoreError
 from giantstep.format.index import Index, encode_index, stored_chunks
@@ -18,6 +20,7 @@ from giantstep.format.record import (
     encode_record,
     looks_like_a_record,
 )
+from giantstep.format.versions import CURRENT
 from giantstep.storage.base import Store, read_all
 
 
@@ -60,6 +63,7 @@ def publish(
     world_size: int,
     block_bytes: int,
     content_metadata: Json,
+    metrics: Mapping[str, float] = MappingProxyType({}),
     before: bytes | None,
 ) -> CommitRecord:
     """Commit. When it returns, the checkpoint exists and survives a crash; when it raises, see below.
@@ -101,6 +105,8 @@ def publish(
             bytes=int(index.chunk_bytes[stored_chunks(index)].sum() + index.object_bytes.sum()),
         ),
         content_metadata=content_metadata,
+        version=CURRENT if metrics else index.version,
+        metrics=metrics,
     )
     # Again, as late as can be: what happens between this look and the rename is not noticed.
     _check_place(store, files, before)
@@ -110,7 +116,10 @@ def publish(
 
 def _check_place(store: Store, files: tuple[FileEntry, ...], before: bytes | None) -> None:
     """No other save was committed, and every data file is visible from here: on disks not shared they would be lost."""
-    if current_record(store) != before:
+    found_record = current_record(store)
+    if found_record != before:
+        if found_record is None:
+            raise StoreError(f"{store.location} lost its {RECORD_NAME} while this save was writing; this one is given up")
         raise StoreError(f"another save was committed to {store.location} while this one was writing; this one is given up")
     for file in files:
         try:

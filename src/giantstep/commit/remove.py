@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 
 from giantstep.commit.publish import current_record
 from giantstep.format.names import DATA_DIR, RECORD_NAME, is_data_file, save_id_of
+from giantstep.format.record import decode_record
 from giantstep.storage.base import Store
 from giantstep.storage.record_file import files_of_ours
 
@@ -33,6 +35,35 @@ def remove_checkpoint(store: Store) -> list[str]:
         if name != RECORD_NAME:
             store.delete(name)
     if store.exists():
+        for folder in (DATA_DIR, ""):
+            _remove_folder(store, folder)
+    return doomed
+
+
+def remove_leftovers(store: Store, names: Iterable[str]) -> list[str]:
+    """Delete those of the named files that the commit record in force does not name; return which they were.
+
+    Foreign files and the record itself stay. Where there is no record, folders that hold nothing any more go too.
+
+    Raises:
+        NotACheckpointError, CorruptionError, VersionError: there is a record of which cannot be known what it names. Nothing
+            was deleted.
+        OSError: a storage operation failed.
+    """
+    found = current_record(store)
+    needed = set[str]()
+    if found is not None:
+        record = decode_record(found, f"{store.location}/{RECORD_NAME}")
+        # Invariant: nothing goes that a record in force names.
+        needed = {record.index.name, *(file.name for file in record.files)}
+    wanted = set(names) - needed
+    doomed = [name for name in files_of_ours(store) if name in wanted and save_id_of(name) is not None]
+    doomed.sort(key=lambda name: (is_data_file(name), name))
+    for name in doomed:
+        store.delete(name)
+    for folder in sorted({DATA_DIR if is_data_file(name) else "" for name in doomed}):
+        store.sync_names(folder)
+    if found is None and store.exists():
         for folder in (DATA_DIR, ""):
             _remove_folder(store, folder)
     return doomed

@@ -71,7 +71,7 @@ def anchor_digest(data: Buffer) -> str:
 
 
 class ContentDigest:
-    """A 128-bit digest of bytes fed piece by piece, for comparing replicas; never stored."""
+    """A 128-bit digest (xxh3-128) of bytes fed piece by piece: by it contents are compared, of replicas and of chunks."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from giantstep.errors import CorruptionError
 from giantstep.format.container import DATA_ALIGNMENT, Entry, PlacedEntry, lay_out, parse_header
 from giantstep.format.digests import Checksums, anchor_digest, block_checksums
-from giantstep.format.versions import CURRENT, check_version
+from giantstep.format.versions import CURRENT, PLAIN, check_version
 from giantstep.shards.dtypes import ITEM_BYTES
 from giantstep.shards.partition import axes_of, partitioned, products
 from giantstep.shards.region import MAX_DIMS, MAX_ELEMENTS, Int64s
@@ -48,6 +48,9 @@ COLUMNS: dict[str, str] = {
     "file_block_ends": "I64",
     "block_checksum": "U64",
 }
+# Columns that an index may have (since version 1.1), their container dtype, and how many words there are per chunk or object.
+OPTIONAL_COLUMNS: dict[str, str] = {"chunk_head": "U64", "chunk_digest": "U64", "object_digest": "U64"}
+WORDS_PER_ROW = {"chunk_head": 1, "chunk_digest": 2, "object_digest": 2}
 NUMPY_DTYPES = {"I64": "<i8", "U64": "<u8", "U8": "|u1"}
 
 
@@ -66,6 +69,9 @@ class Index:
         chunk_offset, chunk_size: region of each chunk, dims values per chunk.
         object_*: objects by key, sorted by their bytes.
         file_block_ends, block_checksum: checksums of the blocks of each file.
+        chunk_head: [chunks, 1] digests of the first bytes of long chunks; 0 where none was taken.
+        chunk_digest, object_digest: [rows, 2] digests of all bytes of each chunk and object, high words first; zeros where
+            none was taken. All three are None if the save was not asked for them.
     """
 
     tensor_key_ends: Int64s
@@ -87,6 +93,14 @@ class Index:
     object_bytes: Int64s
     file_block_ends: Int64s
     block_checksum: Checksums
+    chunk_head: Checksums | None = None
+    chunk_digest: Checksums | None = None
+    object_digest: Checksums | None = None
+
+    @property
+    def version(self) -> str:
+        """The format version that has all of it."""
+        return PLAIN if all(getattr(self, name) is None for name in OPTIONAL_COLUMNS) else CURRENT
 
 
 def encode_texts(texts: list[bytes]) -> tuple[Int64s, NDArray[np.uint8]]:
@@ -113,18 +127,24 @@ class EncodedIndex:
 
 def encode_index(index: Index, save_id: str, block_bytes: int) -> EncodedIndex:
     """The bytes of the index file."""
-    columns = {name: np.ascontiguousarray(getattr(index, name)) for name in COLUMNS}
+    dtypes = COLUMNS | {name: dtype for name, dtype in OPTIONAL_COLUMNS.items() if getattr(index, name) is not None}
+    columns = {name: np.ascontiguousarray(getattr(index, name)).reshape(-1) for name in dtypes}
     # Widest items first, so that every column is aligned.
-    names = sorted(COLUMNS, key=lambda name: (COLUMNS[name] == "U8", list(COLUMNS).index(name)))
-    rest = b"".join(columns[name].astype(NUMPY_DTYPES[COLUMNS[name]]).tobytes() for name in names)
+    names = sorted(dtypes, key=lambda name: (dtypes[name] == "U8", list(dtypes).index(name)))
+    rest = b"".join(columns[name].astype(NUMPY_DTYPES[dtypes[name]]).tobytes() for name in names)
     checksums = block_checksums(memoryview(rest), block_bytes).astype("<u8").tobytes()
     filler = bytes(-len(checksums) % DATA_ALIGNMENT)
     entries = [
         Entry(REST_CHECKSUMS, "U64", (len(checksums) // 8,), len(checksums)),
         Entry(HEAD_FILLER, "U8", (len(filler),), len(filler)),
-        *(Entry(name, COLUMNS[name], columns[name].shape, columns[name].nbytes) for name in names),
+        *(Entry(name, dtypes[name], columns[name].shape, columns[name].nbytes) for name in names),
     ]
-    metadata = {"format": "giantstep", "format_version": CURRENT, "save_id": save_id, "block_bytes": str(block_bytes)}
+    metadata = {
+        "format": "giantstep",
+        "format_version": index.version,
+        "save_id": save_id,
+        "block_bytes": str(block_bytes),
+    }
     header, _ = lay_out(entries, metadata)
     head = header + checksums + filler
     return EncodedIndex(head + rest, len(head), anchor_digest(head))
@@ -135,7 +155,7 @@ class IndexHead:
     """The checked head of an index file.
 
     Attributes:
-        columns: where each column lies in the file.
+        columns: where each column lies in the file, optional ones only if they are there.
         rest_checksums: checksums of the blocks of the file behind the head.
     """
 
@@ -159,7 +179,8 @@ def decode_head(head: bytes, digest: str, save_id: str, file_bytes: int, block_b
     check_version(metadata.get("format_version"), f"index {what}")
     if metadata.get("save_id") != save_id:
         raise CorruptionError(f"index {what} belongs to save {metadata.get('save_id')!r}, the commit record to {save_id!r}")
-    columns = {name: _check_column(entries.get(name), name, dtype, what) for name, dtype in COLUMNS.items()}
+    dtypes = COLUMNS | {name: dtype for name, dtype in OPTIONAL_COLUMNS.items() if name in entries}
+    columns = {name: _check_column(entries.get(name), name, dtype, what) for name, dtype in dtypes.items()}
     table = _check_column(entries.get(REST_CHECKSUMS), REST_CHECKSUMS, "U64", what)
     blocks = -(-(file_bytes - len(head)) // block_bytes)
     if table.stop > len(head) or table.shape[0] != blocks or min(c.start for c in columns.values()) < len(head):
@@ -203,6 +224,10 @@ def check_index(index: Index, files: int, file_bytes: Int64s, block_bytes: int, 
     blocks = -(-file_bytes // block_bytes)
     require(bool((np.diff(index.file_block_ends) == blocks).all()), "block checksums do not fit the files' sizes")
     for rows, prefix in ((chunks, "chunk"), (objects, "object")):
+        for name in OPTIONAL_COLUMNS:
+            column = getattr(index, name) if name.startswith(prefix) else None
+            fits = column is None or column.shape == (rows, WORDS_PER_ROW[name])
+            require(fits, f"column {name!r} does not have one row for each {prefix}")
         file, start, size = (getattr(index, f"{prefix}_{part}") for part in ("file", "start", "bytes"))
         require(len(start) == rows and len(size) == rows, f"{prefix} columns differ in length")
         require(bool(((file >= 0) & (file < files)).all()), f"a {prefix} lies in a file that is not listed")

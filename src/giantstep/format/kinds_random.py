@@ -33,7 +33,9 @@ _STATES: dict[str, dict[str, Any]] = {
     },
     "SFC64": {"state": {"state": (np.uint64, 4)}, **_BUFFERED},
 }
-_GAUSS = {"has_gauss": 1, "gauss": float}
+# What a legacy generator keeps beside its bits.
+GAUSS = {"has_gauss": 1, "gauss": float}
+KNOWN_BITS = frozenset(_STATES)
 _BIT_GENERATORS: dict[str, Any] = {name: getattr(random, name) for name in _STATES}
 # Limits on what NumPy mixes into a state when it seeds.
 _SEED_WORDS = 4096
@@ -55,7 +57,12 @@ def _check(value: Any, expected: Any, name: str) -> None:
         raise ValueError(f"{name}: expected {expected[1]} values of {expected[0].__name__}")
 
 
-def _checked_state(name: Any, state: Any, more: dict[str, Any]) -> dict[str, Any]:
+def checked_state(name: Any, state: Any, more: dict[str, Any]) -> dict[str, Any]:
+    """The state of a bit generator of this name, once it is seen to be one; `more` is expected beside its own fields.
+
+    Raises:
+        ValueError: it is not.
+    """
     if name not in _STATES:
         raise ValueError(f"expected one of the bit generators {', '.join(_STATES)}, found {name!r:.40}")
     if type(state) is not dict or state.get("bit_generator") != name:
@@ -104,7 +111,7 @@ def _unsupported(path: Path, error: Exception) -> UnsupportedTypeError:
 def _encode_generator(value: random.Generator, writer: Writer, path: Path) -> Json:
     bits = value.bit_generator
     try:
-        state, seed = _checked_state(type(bits).__name__, bits.state, {}), _plain_seed(bits.seed_seq)
+        state, seed = checked_state(type(bits).__name__, bits.state, {}), _plain_seed(bits.seed_seq)
     except (TypeError, ValueError) as error:
         raise _unsupported(path, error) from error
     return [state["bit_generator"], writer.value(state, path), writer.value(seed, path)]
@@ -112,7 +119,7 @@ def _encode_generator(value: random.Generator, writer: Writer, path: Path) -> Js
 
 def _decode_generator(payload: Json, reader: Reader) -> random.Generator:
     name, state, seed = items_of(payload, 3)
-    checked, parts = _checked_state(text_of(name), reader.value(state), {}), _checked_seed(reader.value(seed))
+    checked, parts = checked_state(text_of(name), reader.value(state), {}), _checked_seed(reader.value(seed))
     sequence = None
     if parts is not None:
         entropy, spawn_key, pool_size, children = parts
@@ -125,7 +132,7 @@ def _decode_generator(payload: Json, reader: Reader) -> random.Generator:
 def _encode_random_state(value: random.RandomState, writer: Writer, path: Path) -> Json:
     found: Any = value.get_state(legacy=False)
     try:
-        state = _checked_state(found["bit_generator"], found, _GAUSS)
+        state = checked_state(found["bit_generator"], found, GAUSS)
     except ValueError as error:
         raise _unsupported(path, error) from error
     return [state["bit_generator"], writer.value(state, path)]
@@ -133,7 +140,7 @@ def _encode_random_state(value: random.RandomState, writer: Writer, path: Path) 
 
 def _decode_random_state(payload: Json, reader: Reader) -> random.RandomState:
     name, state = items_of(payload, 2)
-    checked = _checked_state(text_of(name), reader.value(state), _GAUSS)
+    checked = checked_state(text_of(name), reader.value(state), GAUSS)
     # Seeded with anything, so that no entropy of the system is used up: the state takes its place.
     found = random.RandomState(_BIT_GENERATORS[name](0))
     found.set_state(checked)

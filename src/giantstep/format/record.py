@@ -7,14 +7,16 @@ publishing it (`commit`), reading it from a store (`reading`).
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from giantstep.errors import BadArgumentError, CorruptionError
 from giantstep.format.digests import anchor_digest
 from giantstep.format.names import RECORD_NAME, is_data_file, is_index_file, is_save_id
-from giantstep.format.versions import CURRENT, check_version
+from giantstep.format.versions import PLAIN, check_version
 
 Json: TypeAlias = Any
 
@@ -69,6 +71,7 @@ class CommitRecord:
         block_bytes: size of the checksummed blocks of data files and index.
         index, files, totals: see their classes.
         content_metadata: the user's own JSON value.
+        metrics: numbers that the save was given, by name; NaN for those that were not finite.
         version: format version.
     """
 
@@ -81,7 +84,26 @@ class CommitRecord:
     files: tuple[FileEntry, ...]
     totals: Totals
     content_metadata: Json
-    version: str = CURRENT
+    version: str = PLAIN
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def check_metrics(value: Any) -> None:
+    """Raise `BadArgumentError` unless `value` is a mapping of names to numbers, or None."""
+    fits = value is None or (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) and name for name in value)
+        and all(isinstance(number, int | float) and not isinstance(number, bool) for number in value.values())
+    )
+    if not fits:
+        raise BadArgumentError(
+            f"metrics={value!r:.200} cannot be: expected a mapping of names to numbers (float(tensor) makes one)"
+        )
+
+
+def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    # JSON has no NaN and no infinities.
+    return {name: float(number) if math.isfinite(number) else None for name, number in metrics.items()}
 
 
 def check_content_metadata(value: Json) -> None:
@@ -120,6 +142,7 @@ def encode_record(record: CommitRecord) -> bytes:
             "head_digest": record.index.head_digest,
         },
         "content_metadata": record.content_metadata,
+        **({"metrics": _plain_metrics(record.metrics)} if record.metrics else {}),
         "files": [{"name": file.name, "bytes": file.bytes, "rank": file.rank} for file in record.files],
     }
     text = json.dumps(body, indent=2, allow_nan=False).encode("ascii")
@@ -206,6 +229,15 @@ class _Fields:
             raise self._bad("files", "a name that appears twice", "distinct names")
         return entries
 
+    def metrics(self) -> dict[str, float]:
+        value = self._fields.get("metrics", {})
+        fits = isinstance(value, dict) and all(
+            number is None or (isinstance(number, int | float) and not isinstance(number, bool)) for number in value.values()
+        )
+        if not fits:
+            raise self._bad("metrics", value, "an object of numbers and nulls")
+        return {name: math.nan if number is None else float(number) for name, number in value.items()}
+
     def index_entry(self) -> IndexEntry:
         name, size, head = self.text("name"), self.number("bytes"), self.number("head_bytes")
         if not is_index_file(name):
@@ -231,5 +263,6 @@ class _Fields:
             files=self.files(),
             totals=Totals(totals.number("tensors"), totals.number("chunks"), totals.number("objects"), totals.number("bytes")),
             content_metadata=self._fields.get("content_metadata"),
+            metrics=self.metrics(),
             version=self.text("format_version"),
         )

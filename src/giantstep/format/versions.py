@@ -12,8 +12,10 @@ import re
 from giantstep.errors import CorruptionError, VersionError
 
 MAJOR = 1
-MINOR = 0
+MINOR = 1
 CURRENT = f"{MAJOR}.{MINOR}"
+# What is written where nothing of a newer minor version is used.
+PLAIN = "1.0"
 
 _PATTERN = re.compile(r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})")
 

@@ -139,7 +139,7 @@ def arranged(key: str, data: torch.Tensor, stored: Stored, replica_id: ReplicaId
     if not isinstance(data, torch.Tensor):
         raise BadArgumentError(f"factory {key!r}: data must be a torch.Tensor, not {type(data).__name__}")
     lengths = [stored.memory_shape[axis] for axis in stored.order]
-    wrong = [axis for axis in stored.axes if not 0 <= axis < len(lengths)]
+    wrong = [axis for axis in stored.axes if type(axis) is not int or not 0 <= axis < len(lengths)]
     if wrong or not lengths:
         raise BadArgumentError(f"factory {key!r}: axis {wrong} must be among the {len(lengths)} axes {tuple(lengths)}")
     axes = [_prepended(key, index, length) for index, length in stored.prepend]

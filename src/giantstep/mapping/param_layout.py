@@ -124,18 +124,21 @@ def reduced(param: ShardedParam, statistic: torch.Tensor, axis: int, prefix: str
         keeps_axis: whether the statistic has the axis.
 
     Returns:
-        A leaf; None if this rank does not hold the axis whole, and so the statistic is of its part alone.
+        A leaf; None if this rank does not hold the axis whole, or has it in another shape, and so the statistic is of its
+        part alone.
     """
     if isinstance(param, ShardedTensor):
         place = len(param.local_shape) + axis
         beyond = place + param.prepend_axis_num
         whole = place >= 0 and param.local_shape[place] == param.global_shape[beyond] and param.flattened_range is None
-        if not whole or param.allow_shape_mismatch:
-            return None
 
         def without(sizes: tuple[int, ...], at: int, size: int) -> tuple[int, ...]:
             return (*sizes[:at], *((size,) if keeps_axis else ()), *sizes[at + 1 :])
 
+        # The parameter may be described as a view of another shape than the one it is optimized in.
+        alike = tuple(statistic.shape) == without(param.local_shape, place, 1)
+        if not whole or not alike or param.allow_shape_mismatch:
+            return None
         parts = param.axis_fragmentations
         return replace(
             param,

@@ -21,9 +21,9 @@ from giantstep.shards.paths import Path, dotted
 from giantstep.words import bytes_of, words_of
 
 # Of the state of a CPU generator (ATen's legacy layout): its size, and seed, left, seeded, next at its beginning.
-_CPU_STATE_BYTES = 5056
-_CPU_STATE = struct.Struct("<QiiQ")
-_CPU_WORDS = 624
+CPU_STATE_BYTES = 5056
+CPU_STATE = struct.Struct("<QiiQ")
+CPU_WORDS = 624
 
 
 def _dtype_name(dtype: torch.dtype, path: Path) -> str:
@@ -88,19 +88,23 @@ def _decode_generator(payload: Json, reader: Reader) -> Any:
         remedy = f"Load it on a machine with devices of the type {device!r}."
         return reader.unregistered(Unregistered("torch.Generator", [device, state]), remedy)
     if device == "cpu":
-        _check_cpu_state(state)
+        check_cpu_state(state)
     found.set_state(state)
     return found
 
 
-def _check_cpu_state(state: torch.Tensor) -> None:
-    """Refuse a state with which torch would read past the end of its table; torch takes some of these."""
+def check_cpu_state(state: torch.Tensor) -> None:
+    """Refuse a state with which torch would read past the end of its table; torch takes some of these.
+
+    Raises:
+        ValueError: it is none of a generator of the CPU.
+    """
     data = state.numpy().tobytes()
-    if len(data) != _CPU_STATE_BYTES:
-        raise ValueError(f"expected {_CPU_STATE_BYTES} bytes of state, found {len(data)}")
-    _, left, seeded, following = _CPU_STATE.unpack_from(data)
+    if len(data) != CPU_STATE_BYTES:
+        raise ValueError(f"expected {CPU_STATE_BYTES} bytes of state, found {len(data)}")
+    _, left, seeded, following = CPU_STATE.unpack_from(data)
     fresh = (left, following) == (1, 0)
-    if seeded != 1 or not (fresh or (1 <= left <= _CPU_WORDS and left + following == _CPU_WORDS + 1)):
+    if seeded != 1 or not (fresh or (1 <= left <= CPU_WORDS and left + following == CPU_WORDS + 1)):
         raise ValueError(f"state of a generator with {left} words left after {following}")
 
 

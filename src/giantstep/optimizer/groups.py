@@ -7,6 +7,7 @@ So a group is whole again wherever its parameters are, in whichever order and nu
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.errors import MismatchError
+from giantstep.optimizer.kinds import takes
 
 # Which tensors, and what they are called here.
 _MEMBERS = {"params", "param_names"}
@@ -23,6 +25,8 @@ _MEMBERS = {"params", "param_names"}
 _MANNER = {"foreach", "fused", "capturable", "differentiable"}
 # What schedules change: says nothing of which group it is.
 _VARYING = {"lr", "initial_lr", "momentum", "betas", "step", "max_lr", "min_lr"}
+
+_ABSENT = object()
 
 Group = Mapping[str, Any]
 
@@ -109,7 +113,16 @@ def _manner(group: Group, options: Group, note: str, what: str = "") -> GroupPla
     kept = [name for name in options if name in _MANNER and group.get(name) != options[name]]
     if kept and not note:
         note = f"{what}: keeps its own {', '.join(kept)}"
+    # Which algorithm it is: what was saved may be another optimizer's.
+    others = [name for name in options if name not in _MANNER and _is_switched(options[name], group.get(name, _ABSENT))]
+    if others:
+        note = f"{note or what}; takes {', '.join(f'{name}={options[name]!r}' for name in others)}, unlike this optimizer"
     return GroupPlan({name: value for name, value in options.items() if name not in _MANNER}, note)
+
+
+def _is_switched(stored: Any, current: Any) -> bool:
+    """Whether a stored hyper-parameter is none that the group has, or a switch that it has otherwise."""
+    return current is _ABSENT or (isinstance(stored, bool) and current is not stored)
 
 
 def _several(what: str, members: Mapping[str, str], stored: Mapping[str, Group], *, keep_conflicts: bool) -> GroupPlan:
@@ -157,13 +170,19 @@ def set_options(groups: Sequence[dict[str, Any]], plans: Sequence[GroupPlan]) ->
     for group, plan in zip(groups, plans, strict=True):
         for name, value in plan.values.items():
             current = group.get(name)
-            if isinstance(current, torch.Tensor):
+            if isinstance(current, torch.Tensor) and _fits(current, value):
                 with torch.no_grad():
                     if not same(written.setdefault(id(current), value), value):
                         # torch gives all groups one tensor at first: these are to have different values.
                         group[name] = current = current.clone()
-                    current.copy_(value) if isinstance(value, torch.Tensor) else current.fill_(value)
+                    current.copy_(value.view_as(current)) if isinstance(value, torch.Tensor) else current.fill_(value)
             elif isinstance(value, torch.Tensor) and isinstance(current, float | int):
                 group[name] = value.item()
             else:
-                group[name] = value
+                # Groups that were saved alike need not stay so.
+                group[name] = copy.deepcopy(value)
+
+
+def _fits(current: torch.Tensor, value: Any) -> bool:
+    """Whether a hyper-parameter that is a tensor stays that tensor, with the stored value."""
+    return value.numel() == current.numel() if isinstance(value, torch.Tensor) else takes(current, value)

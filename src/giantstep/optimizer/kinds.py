@@ -5,7 +5,7 @@
 | `elements` | a tensor shaped like the parameter | always |
 | `statistic` | a tensor that lacks one axis of the parameter, or has size 1 there | if that axis is whole |
 | `distributed` | a DTensor of another shape | always: it says itself how it is cut |
-| `shard` | any other tensor: it belongs to the shard of the parameter that the rank holds | no |
+| `shard` | any other tensor, or one said to be so: it belongs to the shard of the parameter that the rank holds | no |
 | `shard object` | a value with tensors in it | no |
 | `value` | `step` and other numbers, strings, small tensors | it is the same for all of the parameter |
 
@@ -14,7 +14,7 @@ Called by `records` and `requests`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ DISTRIBUTED: Kind = ("distributed",)
 SHARD: Kind = ("shard",)
 SHARD_OBJECT: Kind = ("shard object",)
 VALUE: Kind = ("value",)
+_EXACT = 1 << 53
 MAIN_PARAM = "fp32_param"
 """Under this name the copy of a parameter is stored that an optimizer updates, as in Megatron-Core."""
 
@@ -54,8 +55,10 @@ def checked_kind(stored: Any) -> Kind | None:
     return kind if kind in (ELEMENTS, DISTRIBUTED, SHARD, SHARD_OBJECT) else None
 
 
-def kind_of(name: str, value: Any, param: Tensor, statistics: Mapping[str, tuple[int, bool]]) -> Kind:
-    """The kind of a piece of state of an optimizer's parameter."""
+def kind_of(
+    name: str, value: Any, param: Tensor, statistics: Mapping[str, tuple[int, bool]], of_shards: Collection[str] = ()
+) -> Kind:
+    """The kind of a piece of state of an optimizer's parameter; for `statistics` and `of_shards` see `OptimizerOptions`."""
     if not isinstance(value, Tensor):
         inside = [item for item in flatten({"": value}).values() if isinstance(item, Tensor) and item.numel() != 1]
         return SHARD_OBJECT if inside else VALUE
@@ -67,9 +70,10 @@ def kind_of(name: str, value: Any, param: Tensor, statistics: Mapping[str, tuple
         axis, keeps = statistics[name]
         if shape == reduced_shape(shapes[1], axis, keeps_axis=keeps):
             return statistic(axis, keeps_axis=keeps)
-    if shape == shapes[0] if is_distributed(value) else shape == shapes[1]:
+    told = name in of_shards and not is_distributed(value)
+    if not told and shape == shapes[0 if is_distributed(value) else 1]:
         return ELEMENTS
-    if value.numel() == 1:
+    if not told and value.numel() == 1:
         return VALUE
     return DISTRIBUTED if is_distributed(value) else SHARD
 
@@ -101,6 +105,17 @@ def stored_name(kind: Kind, name: Name, prefix: str, sample: Any) -> str:
     """The key under which a piece of state is stored; `sample` is the leaf that `leaf_of` gives."""
     whole = kind in (ELEMENTS, DISTRIBUTED)
     return str(getattr(sample, "key", f"{prefix}.{name.key}{'' if whole else name.layout.cut}"))
+
+
+def takes(place: Tensor, value: Any) -> bool:
+    """Whether a tensor can take over a stored value: one of its shape and dtype, or a number that it can hold."""
+    if isinstance(value, Tensor):
+        return value.dtype == place.dtype and value.shape == place.shape
+    if place.numel() != 1 or not isinstance(value, bool | int | float):
+        return False
+    if isinstance(value, float):
+        return place.is_floating_point() or place.is_complex()
+    return abs(value) < _EXACT and torch.full((), value, dtype=place.dtype).item() == value
 
 
 def on_host(values: list[dict[str, Any]]) -> None:

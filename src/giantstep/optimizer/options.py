@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -38,6 +38,10 @@ class OptimizerOptions:
     """State that is a statistic over one axis of the parameter, by name: the axis, counted from the last (-1, -2, ...), and
     whether the statistic keeps it, with size 1. Such state can be cut anew as long as that axis is whole."""
 
+    of_shards: Collection[str] = ()
+    """Names of state that was computed from a rank's shard as a whole, as preconditioners are, and may yet have the shape of
+    its elements, as it has of square weights."""
+
     device: torch.device | str | None = None
     """Where state that does not exist yet is made on load. None: where the optimizer's parameter is."""
 
@@ -45,6 +49,8 @@ class OptimizerOptions:
         for name, kind in (("on_group_conflict", OnGroupConflict), ("on_uncuttable", OnUncuttable)):
             if getattr(self, name) not in get_args(kind):
                 raise BadArgumentError(f"{name} must be one of {get_args(kind)}, not {getattr(self, name)!r}")
+        if isinstance(self.of_shards, str) or not all(isinstance(name, str) for name in self.of_shards):
+            raise BadArgumentError(f"of_shards must be names of state, as {{'left', 'right'}}, not {self.of_shards!r}")
         for name, entry in dict(self.statistics).items():
             fits = isinstance(name, str) and isinstance(entry, tuple) and len(entry) == 2
             if not fits or type(entry[0]) is not int or entry[0] >= 0 or not isinstance(entry[1], bool):

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from giantstep.errors import BadArgumentError
-from giantstep.mapping.optimizer import local_of
+from giantstep.mapping.optimizer import is_distributed, local_of
+from giantstep.mapping.param_layout import reduced_shape
 from giantstep.mapping.sharded_object import SharedObject
 from giantstep.mapping.sharded_tensor import ShardedTensor
 from giantstep.optimizer.groups import digest_of, options_of, same
-from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, VALUE, Kind, kind_of, leaf_of, on_host
+from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, SHARD, VALUE, Kind, kind_of, leaf_of, on_host
+from giantstep.optimizer.options import OptimizerOptions
 from giantstep.optimizer.report import OptimizerReport
 from giantstep.optimizer.slots import Name, Slot, stale_state
 
@@ -29,7 +31,7 @@ Record = dict[str, Any]
 
 
 def describe_optimizer(
-    optimizer: Any, slots: Sequence[Slot], place: str, statistics: Mapping[str, tuple[int, bool]]
+    optimizer: Any, slots: Sequence[Slot], place: str, settings: OptimizerOptions
 ) -> tuple[dict[str, Any], OptimizerReport]:
     """The state of an optimizer, to be saved.
 
@@ -37,7 +39,7 @@ def describe_optimizer(
         optimizer: has `state` and `param_groups`.
         slots: its parameters.
         place: dotted path at which the tree stands.
-        statistics: see `OptimizerOptions`.
+        settings: say of some state what it is.
 
     Returns:
         The tree, whose leaves share memory with the state, and what is in it.
@@ -50,7 +52,7 @@ def describe_optimizer(
             f"{place} has state of {len(stale)} tensors that are in none of its param groups, the first of shape "
             f"{tuple(stale[0].shape)}. Remove it from optimizer.state, or put the tensors into a group."
         )
-    builder = _Builder(optimizer, slots, place, statistics)
+    builder = _Builder(optimizer, slots, place, settings)
     for slot in slots:
         builder.add(slot)
     return builder.finish()
@@ -59,13 +61,15 @@ def describe_optimizer(
 class _Builder:
     """Makes the tree of one optimizer."""
 
-    def __init__(self, optimizer: Any, slots: Sequence[Slot], place: str, statistics: Mapping[str, tuple[int, bool]]) -> None:
+    def __init__(self, optimizer: Any, slots: Sequence[Slot], place: str, settings: OptimizerOptions) -> None:
         self._optimizer = optimizer
         self._place = place
-        self._statistics = statistics
+        self._settings = settings
         self._options = [options_of(group) for group in optimizer.param_groups]
         self._digests = [digest_of(options, place) for options in self._options]
         self._pieces = [self._pieces_of(slot) for slot in slots]
+        _tell_square_ones(slots, self._pieces)
+        self._divisible = {number: cut for number, pieces in enumerate(self._pieces) if (cut := _divisible(pieces))}
         self._numbers = {id(slot): number for number, slot in enumerate(slots)}
         self._slots = slots
         self._tree: dict[str, Any] = {}
@@ -80,7 +84,8 @@ class _Builder:
             raise BadArgumentError(
                 f"{self._place}: state {MAIN_PARAM!r} of {slot.names[0].key!r} is the name of the copy itself"
             )
-        found = {name: (kind_of(name, value, slot.param, self._statistics), value) for name, value in state.items()}
+        known = self._settings.statistics, self._settings.of_shards
+        found = {name: (kind_of(name, value, slot.param, *known), value) for name, value in state.items()}
         return {MAIN_PARAM: (ELEMENTS, slot.param), **found} if slot.is_copy else found
 
     def add(self, slot: Slot) -> None:
@@ -102,8 +107,8 @@ class _Builder:
             for what, (kind, value) in pieces.items():
                 if kind != VALUE:
                     self._put(what, kind, value, name)
-            for what, value in filler.items():
-                self._put(what, ELEMENTS, value, name)
+            for what, (kind, value) in filler.items():
+                self._put(what, kind, value, name)
             record = {
                 "group": self._digests[slot.group],
                 "tensors": {what: list(kind) for what, kind in tensors.items()},
@@ -115,27 +120,40 @@ class _Builder:
         if not state:
             self._without.append(slot.names[0].key)
 
-    def _filler(self, slot: Slot, name: Name) -> dict[str, Tensor]:
+    def _filler(self, slot: Slot, name: Name) -> dict[str, tuple[Kind, Tensor]]:
         """State in place of what a parameter lacks, although others that are stacked with it may have it: never loaded."""
         if not name.layout.grid or not isinstance(name.leaf, ShardedTensor):
             return {}
-        same_key = [n for n, other in enumerate(self._slots) if any(each.key == name.key for each in other.names)]
-        same_group = [n for n, other in enumerate(self._slots) if slot.param.requires_grad and other.group == slot.group]
-        for numbers in (same_key, same_group):
-            found = {
-                what: value
-                for number in numbers
-                for what, (kind, value) in self._pieces[number].items()
-                if kind == ELEMENTS and what != MAIN_PARAM
-            }
-            if found:
-                shape, device = name.leaf.data_shape(), local_of(slot.param).device
-                return {what: torch.zeros((), dtype=value.dtype, device=device).expand(shape) for what, value in found.items()}
-        return {}
+        local, found = local_of(slot.param), {}
+        for what, (kind, value) in self._likest(slot, name).items():
+            if kind == ELEMENTS:
+                shape: tuple[int, ...] | None = name.leaf.data_shape()
+            else:
+                shape = reduced_shape(tuple(local.shape), kind[1], keeps_axis=kind[2])
+            if shape is not None:
+                found[what] = kind, torch.zeros((), dtype=value.dtype, device=local.device).expand(shape)
+        return found
+
+    def _likest(self, slot: Slot, name: Name) -> dict[str, tuple[Kind, Any]]:
+        """The state of the parameter that is likest to one without: of its key, of its group, with as many axes."""
+
+        def unlike(number: int) -> tuple[bool, bool, bool]:
+            other = self._slots[number]
+            same_key = any(each.key == name.key for each in other.names)
+            return not same_key, other.group != slot.group, other.param.dim() != slot.param.dim()
+
+        likest = min(self._divisible, key=unlike, default=None)
+        # A frozen one has state nowhere, unless its key says so.
+        if likest is None or not (slot.param.requires_grad or not unlike(likest)[0]):
+            return {}
+        return self._divisible[likest]
 
     def _put(self, what: str, kind: Kind, value: Any, name: Name) -> None:
-        if "." in what:
-            raise BadArgumentError(f"{self._place}: state {what!r} of parameter {name.key!r} has a dot in its name")
+        if not isinstance(what, str) or "." in what:
+            raise BadArgumentError(
+                f"{self._place}: state {what!r} of parameter {name.key!r} is to be part of a key: expected a text without a "
+                "dot as its name"
+            )
         prefix = f"{self._place}.state.{what}"
         where, leaf = leaf_of(kind, value, name, prefix)
         self._tree.setdefault("state", {}).setdefault(what, {})[where] = leaf
@@ -167,3 +185,28 @@ class _Builder:
         return self._tree, OptimizerReport(
             stored=tuple(self._stored), values=count, without_state=tuple(dict.fromkeys(self._without))
         )
+
+
+def _tell_square_ones(slots: Sequence[Slot], every: Sequence[dict[str, tuple[Kind, Any]]]) -> None:
+    """A preconditioner of a square part looks like elements: what its name is elsewhere in the group tells."""
+    of_shards = {
+        (slot.group, what)
+        for slot, pieces in zip(slots, every, strict=True)
+        for what, (kind, _) in pieces.items()
+        if kind == SHARD
+    }
+    for slot, pieces in zip(slots, every, strict=True) if of_shards else ():
+        shape = local_of(slot.param).shape
+        if len(shape) > 1 and len(set(shape)) == 1:
+            for what, (kind, value) in pieces.items():
+                if kind == ELEMENTS and (slot.group, what) in of_shards and not is_distributed(value):
+                    pieces[what] = SHARD, value
+
+
+def _divisible(pieces: Mapping[str, tuple[Kind, Any]]) -> dict[str, tuple[Kind, Any]]:
+    """State that is sharded like the parameter, all of which somebody must store."""
+    return {
+        what: (kind, value)
+        for what, (kind, value) in pieces.items()
+        if kind[0] in ("elements", "statistic") and what != MAIN_PARAM
+    }

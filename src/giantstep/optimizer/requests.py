@@ -120,8 +120,8 @@ class _Asker:
         ]
 
     def _read_groups(self) -> None:
-        middle = f"{self._place.rpartition('.')[2]}.group."
-        digests = [digest for digest in self._stored.endings(middle) if self._stored.grid(self._group_key(digest)) == ()]
+        # Of any optimizer, under whatever name it was saved; those of this one are found again by their keys.
+        digests = [digest for digest in self._stored.endings(".group.") if self._stored.grid(self._group_key(digest)) == ()]
         positions = [ObjectPosition(self._group_key(digest), (), ()) for digest in digests]
         for digest, position, found in zip(digests, positions, self._stored.objects(positions), strict=True):
             if not isinstance(found, dict):
@@ -169,11 +169,16 @@ class _Asker:
     def _ask_tensors(self, slot: Slot, name: Name, record: Record) -> None:
         leaves: dict[str, tuple[str, Any]] = {}
         problems = [self._faults[name.place]] if name.place in self._faults else []
-        for what, kind in record["tensors"].items():
-            if what == MAIN_PARAM and not slot.is_copy:
-                # Not requested, and so reported as missing: the model's own parameter has fewer bits.
-                continue
-            made = self._leaf(slot, name, what, kind)
+        # Of a copy that is none here nothing is requested, and so it is reported as missing: the model has fewer bits.
+        wanted = {
+            what: self._located(slot, name, what, kind)
+            for what, kind in record["tensors"].items()
+            if what != MAIN_PARAM or slot.is_copy
+        }
+        # Where one is left out, all others stay as they are too.
+        whole = not any(self._is_absent(*place) for place in wanted.values())
+        for what, (kind, keys) in wanted.items():
+            made = self._leaf(slot, name, what, kind, keys, in_place=whole or what == MAIN_PARAM)
             if isinstance(made, str):
                 problems.append(made)
             else:
@@ -187,22 +192,34 @@ class _Asker:
         for what, (where, leaf) in leaves.items():
             self._wanted.tree.setdefault("state", {}).setdefault(what, {})[where] = leaf
 
-    def _leaf(self, slot: Slot, name: Name, what: str, kind: Kind) -> tuple[str, Any] | str:
-        """The leaf to be filled, or a problem. What is not stored, or left out, is requested without memory."""
+    def _located(self, slot: Slot, name: Name, what: str, kind: Kind) -> tuple[Kind, list[str]]:
+        """The kind of stored state under this layout, and its keys: of a factory those of its parts."""
         prefix = f"{self._place}.state.{what}"
         kind = self._kind_here(kind, slot, name, what)
+        sample = leaf_of(kind, None if kind == SHARD_OBJECT else self._shaped(slot, kind, None), name, prefix)[1]
+        parts = built_tensors(sample) if isinstance(sample, ShardedTensorFactory) else ()
+        return kind, [part.key for part in parts] or [stored_name(kind, name, prefix, sample)]
+
+    def _is_absent(self, kind: Kind, keys: Sequence[str]) -> bool:
+        held = (self._stored.tensor(key) is not None or self._stored.is_wrapper(key) for key in keys)
+        return kind != SHARD_OBJECT and not all(held)
+
+    def _leaf(
+        self, slot: Slot, name: Name, what: str, kind: Kind, keys: Sequence[str], *, in_place: bool
+    ) -> tuple[str, Any] | str:
+        """The leaf to be filled, or a problem. What is not stored, or left out, is requested without memory."""
+        prefix = f"{self._place}.state.{what}"
         if kind == SHARD_OBJECT:
             where, leaf = leaf_of(kind, None, name, prefix)
-            return (where, leaf) if self._stored.grid(leaf.key) is not None else self._uncuttable(name, what)
-        sample = leaf_of(kind, self._shaped(slot, kind, None), name, prefix)[1]
-        key = _first_key(sample) or stored_name(kind, name, prefix, sample)
-        held = self._stored.tensor(key)
+            return (where, leaf) if self._stored.grid(keys[0]) is not None else self._uncuttable(name, what)
+        absent = self._is_absent(kind, keys)
+        held = None if absent else self._stored.tensor(keys[0])
         if held is None and (kind == SHARD or kind[0] == "statistic"):
             return self._uncuttable(name, what)
         value = self._made.get((id(slot), what))
-        if value is None:
+        if value is None and not absent and (in_place or held is None):
             value = self._fitting(slot, what, kind, held)
-        if value is None and held is None and self._stored.is_wrapper(key):
+        if value is None and held is None and not absent:
             raise MismatchError(
                 f"state {what!r} of parameter {name.key!r} is stored as a wrapper tensor, which cannot be made here: expected "
                 f"one in {self._place}. Let the optimizer make its state before loading, by a step whose result is overwritten."
@@ -278,12 +295,6 @@ class _Asker:
         if self._dropped:
             self._wanted.tree["dropped"] = LocalNonpersistentObject(self._dropped)
         return self._wanted
-
-
-def _first_key(leaf: Any) -> str | None:
-    """The first key under which a factory's parts are stored; None for other leaves."""
-    parts = built_tensors(leaf) if isinstance(leaf, ShardedTensorFactory) else ()
-    return parts[0].key if parts else None
 
 
 def _checked(found: Any, position: ObjectPosition) -> Record:

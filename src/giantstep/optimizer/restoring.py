@@ -14,7 +14,7 @@ from torch import Tensor
 
 from giantstep.mapping.optimizer import data_of, is_distributed, local_of, place_in_memory
 from giantstep.optimizer.groups import plan_groups, set_options
-from giantstep.optimizer.kinds import MAIN_PARAM, SHARD_OBJECT
+from giantstep.optimizer.kinds import ELEMENTS, MAIN_PARAM, SHARD_OBJECT, Kind, takes
 from giantstep.optimizer.options import OptimizerOptions
 from giantstep.optimizer.report import OptimizerReport
 from giantstep.optimizer.slots import Name, Slot
@@ -88,6 +88,8 @@ class Restorer:
         tensors = {what: self._loaded(what, name) for what in kinds}
         if any(_is_hollow(value) for what, value in tensors.items() if kinds[what] != SHARD_OBJECT):
             self._report.skipped += (name.key,)
+            if _is_hollow(tensors.get(MAIN_PARAM)):
+                self._derive(slot, name)
             return
         if tensors.pop(MAIN_PARAM, None) is None:
             self._derive(slot, name)
@@ -96,7 +98,7 @@ class Restorer:
         held = self._optimizer.state.get(slot.param) or {}
         gone = [what for what in held if what not in tensors and what not in record["values"]]
         self._report.removed += tuple(f"{what} of {name.key}" for what in gone)
-        state = {what: _kept(held.get(what), as_state(value, slot.param)) for what, value in tensors.items()}
+        state = {what: _kept(held.get(what), as_state(value, slot.param, kinds[what])) for what, value in tensors.items()}
         for what, value in record["values"].items():
             state[what] = self._value(held.get(what), value, slot, what, record)
         self._report.loaded += tuple(f"{what} of {name.key}" for what in tensors)
@@ -114,14 +116,11 @@ class Restorer:
         """A stored value as the optimizer keeps such: a tensor on the device where it is, or would be, used."""
         if isinstance(current, Tensor):
             place = local_of(current)
-            with torch.no_grad():
-                if not isinstance(value, Tensor):
-                    place.fill_(value)
-                    return current
-                if value.dtype == place.dtype and value.shape == place.shape:
-                    place.copy_(value)
-                    return current
-                return value.to(place.device)
+            if takes(place, value):
+                with torch.no_grad():
+                    place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
+                return current
+            return value.to(place.device) if isinstance(value, Tensor) else value
         if not isinstance(value, Tensor):
             return value
         group = self._optimizer.param_groups[slot.group]
@@ -150,12 +149,13 @@ def _kept(current: Any, value: Any) -> Any:
     return current if both and place_in_memory(current) == place_in_memory(value) else value
 
 
-def as_state(value: Any, param: Tensor) -> Any:
-    """A loaded tensor as the optimizer is to have it: shaped like the parameter if it is a view of another shape."""
+def as_state(value: Any, param: Tensor, kind: Kind) -> Any:
+    """A loaded tensor as the optimizer is to have it: elements of the parameter have its shape, not that of a view."""
     if not isinstance(value, Tensor):
         return value
     if is_distributed(value) and not is_distributed(param):
         value = local_of(value)
-    if value.shape != param.shape and value.numel() == param.numel() and value.is_contiguous() and value.dim() != param.dim():
+    viewed = kind == ELEMENTS and value.numel() == param.numel() and value.dim() != param.dim()
+    if viewed and value.is_contiguous():
         return value.view(param.shape)
     return value

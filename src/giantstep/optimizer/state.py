@@ -86,7 +86,7 @@ class OptimizerState(PlacedState):
         report = OptimizerReport()
         for name, slots in self._slots().items():
             where = _within(place, name)
-            trees[name], said = describe_optimizer(self._parts[name], slots, where, self._options.statistics)
+            trees[name], said = describe_optimizer(self._parts[name], slots, where, self._options)
             report += said
         self.report = report
         return trees.get("", trees)
@@ -119,7 +119,8 @@ class OptimizerState(PlacedState):
         """
         report = OptimizerReport()
         held = [*flatten(state_dict).values()]
-        if any(isinstance(leaf, ShardedObject) for leaf in held) or {"param_groups"} & set(state_dict):
+        of_torch = isinstance(state_dict.get("param_groups"), list)
+        if any(isinstance(leaf, ShardedObject) for leaf in held) or of_torch:
             raise BadArgumentError(
                 "OptimizerState.load_state_dict takes what giantstep.load has loaded. Pass the OptimizerState to load as a "
                 "leaf of its state dict."
@@ -138,6 +139,8 @@ def _parts_of(optimizer: Any) -> dict[str, Any]:
     """Optimizers by name; a single one has the name ""."""
     if isinstance(optimizer, Mapping):
         parts = {str(name): part for name, part in optimizer.items()}
+        if len(parts) < len(optimizer):
+            raise BadArgumentError(f"optimizers {list(optimizer)} have names that are the same text: give each its own")
     elif isinstance(optimizer, Sequence) and not isinstance(optimizer, str):
         parts = {str(number): part for number, part in enumerate(optimizer)}
     else:

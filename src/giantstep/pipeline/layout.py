@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import SupportsIndex
 
 from giantstep.errors import BadArgumentError
 from giantstep.pipeline.language import DECODER, EMBEDDING, LOSS, MTP, NAMES, format_stages, parse_stages
@@ -53,6 +55,8 @@ class PipelineLayout:
         """
         if isinstance(layout, str):
             return cls(tuple(parse_stages(layout)), ranks)
+        if not isinstance(layout, Sequence) or not all(isinstance(stage, Sequence) for stage in layout):
+            raise BadArgumentError(f"pipeline layout {layout!r} must be a string, or a list of names for each stage")
         stages = []
         for number, stage in enumerate(layout):
             found = [_symbol(layer) for layer in stage]
@@ -71,8 +75,10 @@ class PipelineLayout:
             ranks: pipeline ranks; None: as many as stages.
             mtp: number of MTP layers.
         """
-        if not counts or any(count < 0 for count in counts):
-            raise BadArgumentError(f"layers per stage {tuple(counts)} must be numbers from 0 on, at least one")
+        if not isinstance(counts, Sequence) or not counts or not all(_is_count(count) for count in (*counts, mtp)):
+            raise BadArgumentError(
+                f"layers per stage {counts!r} and MTP layers {mtp!r} must be numbers from 0 on, one at least"
+            )
         stages = [DECODER * count for count in counts]
         stages[0] = EMBEDDING + stages[0]
         stages[-1] += MTP * mtp + LOSS
@@ -105,7 +111,7 @@ class PipelineLayout:
         Raises:
             BadArgumentError: they cannot be divided so; says by what, and what to use instead.
         """
-        if layers < 0 or ranks < 1 or virtual < 1:
+        if not all(_is_count(number) for number in (layers, ranks, virtual)) or ranks < 1 or virtual < 1:
             raise BadArgumentError(f"{layers} layers on {ranks} ranks of {virtual} virtual stages: no such pipeline")
         if (first is not None or last is not None) and (count_embedding or count_loss):
             raise BadArgumentError("give either first and last, or count_embedding and count_loss")
@@ -237,6 +243,11 @@ class PipelineLayout:
         if kind not in self._firsts:
             raise BadArgumentError(f"layers of kind {kind!r}: expected {DECODER!r} (decoder) or {MTP!r} (MTP)")
         return self._firsts[kind]
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a whole number from 0 on, of any kind."""
+    return isinstance(value, SupportsIndex) and operator.index(value) >= 0
 
 
 def _symbol(layer: object) -> str | None:

@@ -6,6 +6,7 @@ they would be one key with several meanings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,9 +41,11 @@ def globalise(
         prefix, mtp_prefix: what names of decoder and of MTP layers begin with; the number follows.
 
     Raises:
-        BadArgumentError: a layer has a number that the stage has not; perhaps it is named globally already.
+        BadArgumentError: a layer has a number that the stage has not; perhaps it is named globally already. Or layers are
+            named behind another prefix.
     """
     names = LayerNames(prefix, mtp_prefix)
+    names.check_prefix(state, layout, rank, virtual)
     return {names.global_name(name, layout, rank, virtual): value for name, value in state.items()}
 
 
@@ -91,8 +94,11 @@ def check_names(
 
     Raises:
         DisagreementError: a layer is named that is another stage's.
+        BadArgumentError: layers are named behind another prefix.
     """
     names = LayerNames(prefix, mtp_prefix)
+    state = list(state)
+    names.check_prefix(state, layout, rank, virtual)
     for name in state:
         taken = names.taken_apart(name)
         if taken is None:
@@ -127,13 +133,28 @@ class LayerNames:
         """Of layers "t" or "m"."""
         return self.prefix if kind == DECODER else self.mtp_prefix
 
+    def check_prefix(self, state: Iterable[str], layout: PipelineLayout, rank: int, virtual: int | None) -> None:
+        """Raise `BadArgumentError` if the stage's layers are there, but all behind another prefix, as a wrapper puts it."""
+        for kind in (DECODER, MTP):
+            prefix = self.prefix_of(kind)
+            if not prefix or not layout.layers_of(rank, virtual, kind=kind) or any(name.startswith(prefix) for name in state):
+                continue
+            inside = re.compile(rf"\.{re.escape(prefix)}[0-9]+(?![^.])")
+            for name in state:
+                if found := inside.search(name):
+                    raise BadArgumentError(
+                        f"{name!r}: no name of the stage begins with {prefix!r}, although it has {NAMES[kind]}s: give "
+                        f"{name[: found.start() + 1] + prefix!r} as what they begin with"
+                    )
+
     def taken_apart(self, name: str) -> tuple[str, int, str] | None:
         """Kind and number of the layer, and what follows; None for a name without a layer."""
         for kind in (DECODER, MTP):
             prefix = self.prefix_of(kind)
             if prefix and name.startswith(prefix):
                 number, dot, rest = name[len(prefix) :].partition(".")
-                if number.isascii() and number.isdigit():
+                # No layer is number 00: two names would become one.
+                if number.isascii() and number.isdigit() and (number == "0" or number[0] != "0"):
                     return kind, int(number), dot + rest
         return None
 

@@ -73,6 +73,7 @@ def describe_stage(
     """
     check_replica_id(replica_id, "describe_stage")
     layers = LayerNames(names.layers, names.mtp)
+    layers.check_prefix(state, layout, rank, virtual)
     found: dict[str, Any] = {}
     for name, value in state.items():
         there = layers.global_name(name, layout, rank, virtual)

@@ -71,14 +71,57 @@ _COLUMNS: dict[str, type[np.generic]] = {
 }
 
 
-def build_index(plan: SavePlan, reports: Sequence[WriteReport]) -> tuple[Index, tuple[FileEntry, ...]]:
-    """The index of the checkpoint, and the data files in the order that its file numbers mean."""
+@dataclass(frozen=True, slots=True)
+class Reused:
+    """What an incremental save does not write, and the digests of everything.
+
+    Attributes:
+        files: of an earlier step, used again.
+        file_blocks, block_checksum: of these files, file by file.
+        chunk_file, chunk_start: [chunks of the plan] row in `files`, -1 where this save has written the chunk; first byte.
+        chunk_head, chunk_digest: [chunks of the plan, 1 and 2].
+        object_file, object_start, object_digest: likewise of objects, in the order in which ranks report them.
+    """
+
+    files: tuple[FileEntry, ...]
+    file_blocks: Int64s
+    block_checksum: Checksums
+    chunk_file: Int64s
+    chunk_start: Int64s
+    chunk_head: Checksums
+    chunk_digest: Checksums
+    object_file: Int64s
+    object_start: Int64s
+    object_digest: Checksums
+
+    @classmethod
+    def nothing(cls, chunk_head: Checksums, chunk_digest: Checksums, object_digest: Checksums) -> Reused:
+        """Digests alone."""
+
+        def places(count: int) -> tuple[Int64s, Int64s]:
+            return np.full(count, -1, dtype=np.int64), np.zeros(count, dtype=np.int64)
+
+        none = np.zeros(0, dtype=np.int64)
+        chunks, objects = places(len(chunk_digest)), places(len(object_digest))
+        return cls((), none, none.astype(np.uint64), *chunks, chunk_head, chunk_digest, *objects, object_digest)
+
+
+def build_index(
+    plan: SavePlan, reports: Sequence[WriteReport], reused: Reused | None = None
+) -> tuple[Index, tuple[FileEntry, ...]]:
+    """The index of the checkpoint, and the data files in the order that its file numbers mean.
+
+    Args:
+        plan, reports: what was planned, and what every rank has written of it.
+        reused: what was not written. None: nothing, and the index has no digests.
+    """
     first_file = np.cumsum([0, *(len(report.file_names) for report in reports)])
     files = tuple(
         FileEntry(name, int(size), rank)
         for rank, report in enumerate(reports)
         for name, size in zip(report.file_names, report.file_bytes, strict=True)
     )
+    new_files = len(files)
     chunk_file = np.zeros(len(plan.tensor), dtype=np.int64)
     chunk_start = np.zeros(len(plan.tensor), dtype=np.int64)
     by_writer = plan.chunks_by_writer()
@@ -88,6 +131,10 @@ def build_index(plan: SavePlan, reports: Sequence[WriteReport]) -> tuple[Index, 
             raise PeerFailureError(f"reports {len(report.chunk_file)} chunks written, expected {len(rows)}", rank=rank)
         chunk_file[rows] = report.chunk_file + first_file[rank]
         chunk_start[rows] = report.chunk_start
+    if reused is not None:
+        files += reused.files
+        held = np.flatnonzero(reused.chunk_file >= 0)
+        chunk_file[held], chunk_start[held] = reused.chunk_file[held] + new_files, reused.chunk_start[held]
     key_ends, key_bytes = encode_texts([key.encode("utf-8") for key in plan.keys])
     rows, chunks_per_tensor = _rows_by_tensor(plan)
     dims = np.repeat(plan.ndim, chunks_per_tensor)
@@ -104,11 +151,23 @@ def build_index(plan: SavePlan, reports: Sequence[WriteReport]) -> tuple[Index, 
         chunk_coordinate_ends=_ends(chunks_per_tensor * plan.ndim),
         chunk_offset=padded_to_ragged(plan.offset[rows], dims),
         chunk_size=padded_to_ragged(plan.size[rows], dims),
-        **_object_columns(reports, first_file),
-        file_block_ends=_ends(np.concatenate([report.file_blocks for report in reports])),
-        block_checksum=np.concatenate([np.empty(0, np.uint64), *(report.block_checksum for report in reports)]),
+        **_object_columns(reports, first_file, reused),
+        **_block_columns(reports, reused),
+        chunk_head=None if reused is None else reused.chunk_head[rows],
+        chunk_digest=None if reused is None else reused.chunk_digest[rows],
     )
     return index, files
+
+
+def _block_columns(reports: Sequence[WriteReport], reused: Reused | None) -> dict[str, np.ndarray]:
+    blocks, checksums = [report.file_blocks for report in reports], [report.block_checksum for report in reports]
+    if reused is not None:
+        blocks.append(reused.file_blocks)
+        checksums.append(reused.block_checksum)
+    return {
+        "file_block_ends": _ends(np.concatenate(blocks)),
+        "block_checksum": np.concatenate([np.empty(0, np.uint64), *checksums]),
+    }
 
 
 def _rows_by_tensor(plan: SavePlan) -> tuple[Int64s, Int64s]:
@@ -126,17 +185,23 @@ def _ends(counts: Int64s) -> Int64s:
     return ends
 
 
-def _object_columns(reports: Sequence[WriteReport], first_file: Int64s) -> dict[str, np.ndarray]:
+def _object_columns(reports: Sequence[WriteReport], first_file: Int64s, reused: Reused | None) -> dict[str, np.ndarray]:
     keys = [key.encode("utf-8") for report in reports for key in report.object_keys]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     ends, data = encode_texts([keys[position] for position in order])
     file = np.concatenate([report.object_file + first_file[rank] for rank, report in enumerate(reports)])
     start = np.concatenate([report.object_start for report in reports])
     size = np.concatenate([report.object_bytes for report in reports])
+    digests: dict[str, np.ndarray] = {}
+    if reused is not None:
+        held = np.flatnonzero(reused.object_file >= 0)
+        file[held], start[held] = reused.object_file[held] + first_file[-1], reused.object_start[held]
+        digests["object_digest"] = reused.object_digest[order]
     return {
         "object_key_ends": ends,
         "object_key_bytes": data,
         "object_file": file[order],
         "object_start": start[order],
         "object_bytes": size[order],
+        **digests,
     }

@@ -1,13 +1,14 @@
 """`plan_removal`: which data files stay, go, or are written anew when some tensors and objects are removed.
 
 Works on *extents*: spans of a data file that the index names. Usually each chunk has its own; tied tensors share
-theirs, and an extent stays as long as one entry that stays names it. Called by `removal`.
+theirs, and an extent stays as long as one entry that stays names it. Called by `removal`, and by `materializing`, which
+removes nothing and copies all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,13 @@ def plan_removal(index: Index, tensor_stays: Bools, object_stays: Bools, files: 
         file_stays=staying & ~going,
         copied=np.flatnonzero(extents.stays & going[extents.file]),
     )
+
+
+def plan_copy(index: Index, files: int) -> RemovalPlan:
+    """Everything stays, and all of it is copied, so that no file of before is needed any more."""
+    tensors, objects = np.ones(len(index.tensor_dtype), dtype=bool), np.ones(len(index.object_file), dtype=bool)
+    plan = plan_removal(index, tensors, objects, files)
+    return replace(plan, file_stays=np.zeros(files, dtype=bool), copied=np.arange(len(plan.extents.row)))
 
 
 def _find_extents(index: Index, stays: Bools) -> tuple[Extents, Int64s]:
@@ -161,6 +169,9 @@ def index_after(index: Index, plan: RemovalPlan, places: NewPlaces) -> Index:
         object_bytes=index.object_bytes[objects],
         file_block_ends=_ends(places.file_blocks),
         block_checksum=places.block_checksum,
+        chunk_head=None if index.chunk_head is None else index.chunk_head[chunk_stays],
+        chunk_digest=None if index.chunk_digest is None else index.chunk_digest[chunk_stays],
+        object_digest=None if index.object_digest is None else index.object_digest[objects],
     )
 
 

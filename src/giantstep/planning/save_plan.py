@@ -92,10 +92,6 @@ class SavePlan:
     ranks: int
     objects: ObjectPlan
 
-    def total_bytes(self) -> int:
-        """Bytes of all chunks and objects; data files are larger by their headers."""
-        return int(self.bytes.sum() + self.objects.bytes.sum())
-
     def encode(self) -> Parts:
         """As parts, to be kept."""
         objects = self.objects
@@ -150,7 +146,12 @@ _PLAN_PARTS = 4 + len(_COLUMNS) + 5
 
 
 def plan_save(
-    descriptions: Sequence[Description], *, split_bytes: int, max_chunk_bytes: int, cells: Int64s | None = None
+    descriptions: Sequence[Description],
+    *,
+    split_bytes: int,
+    max_chunk_bytes: int,
+    cells: Int64s | None = None,
+    steady: bool = False,
 ) -> SavePlan:
     """Plan a save.
 
@@ -160,6 +161,7 @@ def plan_save(
         max_chunk_bytes: larger chunks are divided.
         cells: by rank, the number of the ranks among which it shares writing; None: all share with all. A region is
             written by holders of the cell of its main replica, which is the lowest rank where any may be main.
+        steady: regions are to be divided as in the next save, whose objects may be a little longer or shorter.
 
     Raises:
         CoverageError, DisagreementError: the descriptions do not fit together.
@@ -170,7 +172,9 @@ def plan_save(
     objects = plan_objects(descriptions)
     check_wrappers(table.keys, objects.keys)
     holders = _untied(table, holders)
-    plan = _shared_out(table, holders, objects, len(descriptions), split_bytes, cells)
+    weighed = replace(objects, bytes=objects.bytes // _STEADY_BYTES * _STEADY_BYTES) if steady else objects
+    plan = _shared_out(table, holders, weighed, len(descriptions), split_bytes, cells)
+    plan = replace(plan, objects=objects)
     return _sorted(_divided(plan, max_chunk_bytes))
 
 
@@ -242,6 +246,8 @@ def _members(sets: Sequence[Int64s]) -> tuple[Int64s, Int64s]:
     )
 
 
+# Objects count in multiples of this where plans are to be steady.
+_STEADY_BYTES = 1 << 20
 # A unit of division is at most this part of a rank's share, but need not be smaller than that many bytes.
 _UNIT_PARTS = 64
 _UNIT_BYTES = 4096

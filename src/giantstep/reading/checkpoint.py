@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from giantstep.options import Threads
 from giantstep.planning.load_plan import plan_load
 from giantstep.planning.load_tables import ChunkTable, tabulate_spans, tabulate_wanted
 from giantstep.reading.array_sink import ArraySink, ArraySinks
-from giantstep.reading.fetch import WORDS, Source, fetch
+from giantstep.reading.fetch import WORDS, Fetched, Source, fetch
 from giantstep.reading.index_reader import IndexReader, TensorEntry
 from giantstep.reading.lazy_array import LazyArray
 from giantstep.reading.verify import Progress, VerifyReport, verify_files
@@ -103,6 +103,8 @@ class Checkpoint:
         known = None if preface is None else preface.index
         self._index = known if isinstance(known, IndexReader) else IndexReader(store, record, known)
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
+        self._bytes_read = 0
         self._common: Any = None
         # Encoded objects that were read before they are asked for.
         self._ahead: dict[str, bytes] = {} if preface is None or not preface.common else {COMMON_KEY: preface.common}
@@ -121,6 +123,11 @@ class Checkpoint:
     def content_metadata(self) -> Json:
         """The value given to `save`."""
         return self._record.content_metadata
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The `metrics` given to `save`."""
+        return self._record.metrics
 
     def keys(self) -> list[str]:
         """Keys of all tensors, sorted."""
@@ -197,8 +204,17 @@ class Checkpoint:
         plan = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
         source = Source(self._store, self._record, self._index.block_checksums, table, lambda _chunk: entry.key)
         with self._reading():
-            fetch(source, plan, ArraySinks([ArraySink(target, region.offset)]), _THREADS)
+            self._count(fetch(source, plan, ArraySinks([ArraySink(target, region.offset)]), _THREADS))
         return target
+
+    def _count(self, fetched: Fetched) -> None:
+        with self._counting:
+            self._bytes_read += fetched.bytes_read
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors and objects that were read from the store so far, whole blocks."""
+        return self._bytes_read
 
     def read_words(self, key: str, region: Region) -> tuple[str, NDArray[Any]]:
         """Name in torch of a tensor's dtype, and a region of it as plain words; for the library's own use."""
@@ -227,6 +243,10 @@ class Checkpoint:
         """
         return self._codec.decode(self._object_bytes(key), f"{key!r} in {self.location}", unknown=self._unknown)
 
+    def encoded_object(self, key: str) -> bytes:
+        """One stored object as it is stored; for the library's own use."""
+        return self._object_bytes(key)
+
     def _object_bytes(self, key: str) -> bytes:
         found = self._ahead.get(key)
         return self._read_objects([key])[key] if found is None else found
@@ -243,7 +263,7 @@ class Checkpoint:
 
         source = Source(self._store, self._record, self._index.block_checksums, table, key_of, "object")
         with self._reading():
-            fetch(source, plan, ArraySinks([ArraySink(target, (0,)) for target in targets]), _THREADS)
+            self._count(fetch(source, plan, ArraySinks([ArraySink(target, (0,)) for target in targets]), _THREADS))
         return {key: target.tobytes() for key, target in zip(keys, targets, strict=True)}
 
     def _placed(self, key: str, found: tuple[int, int, int] | None) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from giantstep.errors import CorruptionError, IncompleteError
-from giantstep.format.index import COLUMNS, NUMPY_DTYPES, Index, check_index, decode_head
+from giantstep.format.index import COLUMNS, NUMPY_DTYPES, OPTIONAL_COLUMNS, WORDS_PER_ROW, Index, check_index, decode_head
 from giantstep.format.record import CommitRecord
 from giantstep.shards.dtypes import BY_CODE, DType
 from giantstep.shards.partition import partitioned
@@ -23,6 +23,7 @@ from giantstep.storage.base import Store, reading
 
 # A search for one key costs about as much as this many rows of a table of all.
 _SEARCH_STEPS = 100
+_DTYPES = COLUMNS | OPTIONAL_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class IndexReader:
     def _column(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
         """Values [start, stop) of a column."""
         placed = self._head.columns[name]
-        dtype = np.dtype(NUMPY_DTYPES[COLUMNS[name]])
+        dtype = np.dtype(NUMPY_DTYPES[_DTYPES[name]])
         stop = placed.shape[0] if stop is None else stop
         if not 0 <= start <= stop <= placed.shape[0]:
             raise CorruptionError(f"index {self._what}: rows {start} to {stop} of column {name!r} with {placed.shape[0]} rows")
@@ -300,9 +301,17 @@ class IndexReader:
         self._bytes(self._record.index.head_bytes, len(self._data))
         return self._data.tobytes()
 
+    def _digests(self, name: str) -> NDArray[np.generic]:
+        words = self._column(name)
+        count = WORDS_PER_ROW[name]
+        if len(words) % count:
+            raise CorruptionError(f"index {self._what}: column {name!r} has {len(words)} words, not {count} per row")
+        return words.reshape(-1, count)
+
     def load_all(self) -> Index:
         """Every column, checked against each other and the commit record."""
         columns = {name: self._column(name) for name in COLUMNS}
+        columns |= {name: self._digests(name) for name in OPTIONAL_COLUMNS if name in self._head.columns}
         index = Index(**columns)  # type: ignore[arg-type]
         sizes = np.array([file.bytes for file in self._record.files], dtype=np.int64)
         check_index(index, len(sizes), sizes, self._record.block_bytes, self._what)

@@ -54,6 +54,26 @@ class VerifyReport:
         return not self.damages
 
 
+def look_at_files(store: Store, record: CommitRecord, index: Index | None) -> list[Damage]:
+    """Data files that are missing or of another size, without reading them; without an index, no keys are named.
+
+    Raises:
+        OSError: a file cannot be looked at.
+    """
+    names = None if index is None else _Names(index)
+    damages = []
+    for number, entry in enumerate(record.files):
+        try:
+            size = store.size(entry.name)
+            problem = "" if size == entry.bytes else f"has {size} bytes, expected {entry.bytes}"
+        except FileNotFoundError:
+            problem = "is missing"
+        if problem:
+            keys = () if names is None else names.within(number, 0, entry.bytes)
+            damages.append(Damage(entry.name, None, None, entry.rank, keys, problem))
+    return damages
+
+
 def verify_files(store: Store, record: CommitRecord, reader: IndexReader, progress: Progress | None) -> VerifyReport:
     """Check index and data files; see `Checkpoint.verify`."""
     report = VerifyReport()

@@ -132,14 +132,14 @@ class Arrangement:
                 f"a local tensor of shape {self.data_shape} is to be stored as one of shape {lengths}, but its axes describe "
                 f"{described}"
             )
-        if sum(len(axis.lengths) > 1 for axis in self.axes) > 1:
+        if sum(any(axis.names) for axis in self.axes) > 1:
             raise BadArgumentError("several axes are fused of tensors with names of their own: name those of one axis only")
 
     @property
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and global shape of each global tensor."""
         count = max(len(axis.lengths) for axis in self.axes)
-        named = next((axis for axis in self.axes if len(axis.lengths) == count), self.axes[0])
+        named = next((axis for axis in self.axes if any(axis.names)), self.axes[0])
         return [
             (named.names[n], tuple(axis.lengths[n if len(axis.lengths) > 1 else 0] for axis in self.axes)) for n in range(count)
         ]

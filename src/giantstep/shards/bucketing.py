@@ -56,9 +56,13 @@ def lay_out(parameters: Iterable[FlatParameter], ranks: int, rules: BucketRules 
         BadArgumentError: names repeat, or a rule names a parameter that does not exist.
     """
     rules = rules if rules is not None else BucketRules()
+    if not isinstance(rules, BucketRules):
+        raise BadArgumentError(f"rules must be BucketRules, not {type(rules).__name__}")
     _check_ranks(ranks)
     by_dtype: dict[str, list[FlatParameter]] = {}
     for parameter in parameters:
+        if not isinstance(parameter, FlatParameter):
+            raise BadArgumentError(f"parameters to lay out must be FlatParameters, not {type(parameter).__name__}")
         by_dtype.setdefault(parameter.dtype, []).append(parameter)
     unknown = rules.alone - {parameter.name for group in by_dtype.values() for parameter in group}
     if unknown:

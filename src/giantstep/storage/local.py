@@ -127,8 +127,9 @@ class LocalStore:
     def free_bytes(self) -> int | None:
         there = next(path for path in (self._root, *self._root.parents) if path.exists())
         found = os.statvfs(there)
-        # A file system that says it has no blocks at all does not know, as some over networks.
-        return found.f_bavail * found.f_frsize if found.f_blocks else None
+        # Some blocks are for root alone. File systems that have none do not tell.
+        blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
+        return blocks * found.f_frsize if found.f_blocks else None
 
     def folder(self, name: str) -> LocalStore:
         return LocalStore(self._path(name))
@@ -216,6 +217,8 @@ class LocalWriteHandle(WriteHandle):
                     raise
                 direct = None
                 continue
+            if written == 0:
+                raise OSError(errno.EIO, f"nothing of {sum(map(len, left))} bytes was written at byte {offset}")
             offset += written
             left = _after(left, written)
             if written % _DIRECT_ALIGNMENT:

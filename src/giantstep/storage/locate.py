@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from giantstep.errors import BadArgumentError
@@ -39,3 +40,21 @@ def store_at(path: StoreLike) -> Store:
         f"path {text!r} cannot be opened: expected a path, file:///absolute/path or memory://name; "
         "object stores are not supported in this version"
     )
+
+
+def parent_at(path: StoreLike) -> tuple[Store, str] | None:
+    """The place that a place lies in, and its name there; None where that cannot be known. Links are followed."""
+    store = store_at(path)
+    if isinstance(store, LocalStore):
+        above, name = os.path.split(os.path.realpath(store.location))
+        return (LocalStore(above), name) if name else None
+    if isinstance(store, MemoryStore):
+        above, _, name = store.location.removeprefix("memory://").rpartition("/")
+        return (MemoryStore(above), name) if above and name else None
+    return None
+
+
+def is_file_at(path: StoreLike) -> bool:
+    """Whether a path leads to a file, where the place of a store is expected."""
+    store = store_at(path)
+    return isinstance(store, LocalStore) and Path(store.location).is_file()

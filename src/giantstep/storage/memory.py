@@ -64,7 +64,9 @@ class MemoryStore:
         return self.open_read(name).size
 
     def names(self, folder: str) -> Iterator[str]:
-        yield from [name for name in self._files() if name.rpartition("/")[0] == folder]
+        with _LOCK:
+            names = list(_MEDIA.get(self._name, ()))
+        yield from [name for name in names if name.rpartition("/")[0] == folder]
 
     def delete(self, name: str) -> None:
         self._files().pop(name, None)

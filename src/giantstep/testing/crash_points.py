@@ -2,7 +2,7 @@
 
 The operation runs once, on a store that notes every system call. Before each call, between any two and after the last, the
 model of a file system says what may be found after a power loss; each such state is read by `check`, and gone on with by
-`after`. Nothing here knows what the operation is: saves, removals, clean-ups and whatever else takes a store.
+`again`. Nothing here knows what the operation is: saves, removals, clean-ups and whatever else takes a store.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from giantstep.testing.power_loss import Choice, Disk, File, decisions
 _SHOWN_CALLS = 5
 
 
-class CrashSafetyError(AssertionError):
+class CrashPointError(AssertionError):
     """A crash loses what was there, or leaves something that is neither the old state nor the new one.
 
     Attributes:
@@ -46,7 +46,7 @@ class CrashReport:
     """What was explored.
 
     Attributes:
-        calls: the system calls of the operations, in order.
+        operations: the system calls that were made, in order.
         points: moments at which it crashed: before, between and after all calls.
         states: what may be found, summed over all points.
         distinct: of these, how many are different. Each was checked, and gone on with.
@@ -54,12 +54,12 @@ class CrashReport:
         outcomes: how many distinct states were found to be what.
     """
 
-    calls: tuple[str, ...]
+    operations: tuple[str, ...]
     points: int
     states: int
     distinct: int
     sampled_points: int
-    outcomes: dict[Hashable, int]
+    outcomes: Counter[Hashable]
 
     def __str__(self) -> str:
         return (
@@ -104,7 +104,7 @@ def step_contents(root: Any) -> tuple[tuple[int, str], ...]:
     return tuple((step, digest) for step, digest in found if digest is not None)
 
 
-def leftovers(store: Any) -> list[str]:
+def unneeded_files(store: Any) -> list[str]:
     """Names of files at a place that the checkpoint there does not need; all that there are if it holds none."""
     try:
         record = read_record(store)
@@ -118,9 +118,9 @@ def explore(
     *operations: Callable[[Any], object],
     check: Callable[[Any], Hashable] = contents,
     before: Callable[[Any], object] | None = None,
-    after: Callable[[Any], object] | None = None,
+    again: Callable[[Any], object] | None = None,
     also: Collection[Hashable] = (),
-    most_states: int = 48,
+    states_per_point: int = 48,
     seed: int = 0,
     store_type: type[JournalStore] = JournalStore,
 ) -> CrashReport:
@@ -132,9 +132,10 @@ def explore(
         check: says what is found at a store, as something that can be compared. It may change the store, which is a copy.
             Raises if what is found must never be.
         before: makes what is there before; durable in all its parts when the operations begin.
-        after: goes on with what was left, as a new process would, and raises if that does not work or leaves something behind.
+        again: goes on with what was left, as a new process would: the next save, say. Raises if that does not work or leaves
+            something behind; `check` looks once more.
         also: what else may be found before the last operation has returned.
-        most_states: how many states are looked at after each call. Where there are more, a sample is: with everything that
+        states_per_point: how many states are looked at after each call. Where there are more, a sample is: with everything that
             processes saw, with nothing that was not flushed, all in which one thing alone is lost, and drawn ones.
         seed: of what is drawn.
         store_type: the store; one that makes a mistake shows that the mistake is found.
@@ -143,7 +144,8 @@ def explore(
     latter: it is durable.
 
     Raises:
-        CrashSafetyError: that is not so. The cause is what `check` or `after` raised, if anything.
+        CrashPointError: that is not so. The cause is what `check` or `again` raised, if anything.
+        Exception: what an operation raises by itself.
     """
     journal = Journal()
     store = store_type(journal)
@@ -161,7 +163,7 @@ def explore(
         operation(store)
         ends.append(len(journal.calls))
         expected.append(seen())
-    return _Exploration(journal, ends, expected, also, check, after).run(most_states, seed)
+    return _Exploration(journal, ends, expected, also, check, again).run(states_per_point, seed)
 
 
 class _Exploration:
@@ -172,23 +174,23 @@ class _Exploration:
         expected: list[Hashable],
         also: Collection[Hashable],
         check: Callable[[Any], Hashable],
-        after: Callable[[Any], object] | None,
+        again: Callable[[Any], object] | None,
     ) -> None:
         self._journal = journal
         self._ends = ends
         self._expected = expected
         self._also = also
         self._check = check
-        self._after = after
+        self._again = again
         # What is found in a state does not depend on when the crash was.
         self._outcomes: dict[bytes, Hashable] = {}
 
-    def run(self, most_states: int, seed: int) -> CrashReport:
+    def run(self, states_per_point: int, seed: int) -> CrashReport:
         chance = random.Random(seed)  # noqa: S311 - which states are looked at is no secret
         states = sampled = points = 0
         for point, disk in enumerate(self._journal.replay()):
             choices = disk.choices()
-            ways, complete = decisions(choices, most_states, chance)
+            ways, complete = decisions(choices, states_per_point, chance)
             points, states, sampled = points + 1, states + len(ways), sampled + (not complete)
             allowed = self._allowed(point)
             for decided in ways:
@@ -199,7 +201,7 @@ class _Exploration:
             states,
             len(self._outcomes),
             sampled,
-            dict(Counter(self._outcomes.values())),
+            Counter(self._outcomes.values()),
         )
 
     def _allowed(self, point: int) -> set[Hashable]:
@@ -221,8 +223,10 @@ class _Exploration:
                 self._outcomes[key] = self._check(JournalStore(Journal(left.copy())))
             outcome = self._outcomes[key]
             if outcome in allowed:
-                if not known and self._after is not None:
-                    self._after(JournalStore(Journal(left)))
+                if not known and self._again is not None:
+                    store = JournalStore(Journal(left))
+                    self._again(store)
+                    self._check(store)
                 return
         except Exception as error:
             raise self._error(point, disk, choices, decided, f"{type(error).__name__}: {error}") from error
@@ -231,7 +235,7 @@ class _Exploration:
 
     def _error(
         self, point: int, disk: Disk, choices: list[Choice], decided: tuple[int, ...], what: str
-    ) -> CrashSafetyError:
+    ) -> CrashPointError:
         calls = [str(call) for call in self._journal.calls]
         lost = [_described(disk, choice, pick) for choice, pick in zip(choices, decided, strict=True) if pick]
         following = calls[point] if point < len(calls) else "the operation returned"
@@ -241,7 +245,7 @@ class _Exploration:
             f"  next: {following}\n"
             f"  not as processes saw it: {'; '.join(lost) or 'nothing, they were killed'}"
         )
-        return CrashSafetyError(message, point, lost)
+        return CrashPointError(message, point, lost)
 
 
 def _described(disk: Disk, choice: Choice, pick: int) -> str:

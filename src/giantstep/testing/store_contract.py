@@ -47,6 +47,7 @@ def check_absent_place(store: Store) -> None:
     """An empty store says that it is not there, and preparing it twice makes it be there."""
     _require(not store.exists(), "a store that was never prepared does not exist")
     _raises(FileNotFoundError, lambda: store.open_read("checkpoint.json"), "opening in an absent store is FileNotFoundError")
+    _require(_names(store) == [], "a store that does not exist holds nothing")
     store.prepare("data")
     store.prepare("data")
     _require(store.exists(), "a prepared store exists")

@@ -14,6 +14,9 @@ from giantstep.mapping.replica import ReplicaId
 from giantstep.training_state.generators import (
     STREAMS,
     can_be_seeded,
+    check_state,
+    check_stream,
+    has_stream,
     seed,
     seed_stream,
     set_state,
@@ -101,13 +104,18 @@ class RandomState(RankedState):
         own = value.get(_OWN, {})
         here = {*self._streams, *(f"{_OWN}.{name}" for name in self._generators)}
         stored = {*(name for name in value if name != _OWN), *(f"{_OWN}.{name}" for name in own)}
-        skipped = stored - here
-        for name in self._streams:
-            if name in value and not set_stream(name, value[name]):
-                skipped.add(name)
-        for name, generator in self._generators.items():
-            if name in own:
-                set_state(generator, own[name])
+        skipped = (stored - here) | {name for name in self._streams if name in value and not has_stream(name)}
+        streams = [name for name in self._streams if name in value and name not in skipped]
+        generators = [name for name in self._generators if name in own]
+        for name in streams:
+            check_stream(name, value[name])
+        for name in generators:
+            check_state(self._generators[name], own[name], name)
+        # Nothing is set unless everything can be.
+        for name in streams:
+            set_stream(name, value[name])
+        for name in generators:
+            set_state(self._generators[name], own[name])
         # "cuda" is no loss where neither has it.
         kept = {name for name in here - stored if name != "cuda" or state_of_stream(name) is not None}
         self.skipped, self.kept = tuple(sorted(skipped)), tuple(sorted(kept))

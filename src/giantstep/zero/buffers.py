@@ -15,9 +15,9 @@ from giantstep.shards.flat_buffers import FlatLayout, OwnedRange
 BucketTensors = Sequence[torch.Tensor | None]
 """Per bucket of the layout a 1-dimensional tensor of the rank's own range; None where the bucket has no such state."""
 
-ParameterTensors = Mapping[str, torch.Tensor]
+ParameterTensors = Mapping[str, torch.Tensor | None]
 """By parameter name a 1-dimensional tensor of the rank's own range of it, or one of the parameter's shape where the rank
-owns all of it; absent where there is no such state."""
+owns all of it; None or absent where there is no such state."""
 
 
 def empty_buffers(layout: FlatLayout, rank: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[torch.Tensor]:
@@ -66,20 +66,23 @@ def _views_by_name(
     for owned in layout.owned(rank):
         parameter = owned.parameter.name
         tensor = tensors.get(parameter)
+        left.discard(parameter)
         if tensor is None:
             continue
-        left.discard(parameter)
         what = f"state {name!r} of parameter {parameter!r}: rank {rank} owns elements {owned.start}:{owned.stop}"
         count = owned.stop - owned.start
-        if count == owned.parameter.elements and tensor.shape == owned.parameter.shape and tensor.is_contiguous():
+        whole = isinstance(tensor, torch.Tensor) and count == owned.parameter.elements
+        if whole and tensor.shape == owned.parameter.shape and tensor.is_contiguous():
             tensor = tensor.view(-1)
         _check_flat(tensor, count, what)
         yield owned, tensor.detach()
     for parameter in sorted(left):
-        if tensors[parameter].numel():
+        tensor = tensors[parameter]
+        if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.numel() == 0):
+            found = f"{tensor.numel()} elements" if isinstance(tensor, torch.Tensor) else f"type {type(tensor).__name__}"
             raise BadArgumentError(
-                f"state {name!r} of parameter {parameter!r} has {tensors[parameter].numel()} elements, but rank {rank} owns "
-                "nothing of such a parameter: name the parameters of the layout, and give each rank's own ranges"
+                f"state {name!r} of parameter {parameter!r} has {found}, but rank {rank} owns nothing of such a parameter: "
+                "name the parameters of the layout, and give each rank's own ranges"
             )
 
 
