@@ -16,7 +16,7 @@ from giantstep.errors import NotACheckpointError
 from giantstep.steps import scan_steps, step_name
 from giantstep.storage.base import read_all
 from giantstep.storage.record_file import files_of_ours
-from giantstep.testing.crash_points import CrashReport, explore, unneeded_files, step_contents
+from giantstep.testing.crash_points import CrashReport, explore, step_contents, unneeded_files
 from giantstep.testing.faults import CrashingStore, Loss
 from giantstep.testing.ranks import run_ranks, run_ranks_collecting
 from independent_reader import read_checkpoint
@@ -98,16 +98,12 @@ def test_crash_in_two_saves_one_after_the_other_leaves_each_or_the_one_before() 
 
 def saving_in_background(values: list[float], ranks: int, places: Callable[[Any, float], Any]) -> Callable[[Any], None]:
     """Several saves in flight at a time."""
-    options = gs.SaveOptions(
-        block_bytes=4096, buffer_bytes=4096, writer_threads=1, timeout_secs=20, max_pending=len(values)
-    )
+    options = gs.SaveOptions(block_bytes=4096, buffer_bytes=4096, writer_threads=1, timeout_secs=20, max_pending=len(values))
 
     def operation(store: Any) -> None:
         def rank(group: Any) -> None:
             pending = [
-                gs.async_save(
-                    state_of(value, group.rank, ranks), places(store, value), process_group=group, options=options
-                )
+                gs.async_save(state_of(value, group.rank, ranks), places(store, value), process_group=group, options=options)
                 for value in values
             ]
             for handle in pending:
@@ -120,9 +116,7 @@ def saving_in_background(values: list[float], ranks: int, places: Callable[[Any,
 
 def test_crash_in_saves_in_the_background_to_one_path_leaves_one_of_them_whole() -> None:
     operation = saving_in_background([2.0, 3.0], 1, lambda store, _: store)
-    report = explore(
-        operation, before=saving(1.0), check=found_in, again=check_next_save, also=[2.0], states_per_point=SOME
-    )
+    report = explore(operation, before=saving(1.0), check=found_in, again=check_next_save, also=[2.0], states_per_point=SOME)
     explored(report, {1.0, 2.0, 3.0})
 
 

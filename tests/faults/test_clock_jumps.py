@@ -91,9 +91,7 @@ def test_a_crash_while_the_clock_is_wrong_leaves_old_or_new(jump: float, monkeyp
             assert gs.open_checkpoint(store).common["value"] == value
         assert unneeded_files(store) == []
 
-    report = explore(
-        at(jump, 2.0), before=at(0.0, 1.0), check=value_at, again=check_next_saves, states_per_point=8
-    )
+    report = explore(at(jump, 2.0), before=at(0.0, 1.0), check=value_at, again=check_next_saves, states_per_point=8)
     assert set(report.outcomes) == {1.0, 2.0}
 
 

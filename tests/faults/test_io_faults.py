@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_disks import mounted, read_only
 
 import giantstep as gs
 import giantstep.loading
@@ -23,7 +24,6 @@ from giantstep.storage.local import LocalStore
 from giantstep.storage.memory import MemoryStore
 from giantstep.testing.crash_points import unneeded_files
 from giantstep.testing.ranks import run_ranks_collecting
-from small_disks import mounted, read_only
 
 RANKS = 2
 _NAMES = itertools.count()
@@ -261,7 +261,9 @@ class Meddled(LocalStore):
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["save", "async_save"])
-def test_a_directory_that_is_deleted_at_any_moment_of_a_save_is_told_and_the_next_save_works(later: bool, tmp_path: Path) -> None:
+def test_a_directory_that_is_deleted_at_any_moment_of_a_save_is_told_and_the_next_save_works(
+    later: bool, tmp_path: Path
+) -> None:
     place = tmp_path / "checkpoint"
     whole = Meddled(place, None, lambda: None)
     assert save(whole, 1.0) == [None] * RANKS

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from troubles import LOAD_PLACES, SAVE_PLACES, MineError, Trouble, die, raise_eio, raise_mine, sleeping
 
 import giantstep as gs
 from giantstep.errors import GiantstepError, PeerError, PeerFailureError, PhaseTimeoutError, StoreError, UnexpectedError
 from giantstep.storage.memory import MemoryStore
 from giantstep.testing.ranks import run_ranks_collecting
 from processes import DIED, results, run_processes
-from troubles import LOAD_PLACES, SAVE_PLACES, MineError, Trouble, die, raise_eio, raise_mine, sleeping
 
 RANKS = 3
 CALLS = ["save", "async_save", "load"]

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import giantstep.loading
 import giantstep.saving
@@ -76,7 +76,7 @@ class Trouble:
         """From now on."""
         self._armed = True
 
-    def __enter__(self) -> Trouble:
+    def __enter__(self) -> Self:
         real = self._real = getattr(self._kind, self._method)
 
         def troubled(run: Any, *arguments: Any, **named: Any) -> Any:

@@ -239,7 +239,9 @@ def both(value: int) -> Callable[[Any], None]:
 
 
 def test_a_mix_of_old_and_new_is_found_and_the_message_says_when() -> None:
-    with pytest.raises(CrashPointError, match=r"(?s)found \(2, 1\), expected \(1, 1\) or \(2, 2\).*last calls: .*rename") as caught:
+    with pytest.raises(
+        CrashPointError, match=r"(?s)found \(2, 1\), expected \(1, 1\) or \(2, 2\).*last calls: .*rename"
+    ) as caught:
         explore(both(2), before=both(1), check=values)
     assert caught.value.point > 0
     report = explore(both(2), before=both(1), check=values, also=[(2, 1)])

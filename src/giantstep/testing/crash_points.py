@@ -92,8 +92,8 @@ def contents(store: Any) -> str | None:
         state.update(repr((key, str(info.dtype), tuple(info.shape))).encode("utf-8"))
         state.update(checkpoint[key][...].tobytes())
     for key in sorted(checkpoint.object_keys()):
-        state.update(key.encode("utf-8") + OBJECT_CODEC.encode(checkpoint.object(key), key))
-    state.update(OBJECT_CODEC.encode(checkpoint.common, "common state"))
+        state.update(key.encode("utf-8") + OBJECT_CODEC.encode(checkpoint.object(key), (key,)))
+    state.update(OBJECT_CODEC.encode(checkpoint.common, ()))
     return state.hexdigest()
 
 
@@ -212,9 +212,7 @@ class _Exploration:
         found = {self._expected[done], *self._also}
         return found if point == self._ends[done] else found | {self._expected[done + 1]}
 
-    def _look(
-        self, point: int, disk: Disk, choices: list[Choice], decided: tuple[int, ...], allowed: set[Hashable]
-    ) -> None:
+    def _look(self, point: int, disk: Disk, choices: list[Choice], decided: tuple[int, ...], allowed: set[Hashable]) -> None:
         left = disk.left(choices, decided)
         key = left.key()
         known = key in self._outcomes
@@ -233,9 +231,7 @@ class _Exploration:
         wanted = " or ".join(sorted(repr(value) for value in allowed))
         raise self._error(point, disk, choices, decided, f"found {outcome!r}, expected {wanted}")
 
-    def _error(
-        self, point: int, disk: Disk, choices: list[Choice], decided: tuple[int, ...], what: str
-    ) -> CrashPointError:
+    def _error(self, point: int, disk: Disk, choices: list[Choice], decided: tuple[int, ...], what: str) -> CrashPointError:
         calls = [str(call) for call in self._journal.calls]
         lost = [_described(disk, choice, pick) for choice, pick in zip(choices, decided, strict=True) if pick]
         following = calls[point] if point < len(calls) else "the operation returned"

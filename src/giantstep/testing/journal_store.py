@@ -144,7 +144,7 @@ class JournalStore:
     def names(self, folder: str) -> Iterator[str]:
         yield from self._inside(folder, File)
 
-    def _inside(self, folder: str, kind: type[File] | type[Folder]) -> list[str]:
+    def _inside(self, folder: str, kind: type[File | Folder]) -> list[str]:
         with self.journal.lock:
             disk = self.journal.disk
             number = disk.number_at(self._path(folder))
