@@ -71,7 +71,7 @@ def the_same(errors: list[BaseException | None]) -> GiantstepError:
 
 
 class FailingReads(MemoryStore):
-    """The n-th thing that is asked of it in order to read fails, but for what comes after a commit, which tests read at once."""
+    """The n-th thing that is asked of it in order to read fails. What comes after a commit does not count: tests read it."""
 
     def __init__(self) -> None:
         super().__init__(f"failing-{next(_NAMES)}")

@@ -29,7 +29,7 @@ def test_it_keeps_the_promises_of_a_store(check: Any) -> None:
 
 def save(store: Any, value: float, previous: Any = None) -> None:
     options = gs.SaveOptions(**OPTIONS, previous=previous, digests=True)
-    gs.save({"frozen": FROZEN, "w": torch.full((2000,), value), "value": value}, store, options=options)
+    gs.save({"frozen": FROZEN, "w": torch.full((900,), value), "value": value}, store, options=options)
 
 
 def several(root: Any) -> None:

@@ -69,7 +69,7 @@ class CrashReport:
 
 
 def contents(store: Any) -> str | None:
-    """A digest of everything in the checkpoint at a place: equal if and only if it is the same to the bit; None if none is there.
+    """A digest of all bits of the checkpoint at a place; None if there is none.
 
     Raises:
         AssertionError: what is there does not verify.
