@@ -65,7 +65,7 @@ def test_crash_in_a_save_that_links_leaves_the_earlier_step_whole_and_the_new_on
         before=after_the_first,
         check=steps,
         again=next_save,
-        states_per_point=16,
+        states_per_point=8,
     )
     assert any(operation.startswith("link") for operation in report.operations)
     whole(report, {(1,), (1, 2)})
@@ -78,7 +78,7 @@ def test_crash_while_linked_steps_are_saved_and_the_first_is_removed_loses_no_ot
         lambda root: save_step(root, 3, previous=2),
         before=after_the_first,
         check=steps,
-        states_per_point=16,
+        states_per_point=8,
     )
     whole(report, {(1,), (1, 2), (2,), (2, 3)})
 
@@ -99,9 +99,9 @@ def test_crash_while_a_step_is_materialised_leaves_it_whole(elsewhere: bool) -> 
         # A place that holds a checkpoint is refused.
         if not elsewhere or contents(root.folder("out")) is None:
             operation(root)
-        assert unneeded_files(root.folder("out" if elsewhere else step_name(2))) == []
+            assert unneeded_files(root.folder("out" if elsewhere else step_name(2))) == []
 
-    report = explore(operation, before=before, check=check, again=once_more, states_per_point=16)
+    report = explore(operation, before=before, check=check, again=once_more, states_per_point=8)
     assert {found[0] for found in report.outcomes} == {(1, 2)}
     assert len(report.outcomes) == 1 + elsewhere
 
@@ -143,12 +143,12 @@ def managed(step: int, *, incremental: bool, keep: int = 1) -> Callable[[Any], N
     return operation
 
 
-# How many states are looked at after each system call.
-SOME, MANY = 3, pytest.param(100, marks=pytest.mark.slow)
+# Whether saves are incremental, and how many states are looked at after each system call.
+LINKING = pytest.param(True, 60, marks=pytest.mark.slow)
+PLAIN = pytest.param(False, 60, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("states", [SOME, MANY])
-@pytest.mark.parametrize("incremental", [False, True])
+@pytest.mark.parametrize(("incremental", "states"), [(True, 3), LINKING, PLAIN])
 def test_crash_in_a_job_with_a_manager_always_leaves_the_newest_step_or_the_one_before(incremental: bool, states: int) -> None:
     def next_job(root: Any) -> None:
         managed(4, incremental=incremental)(root)
@@ -167,8 +167,8 @@ def test_crash_in_a_job_with_a_manager_always_leaves_the_newest_step_or_the_one_
     assert set(report.outcomes) == {(1,), (1, 2), (2,), (2, 3), (3,)}
 
 
-@pytest.mark.parametrize("states", [SOME, MANY])
-def test_crash_while_a_managers_saves_are_in_flight_loses_no_step_that_was_to_stay(states: int) -> None:
+@pytest.mark.slow
+def test_crash_while_a_managers_saves_are_in_flight_loses_no_step_that_was_to_stay() -> None:
     def operation(root: Any) -> None:
         options = gs.SaveOptions(**BASE, max_pending=3)
         with CheckpointManager(root, keep=2, save_options=options, asynchronous=True) as manager:
@@ -181,6 +181,6 @@ def test_crash_while_a_managers_saves_are_in_flight_loses_no_step_that_was_to_st
         check=steps,
         again=managed(5, incremental=False, keep=2),
         also=[(1, 2), (1, 2, 3), (2, 3), (1, 2, 3, 4), (2, 3, 4)],
-        states_per_point=states,
+        states_per_point=24,
     )
     assert {(1,), (3, 4)} <= set(report.outcomes)

@@ -132,8 +132,8 @@ def explore(
         check: says what is found at a store, as something that can be compared. It may change the store, which is a copy.
             Raises if what is found must never be.
         before: makes what is there before; durable in all its parts when the operations begin.
-        again: goes on with what was left, as a new process would: the next save, say. Raises if that does not work or leaves
-            something behind; `check` looks once more.
+        again: goes on with what was left, as a new process would: the next save, say. Raises if that does not work, or leaves
+            something behind.
         also: what else may be found before the last operation has returned.
         states_per_point: how many states are looked at after each call. Where there are more, a sample is: with everything that
             processes saw, with nothing that was not flushed, all in which one thing alone is lost, and drawn ones.
@@ -222,9 +222,7 @@ class _Exploration:
             outcome = self._outcomes[key]
             if outcome in allowed:
                 if not known and self._again is not None:
-                    store = JournalStore(Journal(left))
-                    self._again(store)
-                    self._check(store)
+                    self._again(JournalStore(Journal(left)))
                 return
         except Exception as error:
             raise self._error(point, disk, choices, decided, f"{type(error).__name__}: {error}") from error
