@@ -144,8 +144,8 @@ def managed(step: int, *, incremental: bool, keep: int = 1) -> Callable[[Any], N
 
 
 # Whether saves are incremental, and how many states are looked at after each system call.
-LINKING = pytest.param(True, 60, marks=pytest.mark.slow)
-PLAIN = pytest.param(False, 60, marks=pytest.mark.slow)
+LINKING = pytest.param(True, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+PLAIN = pytest.param(False, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
 
 
 @pytest.mark.parametrize(("incremental", "states"), [(True, 3), LINKING, PLAIN])
@@ -168,6 +168,7 @@ def test_crash_in_a_job_with_a_manager_always_leaves_the_newest_step_or_the_one_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_crash_while_a_managers_saves_are_in_flight_loses_no_step_that_was_to_stay() -> None:
     def operation(root: Any) -> None:
         options = gs.SaveOptions(**BASE, max_pending=3)

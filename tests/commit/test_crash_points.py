@@ -203,6 +203,7 @@ def test_crash_at_any_operation_of_a_removal_of_tensors_leaves_all_or_the_others
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_crash_in_many_more_states_of_saves_leaves_old_or_new(ranks: int, seed: int) -> None:
@@ -218,6 +219,7 @@ def test_crash_in_many_more_states_of_saves_leaves_old_or_new(ranks: int, seed: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(3))
 def test_crash_in_many_more_states_of_steps_in_flight_loses_no_step(seed: int) -> None:
     operation = saving_in_background([2.0, 3.0, 4.0], 2, place_of_step)
