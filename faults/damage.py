@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,15 +105,27 @@ def exchange_with(other: Path) -> Damage:
 
 
 def plant_code(marker: Path) -> Damage:
-    """A pickle that makes a file when it is loaded, in place of all files but those of tensors; of all, if there are no others.
+    """A pickle that makes a file when it is loaded, in place of all that might be one: metadata, and pickles in archives.
 
     Written by hand: it calls `open(marker, "w")`.
     """
+    code = b"cbuiltins\nopen\n(S'" + str(marker).encode() + b"'\nS'w'\ntR."
 
     def damage(path: Path) -> bool:
-        code = b"cbuiltins\nopen\n(S'" + str(marker).encode() + b"'\nS'w'\ntR."
-        for file in metadata_files(path) or files_of(path):
-            file.write_bytes(code)
+        for file in files_of(path):
+            if zipfile.is_zipfile(file):
+                _plant_in_archive(file, code)
+            elif file in metadata_files(path):
+                file.write_bytes(code)
         return True
 
     return damage
+
+
+def _plant_in_archive(file: Path, code: bytes) -> None:
+    """As `torch.save` lays archives out, with another `data.pkl`."""
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, code if name.endswith("data.pkl") else data)

@@ -13,6 +13,7 @@ import pytest
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.errors import error_classes
 from giantstep.format.index import COLUMNS, OPTIONAL_COLUMNS
+from giantstep.format.registry import FROM_THE_START
 from giantstep.shards.dtypes import BY_CODE
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,11 @@ def test_dtype_table_is_the_codes() -> None:
 
 def test_tag_table_is_the_codecs() -> None:
     assert {row[0].strip("`") for row in rows("format.md", "tag")} == OBJECT_CODEC.tags()
+
+
+def test_types_that_are_registered_from_the_start_are_documented() -> None:
+    text = (ROOT / "docs" / "format.md").read_text()
+    assert [found.name for found in FROM_THE_START if f"| `{found.name}` | `" not in text] == []
 
 
 def test_every_column_and_every_error_is_documented() -> None:

@@ -5,7 +5,6 @@ Called by `saving`, `loading` and `opening`; `register_type` is part of the publ
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
@@ -106,13 +105,3 @@ def register_type(
     if issubclass(cls, dict):
         keep_whole(cls)
     return cls
-
-
-def _counter_of(plain: Any) -> Counter[Any]:
-    if type(plain) is not dict:
-        raise TypeError(f"a {type(plain).__qualname__} for the counts of a Counter: expected a dict")
-    return Counter(plain)
-
-
-# As a plain dict it would lack methods that its owners call, such as torch's MultiStepLR.
-register_type(Counter, name="collections.Counter", encode=dict, decode=_counter_of)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +83,10 @@ def codec(registry: TypeRegistry) -> Codec:
 
 def encoded(json_value: Any) -> bytes:
     text = json.dumps(json_value).encode("ascii")
+    return MAGIC + struct.pack("<Q", len(text)) + text
+
+
+def encoded_text(text: bytes) -> bytes:
     return MAGIC + struct.pack("<Q", len(text)) + text
 
 
@@ -446,3 +450,32 @@ def test_generators_of_devices_that_are_not_here_are_kept_or_refused() -> None:
 
 def test_errors_are_all_of_one_tree() -> None:
     assert issubclass(UnsupportedTypeError, GiantstepError)
+
+
+def test_counters_are_registered_from_the_start_and_older_readers_are_told_the_name(codec: Codec) -> None:
+    data = codec.encode(Counter("aab"))
+    assert data == encoded_text(b'{"$":"registered","v":["collections.Counter",{"$":"dict","v":[["a",2],["b",1]]}]}')
+    found = again(codec, [Counter("aab")])[0]
+    assert type(found) is Counter
+    assert list(found.elements()) == ["a", "a", "b"]
+    # A reader that has not been told what a name means.
+    unknown = data.replace(b"collections.Counter", b"collections.Xounter")
+    with pytest.raises(UnsupportedTypeError, match=r"'collections\.Xounter', which is unknown here"):
+        codec.decode(unknown, "x")
+    assert codec.decode(unknown, "x", unknown="keep").value == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize("plain", [["a", "b"], "ab", 3, None])
+def test_a_stored_counter_that_is_no_dict_is_refused(codec: Codec, plain: Any) -> None:
+    with pytest.raises(UnsupportedTypeError, match=r"'collections\.Counter'.*expected a dict"):
+        codec.decode(encoded({"$": "registered", "v": ["collections.Counter", plain]}), "x")
+
+
+def test_counters_may_be_registered_otherwise_and_are_read_under_both_names(registry: TypeRegistry, codec: Codec) -> None:
+    before = codec.encode(Counter("aab"))
+    registry.register(Counter, "my.Counter", lambda value: list(value.elements()), Counter)
+    after = codec.encode(Counter("aab"))
+    assert b"my.Counter" in after
+    assert codec.decode(before, "x") == codec.decode(after, "x") == Counter("aab")
+    with pytest.raises(BadArgumentError, match="is registered already"):
+        registry.register(Tokenizer, "collections.Counter", vars, Tokenizer)

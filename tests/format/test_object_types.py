@@ -54,8 +54,12 @@ VALUES: dict[str, list[Any]] = {
     ],
     "set": [set(), {1, 2, (3, "x")}, {"a", b"a", None, 2.5, frozenset({1})}],
     "frozenset": [frozenset(), frozenset({frozenset({frozenset()}), 1})],
-    "Counter": [collections.Counter(), collections.Counter("aab"), {"a": collections.Counter({(1, 2): -1, None: 2.5})}],
     "OrderedDict": [collections.OrderedDict(), collections.OrderedDict([("z", 1), ("a", collections.OrderedDict(x=1))])],
+    "Counter": [
+        collections.Counter(),
+        collections.Counter("abca"),
+        collections.Counter({"z": -1, (2, "x"): 2.5, None: 0, "a": 2**70}),
+    ],
     "deque": [
         collections.deque(),
         collections.deque([1, [2], (3,)]),
@@ -267,6 +271,7 @@ class OtherGenerator(np.random.PCG64):
         torch.zeros(2).to_sparse(),
         torch.zeros(0, 2**60),
         torch.quint8,
+        type("SubCounter", (collections.Counter,), {})("aab"),
         collections.defaultdict(list),
         type("Sub", (dict,), {})(),
         np.longlong(3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import enum
 import sys
 from collections import OrderedDict, defaultdict
@@ -56,6 +57,19 @@ def test_common_state_comes_back_whole_whether_or_not_it_is_asked_for(tmp_path: 
     assert loaded["mixed"][2][1] is None
     assert "mine" not in loaded
     assert loaded.report.tensors == 6
+
+
+def test_counters_stay_counters_in_common_state_and_in_objects(tmp_path: Path) -> None:
+    counter, deep = collections.Counter("aab"), collections.Counter({3: 1})
+    # Beside a tensor, so that the containers are taken apart and merged again.
+    state = {"schedule": {"milestones": counter, "w": torch.ones(1)}, "list": [torch.ones(1), (deep,)]}
+    grid = gs.ShardedObject("grid", {"seen": counter}, (), ())
+    gs.save({**state, "grid": grid}, tmp_path)
+    wanted = {"schedule": {"milestones": collections.Counter("zz"), "w": torch.zeros(1)}, "list": [torch.zeros(1), ({},)]}
+    loaded = gs.load({**wanted, "grid": grid}, tmp_path)
+    found = [loaded["schedule"]["milestones"], loaded["list"][1][0], loaded["grid"]["seen"]]
+    assert [type(value) for value in found] == [collections.Counter] * 3
+    assert found == [counter, deep, counter]
 
 
 def test_keys_are_dotted_paths_and_a_sharded_tensors_own(tmp_path: Path) -> None:

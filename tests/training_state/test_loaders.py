@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DistributedSampler, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import RandomSampler as TorchdatasRandomSampler
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
@@ -158,31 +158,6 @@ def test_a_loader_saved_right_after_a_load_is_where_it_was(tmp_path: Path) -> No
     third = shuffled(shuffle=True)
     gs.load({"loader": LoaderState(third)}, tmp_path / "2")
     assert [batch.tolist() for batch in third] == expected
-
-
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        RandomSampler(range(9)),
-        RandomSampler(range(9), generator=torch.Generator()),
-        SubsetRandomSampler(range(9)),
-        WeightedRandomSampler([0.5] * 9, 9),
-    ],
-    ids=lambda sampler: type(sampler).__name__,
-)
-def test_samplers_that_keep_nothing_of_their_order_are_refused_at_any_depth(sampler: Any) -> None:
-    batches = torch.utils.data.BatchSampler(sampler, 2, False)
-    for settings in ({"sampler": sampler}, {"batch_sampler": batches}):
-        with pytest.raises(BadArgumentError, match=f"{type(sampler).__name__}, which keeps nothing of its order"):
-            LoaderState(StatefulDataLoader(list(range(9)), **settings))
-
-
-def test_a_generator_shared_with_a_sampler_that_draws_as_it_goes_is_refused() -> None:
-    generator = torch.Generator()
-    for settings in ({"replacement": True}, {"num_samples": 20}):
-        sampler = TorchdatasRandomSampler(range(9), generator=generator, **settings)
-        with pytest.raises(BadArgumentError, match="Give the sampler one of its own"):
-            LoaderState(StatefulDataLoader(list(range(9)), sampler=sampler, generator=generator))
 
 
 def test_each_rank_has_a_loader_of_its_own(tmp_path: Path) -> None:

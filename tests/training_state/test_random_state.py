@@ -12,12 +12,10 @@ import pytest
 import torch
 
 import giantstep as gs
-from giantstep.errors import BadArgumentError, CorruptionError, KeyMismatchError, ShapeMismatchError
+from giantstep.errors import BadArgumentError, KeyMismatchError, ShapeMismatchError
 from giantstep.group.threads import ThreadGroup
 from giantstep.testing.ranks import RanksFailedError, run_ranks
 from giantstep.training_state import RandomState
-from giantstep.training_state.generators import seed
-from giantstep.training_state.generators import state_of as state_of_generator
 from processes import results, run_processes
 
 
@@ -174,79 +172,6 @@ def test_one_process_continues_what_two_have_saved_and_derives_its_own_streams(t
     torch.manual_seed(0)
     assert drawn[0] == [random.random(), np.random.rand(), float(torch.rand(1))]
     assert drawn[1] == drawn[2] != drawn[0]
-
-
-def test_streams_of_torch_begin_from_all_bits_of_what_they_are_derived_from() -> None:
-    """Of a seed torch's generator takes 32 bits: seeded so, two of these would draw the same."""
-    numbers = [5 + (high << 40) for high in range(50)]
-    drawn = []
-    for number in numbers:
-        generator = torch.Generator()
-        seed(generator, number)
-        drawn.append(tuple(torch.rand(4, generator=generator).tolist()))
-    assert len(set(drawn)) == len(numbers)
-    assert abs(sum(map(sum, drawn)) / 200 - 0.5) < 0.1
-    first, again = torch.Generator(), torch.Generator()
-    torch.randn(3, generator=again)
-    for generator in (first, again):
-        seed(generator, numbers[7])
-    assert torch.equal(torch.randn(2000, generator=first), torch.randn(2000, generator=again))
-
-
-def _cpu_state(left: int, following: int) -> torch.Tensor:
-    data = bytearray(torch.Generator().manual_seed(1).get_state().numpy().tobytes())
-    data[8:12], data[16:24] = left.to_bytes(4, "little"), following.to_bytes(8, "little")
-    return torch.frombuffer(data, dtype=torch.uint8)
-
-
-MT_KEY = np.arange(624, dtype=np.uint32)
-LEGACY: dict[str, Any] = {"bit_generator": "MT19937", "has_gauss": 0, "gauss": 0.0}
-HOSTILE: dict[str, tuple[str, Any]] = {
-    "torch reads past its table": ("torch", _cpu_state(500, 400)),
-    "torch of another size": ("torch", torch.zeros(16, dtype=torch.uint8)),
-    "torch of another dtype": ("torch", torch.zeros(5056)),
-    "torch of another kind": ("torch", [1, 2]),
-    "legacy reads past its table": ("legacy", LEGACY | {"state": {"key": MT_KEY, "pos": 10**6}}),
-    "legacy of another length": ("legacy", LEGACY | {"state": {"key": MT_KEY[:5], "pos": 1}}),
-    "legacy of another kind": ("legacy", 5),
-    "numpy of another kind": ("numpy", np.random.default_rng(1).bit_generator.state | {"bit_generator": "SFC64"}),
-    "numpy too large": ("numpy", np.random.default_rng(1).bit_generator.state | {"uinteger": 2**40}),
-    "philox reads past its buffer": ("philox", np.random.Philox(1).state | {"buffer_pos": 1000}),
-    "python past its table": ("python", (3, (*range(624), 10**6), None)),
-    "python of another kind": ("python", (3, "abc", None)),
-    "python with a text for a number": ("python", (*random.Random(1).getstate()[:2], "x")),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_a_stored_state_that_is_none_is_an_error_and_no_generator_is_touched(tmp_path: Path, case: str) -> None:
-    name, state = HOSTILE[case]
-    value = {"generators": {key: state_of_generator(one) for key, one in own_generators(9).items()} | {name: state}}
-    gs.save({"rng": {"value": gs.ShardedObject("rng", value, (1,), (0,))}}, tmp_path)
-    generators = own_generators(5)
-    with pytest.raises(CorruptionError, match=f"'{name}' is none of such a generator"):
-        gs.load({"rng": RandomState(generators, streams=())}, tmp_path)
-    assert draw(generators) == draw(own_generators(5))
-
-
-@pytest.mark.parametrize("stream", ["python", "numpy", "torch"])
-def test_a_stored_state_of_a_stream_that_is_none_is_an_error(tmp_path: Path, stream: str) -> None:
-    value = {**RandomState().state_dict()["value"].data, stream: (1, 2, 3)}
-    gs.save({"rng": {"value": gs.ShardedObject("rng", value, (1,), (0,))}}, tmp_path)
-    before = (random.getstate(), torch.get_rng_state())
-    with pytest.raises(CorruptionError, match=f"'{stream}' is none of such a generator"):
-        gs.load({"rng": RandomState()}, tmp_path)
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
-
-
-def test_legacy_generators_over_other_bits_go_on(tmp_path: Path) -> None:
-    generators: dict[str, Any] = {"legacy": np.random.RandomState(np.random.PCG64(3))}
-    generators["legacy"].random_sample(5)
-    gs.save({"rng": RandomState(generators, streams=())}, tmp_path)
-    expected = generators["legacy"].random_sample(5).tolist()
-    gs.load({"rng": RandomState(generators, streams=())}, tmp_path)
-    assert generators["legacy"].random_sample(5).tolist() == expected
 
 
 class Tracker:

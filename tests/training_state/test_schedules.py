@@ -40,8 +40,8 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, 9)], milestones=[3]
     ),
-    "SequentialLR to one with a Counter": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o), lr_scheduler.MultiStepLR(o, [2, 4, 4])], milestones=[12]
+    "SequentialLR with steps that come later": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.MultiStepLR(o, [1, 3, 3])], milestones=[8]
     ),
     "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]

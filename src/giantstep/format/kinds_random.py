@@ -33,10 +33,8 @@ _STATES: dict[str, dict[str, Any]] = {
     },
     "SFC64": {"state": {"state": (np.uint64, 4)}, **_BUFFERED},
 }
-# What a legacy generator keeps beside its bits.
 GAUSS = {"has_gauss": 1, "gauss": float}
-KNOWN_BITS = frozenset(_STATES)
-_BIT_GENERATORS: dict[str, Any] = {name: getattr(random, name) for name in _STATES}
+BIT_GENERATORS: dict[str, Any] = {name: getattr(random, name) for name in _STATES}
 # Limits on what NumPy mixes into a state when it seeds.
 _SEED_WORDS = 4096
 _MAX_POOL = 256
@@ -58,11 +56,7 @@ def _check(value: Any, expected: Any, name: str) -> None:
 
 
 def checked_state(name: Any, state: Any, more: dict[str, Any]) -> dict[str, Any]:
-    """The state of a bit generator of this name, once it is seen to be one; `more` is expected beside its own fields.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """The state of a bit generator of this name, with the fields `more` besides; ValueError if it is none."""
     if name not in _STATES:
         raise ValueError(f"expected one of the bit generators {', '.join(_STATES)}, found {name!r:.40}")
     if type(state) is not dict or state.get("bit_generator") != name:
@@ -124,7 +118,7 @@ def _decode_generator(payload: Json, reader: Reader) -> random.Generator:
     if parts is not None:
         entropy, spawn_key, pool_size, children = parts
         sequence = random.SeedSequence(entropy, spawn_key=tuple(spawn_key), pool_size=pool_size, n_children_spawned=children)
-    bits = _BIT_GENERATORS[name](sequence)
+    bits = BIT_GENERATORS[name](sequence)
     bits.state = checked
     return random.Generator(bits)
 
@@ -142,7 +136,7 @@ def _decode_random_state(payload: Json, reader: Reader) -> random.RandomState:
     name, state = items_of(payload, 2)
     checked = checked_state(text_of(name), reader.value(state), GAUSS)
     # Seeded with anything, so that no entropy of the system is used up: the state takes its place.
-    found = random.RandomState(_BIT_GENERATORS[name](0))
+    found = random.RandomState(BIT_GENERATORS[name](0))
     found.set_state(checked)
     return found
 

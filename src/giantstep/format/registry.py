@@ -6,6 +6,7 @@ Not here: how their values are written (`format.kinds_user`), and the registry o
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -45,25 +46,41 @@ class Registration:
     given: tuple[Any, ...]
 
 
+def _counter_from_plain(plain: Any) -> Counter[Any]:
+    if type(plain) is not dict:
+        raise TypeError(f"expected a dict, found a {type(plain).__name__}")
+    return Counter(plain)
+
+
+# Types of Python's that are registered from the start: readers from before they were say that they do not know the name.
+FROM_THE_START = (Registration(Counter, "collections.Counter", dict, _counter_from_plain, ("collections.Counter",)),)
+
+
 class TypeRegistry:
-    """Registered types. May be used from several threads at once."""
+    """Registered types. May be used from several threads at once.
+
+    Those of `FROM_THE_START` may be registered otherwise, which decides how they are saved; under their own names they are
+    read either way.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_class: dict[type, Registration] = {}
         self._by_name: dict[str, Registration] = {}
+        self._first_by_class: dict[type, Registration] = {found.cls: found for found in FROM_THE_START}
+        self._first_by_name = {found.name: found for found in FROM_THE_START}
 
     def has_class(self, cls: type) -> bool:
         """Whether exactly this class is registered."""
-        return cls in self._by_class
+        return cls in self._by_class or cls in self._first_by_class
 
     def of_class(self, cls: type) -> Registration:
         """The registration of exactly this class, which there is."""
-        return self._by_class[cls]
+        return self._by_class.get(cls) or self._first_by_class[cls]
 
     def of_name(self, name: str) -> Registration | None:
         """The registration under this name, or None."""
-        return self._by_name.get(name)
+        return self._by_name.get(name) or self._first_by_name.get(name)
 
     def register(
         self,
@@ -85,7 +102,7 @@ class TypeRegistry:
         functions = _functions(cls, encode, decode)
         added = Registration(cls, name, *functions, given=(name, encode, decode))
         with self._lock:
-            same_class, same_name = self._by_class.get(cls), self._by_name.get(name)
+            same_class, same_name = self._by_class.get(cls), self.of_name(name)
             if same_class is not None and same_class.given != added.given:
                 raise BadArgumentError(
                     f"type {cls.__qualname__} is registered already, as {same_class.name!r} and with other arguments. "

@@ -20,8 +20,9 @@ from giantstep.shards.dtypes import BY_TORCH_NAME, dtype_of_torch_name
 from giantstep.shards.paths import Path, dotted
 from giantstep.words import bytes_of, words_of
 
-# Of the state of a CPU generator (ATen's legacy layout): its size, and seed, left, seeded, next at its beginning.
-CPU_STATE_BYTES = 5056
+# Of the state of a CPU generator (ATen's legacy layout): its size; seed, left, seeded, next at its beginning; then the table,
+# of which each word has 8 bytes.
+_CPU_STATE_BYTES = 5056
 CPU_STATE = struct.Struct("<QiiQ")
 CPU_WORDS = 624
 
@@ -94,14 +95,10 @@ def _decode_generator(payload: Json, reader: Reader) -> Any:
 
 
 def check_cpu_state(state: torch.Tensor) -> None:
-    """Refuse a state with which torch would read past the end of its table; torch takes some of these.
-
-    Raises:
-        ValueError: it is none of a generator of the CPU.
-    """
+    """Refuse a state with which torch would read past the end of its table; torch takes some of these."""
     data = state.numpy().tobytes()
-    if len(data) != CPU_STATE_BYTES:
-        raise ValueError(f"expected {CPU_STATE_BYTES} bytes of state, found {len(data)}")
+    if len(data) != _CPU_STATE_BYTES:
+        raise ValueError(f"expected {_CPU_STATE_BYTES} bytes of state, found {len(data)}")
     _, left, seeded, following = CPU_STATE.unpack_from(data)
     fresh = (left, following) == (1, 0)
     if seeded != 1 or not (fresh or (1 <= left <= CPU_WORDS and left + following == CPU_WORDS + 1)):

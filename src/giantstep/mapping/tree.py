@@ -1,12 +1,12 @@
 """Nested state dicts: walking them, taking leaves out, putting values back, comparing two.
 
-Containers are dicts (subclasses count as dicts, `OrderedDict` stays one), lists and tuples; everything else is
-a leaf. Only structure is handled here; what a leaf means is `describe`'s.
+Containers are dicts (subclasses count as dicts, `OrderedDict` stays one, `Counter` is a leaf), lists and tuples; everything
+else is a leaf. Only structure is handled here; what a leaf means is `describe`'s.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ LeafFunction = Callable[[Path, Any], Any]
 
 # What may be walked into; everything else is a leaf at first sight.
 _CONTAINERS = (dict, list, tuple)
-_WHOLE: set[type] = set()
+_WHOLE: set[type] = {Counter}
 
 
 def keep_whole(cls: type) -> None:

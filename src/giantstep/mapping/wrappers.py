@@ -66,7 +66,8 @@ def register_wrapper(
         take_apart: `(tensor) -> (parts, attributes)`. The parts are tensors that share memory with the given
             one, each with as many dimensions (views with dimensions of 1 where needed); saving reads them and loading
             fills them. They may be wrappers themselves. Attributes are plain values, equal on all ranks, that hold for
-            every part of the tensor: what depends on sizes is to be taken from the parts.
+            every part of the tensor: what depends on sizes is to be taken from the parts. It is to raise for lengths that
+            are no whole number of scale blocks, if the tensor may be cut: blocks are taken to be of equal length.
         put_together: the inverse, for parts of any shapes that fit each other: for any range of rows or columns too,
             with the scales that serve it.
         dequantise: `(tensor) -> ` plain floating-point tensor; default: the method `dequantize`.

@@ -10,12 +10,14 @@ from giantstep.training_state.extra import extra_states, largest, plain_extra_st
 from giantstep.training_state.loaders import LoaderState
 from giantstep.training_state.random_state import RandomState
 from giantstep.training_state.ranked import RankedState
+from giantstep.training_state.replayed import ReplayedSampler
 from giantstep.training_state.sampler import ResumableSampler
 
 __all__ = [
     "LoaderState",
     "RandomState",
     "RankedState",
+    "ReplayedSampler",
     "ResumableSampler",
     "extra_states",
     "largest",

@@ -1,23 +1,48 @@
-"""Reading, setting and seeding random generators of all kinds. Called by `random_state`."""
+"""Reading, setting and seeding random generators of all kinds. Called by `random_state` and `loaders`.
+
+Not here: whether a stored state can be set (`generator_checks`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from giantstep.errors import BadArgumentError, CorruptionError
-from giantstep.format.kinds_random import GAUSS, KNOWN_BITS, checked_state
-from giantstep.mapping.torch_kinds import CPU_STATE, CPU_STATE_BYTES, CPU_WORDS, check_cpu_state
+from giantstep.errors import BadArgumentError
+from giantstep.mapping.torch_kinds import CPU_STATE, CPU_WORDS
 
 PYTHON, NUMPY, TORCH, CUDA = "python", "numpy", "torch", "cuda"
 STREAMS = (PYTHON, NUMPY, TORCH, CUDA)
-_LARGEST_SEED = (1 << 63) - 1
+_SEEDS = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """From what new streams begin: one per position and name, all different.
+
+    Attributes:
+        root: the same for all positions.
+        number: of the position.
+    """
+
+    root: bytes
+    number: int
+
+    def words(self, name: str, count: int) -> list[int]:
+        """Words of 32 bits."""
+        data = hashlib.shake_256(b"%d %s %s" % (self.number, self.root, name.encode())).digest(4 * count)
+        return list(struct.unpack(f"<{count}I", data))
+
+    def seed(self, name: str) -> int:
+        """63 bits; of one name, numbers of positions that differ give seeds that differ."""
+        base = int.from_bytes(hashlib.sha256(self.root + name.encode()).digest(), "little")
+        return (base + self.number) % _SEEDS
 
 
 def state_of(generator: Any) -> Any:
@@ -26,8 +51,6 @@ def state_of(generator: Any) -> Any:
         return generator.getstate()
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
     for name in ("get_states", "get_state"):
         if hasattr(generator, name):
             return getattr(generator, name)()
@@ -37,60 +60,8 @@ def state_of(generator: Any) -> Any:
     )
 
 
-def check_state(generator: Any, state: Any, name: str) -> None:
-    """Raise `CorruptionError` if a stored state is none of this generator's: some of those break generators that take them.
-
-    Of an object that keeps several the states are its own to check.
-    """
-    if isinstance(generator, random.Random):
-        with _naming(name):
-            random.Random().setstate(state)  # noqa: S311 - no secret
-            # The next number of a normal distribution, which Python takes as it is.
-            if not isinstance(state[2], float | None):
-                raise TypeError(f"{state[2]!r:.40} is no number")
-    elif isinstance(generator, np.random.Generator):
-        kind = type(generator.bit_generator).__name__
-        # Bits of the user's own check their states themselves.
-        if kind in KNOWN_BITS:
-            with _naming(name):
-                checked_state(kind, state, {})
-    elif isinstance(generator, np.random.RandomState):
-        _check_legacy(state, name)
-    elif isinstance(generator, torch.Generator):
-        _check_torch(state, generator.device.type, name)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, ValueError, OverflowError, LookupError, RuntimeError) as error:
-        raise CorruptionError(
-            f"the stored state of random generator {name!r} is none of such a generator: {error}. Load another step, or leave "
-            "it out with streams= or generators="
-        ) from error
-
-
-def _check_legacy(state: Any, name: str) -> None:
-    with _naming(name):
-        if not isinstance(state, dict):
-            raise TypeError("expected a dict")
-        if state.get("bit_generator") in KNOWN_BITS:
-            checked_state(state["bit_generator"], state, GAUSS)
-
-
-def _check_torch(state: Any, device: str, name: str) -> None:
-    with _naming(name):
-        if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
-            raise ValueError("expected a tensor of bytes")
-        if device == "cpu":
-            check_cpu_state(state)
-        else:
-            torch.Generator(device).set_state(state)
-
-
 def set_state(generator: Any, state: Any) -> None:
-    """The inverse of `state_of`; of a state that `check_state` has seen."""
+    """The inverse of `state_of`."""
     if isinstance(generator, random.Random):
         generator.setstate(state)
     elif isinstance(generator, np.random.Generator):
@@ -106,30 +77,38 @@ def can_be_seeded(generator: Any) -> bool:
     return isinstance(generator, random.Random | np.random.Generator | np.random.RandomState | torch.Generator)
 
 
-def seed(generator: Any, number: int) -> None:
-    """Begin a new stream; `number` has 256 bits."""
+def seed(generator: Any, beginning: Beginning, name: str) -> None:
+    """Begin a new stream."""
     if isinstance(generator, random.Random):
-        generator.seed(number)
+        generator.seed(_number(beginning, name))
     elif isinstance(generator, np.random.Generator):
         fresh: Any = type(generator.bit_generator)
-        generator.bit_generator.state = fresh(number).state
+        generator.bit_generator.state = fresh(_number(beginning, name)).state
     elif isinstance(generator, np.random.RandomState):
-        generator.seed(_words(number))
+        generator.seed(beginning.words(name, 8))
+    elif generator.device.type == "cpu":
+        _seed_cpu(generator, beginning, name)
     else:
-        _seed_torch(generator, number)
+        generator.manual_seed(beginning.seed(name))
 
 
-def _words(number: int) -> list[int]:
-    return [number >> shift & 0xFFFFFFFF for shift in range(0, 256, 32)]
+def _number(beginning: Beginning, name: str) -> int:
+    """256 bits."""
+    return sum(word << 32 * place for place, word in enumerate(beginning.words(name, 8)))
 
 
-def _seed_torch(generator: torch.Generator, number: int) -> None:
-    generator.manual_seed(number & _LARGEST_SEED)
-    if generator.device.type == "cpu":
-        # Of a seed this one takes 32 bits, of which thousands of ranks would share some. Its state takes all that there are.
-        words = np.frombuffer(hashlib.shake_256(number.to_bytes(32, "little")).digest(4 * CPU_WORDS), dtype="<u4")
-        state = CPU_STATE.pack(number & _LARGEST_SEED, 1, 1, 0) + words.astype("<u8").tobytes()
-        generator.set_state(torch.frombuffer(bytearray(state.ljust(CPU_STATE_BYTES, b"\0")), dtype=torch.uint8))
+def _seed_cpu(generator: torch.Generator, beginning: Beginning, name: str) -> None:
+    """Fill the whole table: of what `manual_seed` is given, this generator uses 32 bits."""
+    generator.manual_seed(beginning.seed(name))
+    state = generator.get_state()
+    data = bytearray(state.numpy().tobytes())
+    words = beginning.words(name, CPU_WORDS)
+    # Invariant: two positions differ in this word, and so in their streams.
+    words[1] = beginning.number % (1 << 32)
+    # The highest bit of the first word is one of those that count; a table without any gives nothing but zeros.
+    words[0] |= 1 << 31
+    struct.pack_into(f"<{CPU_WORDS}Q", data, CPU_STATE.size, *words)
+    generator.set_state(torch.frombuffer(data, dtype=torch.uint8))
 
 
 def state_of_stream(name: str) -> Any:
@@ -137,50 +116,38 @@ def state_of_stream(name: str) -> Any:
     if name == PYTHON:
         return random.getstate()
     if name == NUMPY:
-        return np.random.get_state(legacy=False)
+        return np.random.get_state()
     if name == TORCH:
         return torch.get_rng_state()
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
-def has_stream(name: str) -> bool:
-    """Whether the machine has this stream."""
-    return name != CUDA or torch.cuda.is_available()
-
-
-def check_stream(name: str, state: Any) -> None:
-    """As `check_state`, of a stream that the machine has."""
-    if name == PYTHON:
-        check_state(random.Random(), state, name)  # noqa: S311 - no secret
-    elif name == NUMPY:
-        _check_legacy(state, name)
-    else:
-        _check_torch(state, "cpu" if name == TORCH else "cuda", name)
-
-
-def set_stream(name: str, state: Any) -> None:
-    """The inverse of `state_of_stream`; of a state that `check_stream` has seen."""
+def set_stream(name: str, state: Any) -> bool:
+    """The inverse; False if the machine has no such stream."""
     if name == PYTHON:
         random.setstate(state)
     elif name == NUMPY:
         np.random.set_state(state)
     elif name == TORCH:
         torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state)
-
-
-def seed_stream(name: str, number: int) -> bool:
-    """Begin a new stream; False if the machine has no such stream."""
-    if name == PYTHON:
-        random.seed(number)
-    elif name == NUMPY:
-        np.random.seed(_words(number))
-    elif name == TORCH:
-        # Not torch.manual_seed, which seeds all devices.
-        _seed_torch(torch.default_generator, number)
     elif not torch.cuda.is_available():
         return False
     else:
-        torch.cuda.manual_seed(number & _LARGEST_SEED)
+        torch.cuda.set_rng_state(state)
+    return True
+
+
+def seed_stream(name: str, beginning: Beginning) -> bool:
+    """Begin a new stream; False if the machine has no such stream."""
+    if name == PYTHON:
+        random.seed(_number(beginning, name))
+    elif name == NUMPY:
+        np.random.seed(beginning.words(name, 8))
+    elif name == TORCH:
+        # Not torch.manual_seed, which seeds all devices.
+        _seed_cpu(torch.default_generator, beginning, name)
+    elif not torch.cuda.is_available():
+        return False
+    else:
+        torch.cuda.manual_seed(beginning.seed(name))
     return True

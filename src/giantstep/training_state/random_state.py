@@ -9,18 +9,15 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from giantstep.codecs import OBJECT_CODEC
-from giantstep.errors import BadArgumentError
+from giantstep.errors import BadArgumentError, MismatchError
 from giantstep.mapping.replica import ReplicaId
+from giantstep.training_state.generator_checks import check_state, check_stream, set_checked, set_checked_stream
 from giantstep.training_state.generators import (
     STREAMS,
+    Beginning,
     can_be_seeded,
-    check_state,
-    check_stream,
-    has_stream,
     seed,
     seed_stream,
-    set_state,
-    set_stream,
     state_of,
     state_of_stream,
 )
@@ -30,7 +27,6 @@ _LOG = logging.getLogger("giantstep")
 
 OnReshard = Literal["raise", "by_rank", "derive"]
 _OWN = "generators"
-_DERIVED = "derived"
 
 
 class RandomState(RankedState):
@@ -50,8 +46,11 @@ class RandomState(RankedState):
             * `derive`: all positions begin new streams;
             * a function, see `Reshard`, of values as they are stored.
 
-            New streams are derived from all that is stored and the position, by SHA-256: the same each time that the same
-            checkpoint is loaded, and another one at every position and of every generator.
+            New streams are derived from all that is stored and the number of the position, by SHA-256 and SHAKE-256: the
+            same each time that the same checkpoint is loaded, and another one at every position and of every generator.
+
+    A stored state is checked before any generator is changed: one of another kind of generator is a `MismatchError`, one that
+    no generator can have a `CorruptionError`. Objects with states of their own look at these themselves.
 
     Attributes:
         skipped: what the checkpoint has and this process does not, after a load, such as "cuda"; it is logged, too.
@@ -97,41 +96,50 @@ class RandomState(RankedState):
         own = {name: state_of(generator) for name, generator in self._generators.items()}
         return {**{name: state for name, state in found.items() if state is not None}, _OWN: own}
 
-    def _set(self, value: dict[str, Any]) -> None:
-        if _DERIVED in value:
-            self._begin(value[_DERIVED])
+    def _set(self, value: Any) -> None:
+        if isinstance(value, Beginning):
+            self._begin(value)
             return
-        own = value.get(_OWN, {})
+        own = self._checked(value)
         here = {*self._streams, *(f"{_OWN}.{name}" for name in self._generators)}
         stored = {*(name for name in value if name != _OWN), *(f"{_OWN}.{name}" for name in own)}
-        skipped = (stored - here) | {name for name in self._streams if name in value and not has_stream(name)}
-        streams = [name for name in self._streams if name in value and name not in skipped]
-        generators = [name for name in self._generators if name in own]
-        for name in streams:
-            check_stream(name, value[name])
-        for name in generators:
-            check_state(self._generators[name], own[name], name)
-        # Nothing is set unless everything can be.
-        for name in streams:
-            set_stream(name, value[name])
-        for name in generators:
-            set_state(self._generators[name], own[name])
+        skipped = stored - here
+        for name in self._streams:
+            if name in value and not set_checked_stream(name, value[name]):
+                skipped.add(name)
+        for name, generator in self._generators.items():
+            if name in own:
+                set_checked(generator, own[name], name)
         # "cuda" is no loss where neither has it.
         kept = {name for name in here - stored if name != "cuda" or state_of_stream(name) is not None}
         self.skipped, self.kept = tuple(sorted(skipped)), tuple(sorted(kept))
         if skipped:
             _LOG.warning("random states that are stored, but that this process has no generators for: %s", self.skipped)
 
+    def _checked(self, value: Any) -> dict[str, Any]:
+        """The states of own generators of a stored value, all of which can be set."""
+        own = value.get(_OWN, {}) if type(value) is dict else None
+        if type(own) is not dict or not all(isinstance(name, str) for name in (*value, *own)):
+            raise MismatchError(
+                f"expected the value of a RandomState, a dict of states by name, found {value!r:.80}. Load what was saved from "
+                "a RandomState, or give an on_reshard that makes such a value"
+            )
+        for name in self._streams:
+            if name in value:
+                check_stream(name, value[name])
+        for name, generator in self._generators.items():
+            if name in own:
+                check_state(generator, own[name], name)
+        return own
+
     # Another grid.
 
     def _by_rank(self, stored: Mapping[Position, Any], grid: Position, position: Position) -> Any:
-        number = 0
-        for place, count in zip(position, grid, strict=True):
-            number = number * count + place
+        number = _number(grid, position)
         values = list(stored.values())
         return values[number] if number < len(values) else self._derive(stored, grid, position)
 
-    def _derive(self, stored: Mapping[Position, Any], grid: Position, position: Position) -> Any:
+    def _derive(self, stored: Mapping[Position, Any], grid: Position, position: Position) -> Beginning:
         fixed = [name for name, generator in self._generators.items() if not can_be_seeded(generator)]
         if fixed:
             kind = type(self._generators[fixed[0]]).__name__
@@ -144,15 +152,19 @@ class RandomState(RankedState):
             encoded = OBJECT_CODEC.encode(value, ("random state",))
             digest.update(f"{place} {len(encoded)} ".encode())
             digest.update(encoded)
-        digest.update(f"for {position}".encode())
-        return {_DERIVED: digest.digest()}
+        return Beginning(digest.digest(), _number(grid, position))
 
-    def _begin(self, root: bytes) -> None:
-        def number(name: str) -> int:
-            return int.from_bytes(hashlib.sha256(root + name.encode()).digest(), "little")
-
+    def _begin(self, beginning: Beginning) -> None:
         for name in self._streams:
-            seed_stream(name, number(name))
+            seed_stream(name, beginning)
         for name, generator in self._generators.items():
-            seed(generator, number(f"{_OWN}.{name}"))
+            seed(generator, beginning, f"{_OWN}.{name}")
         self.skipped = self.kept = ()
+
+
+def _number(grid: Position, position: Position) -> int:
+    """Of a position, counted row by row."""
+    number = 0
+    for place, count in zip(position, grid, strict=True):
+        number = number * count + place
+    return number
