@@ -23,7 +23,7 @@ from independent_reader import read_checkpoint
 
 OPTIONS = gs.SaveOptions(block_bytes=4096, buffer_bytes=4096, writer_threads=1, timeout_secs=20)
 # How many states are looked at after each system call, where the default is too many or too few.
-SOME, MANY = 4, 300
+SOME, MANY = 4, 200
 
 
 def state_of(value: float, rank: int, ranks: int) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def test_crash_at_any_operation_of_a_removal_of_tensors_leaves_all_or_the_others
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_crash_in_many_more_states_of_saves_leaves_old_or_new(ranks: int, seed: int) -> None:
     report = explore(
@@ -220,7 +220,7 @@ def test_crash_in_many_more_states_of_saves_leaves_old_or_new(ranks: int, seed: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_crash_in_many_more_states_of_steps_in_flight_loses_no_step(seed: int) -> None:
     operation = saving_in_background([2.0, 3.0, 4.0], 2, place_of_step)
     steps = [(step, float(step)) for step in (1, 2, 3, 4)]
