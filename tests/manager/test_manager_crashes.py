@@ -10,7 +10,6 @@ import torch
 import giantstep as gs
 from giantstep.manager import CheckpointManager
 from giantstep.testing.crash_points import explore
-from giantstep.testing.faults import CrashingStore
 
 OPTIONS = gs.SaveOptions(block_bytes=4096, buffer_bytes=4096, writer_threads=1)
 FROZEN = torch.arange(2000.0)
@@ -20,16 +19,16 @@ def state_of(value: float) -> dict[str, Any]:
     return {"frozen": FROZEN, "w": torch.full((1000,), value), "value": value}
 
 
-def manager_of(store: CrashingStore, incremental: bool) -> CheckpointManager:
+def manager_of(store: Any, incremental: bool) -> CheckpointManager:
     return CheckpointManager(store, keep=1, save_options=OPTIONS, incremental=incremental)
 
 
-def begin(store: CrashingStore, incremental: bool) -> None:
+def begin(store: Any, incremental: bool) -> None:
     with manager_of(store, incremental) as manager:
         manager.save(1, state_of(1.0))
 
 
-def save_and_remove(store: CrashingStore, incremental: bool) -> None:
+def save_and_remove(store: Any, incremental: bool) -> None:
     """A further job's step, pinned, and the removal of the step before, in this thread: a crash ends it all."""
     manager = manager_of(store, incremental)
     manager._saves._since_full = 1
@@ -42,7 +41,7 @@ def save_and_remove(store: CrashingStore, incremental: bool) -> None:
     manager.close()
 
 
-def value_in(store: CrashingStore) -> str:
+def value_in(store: Any) -> str:
     with CheckpointManager(store) as manager:
         restored = manager.restore({"frozen": torch.zeros(2000), "w": torch.zeros(1000), "value": None})
         assert restored is not None, "neither the old step nor the new one"
@@ -55,7 +54,7 @@ def value_in(store: CrashingStore) -> str:
     return f"{value:g}"
 
 
-def go_on(store: CrashingStore, incremental: bool) -> None:
+def go_on(store: Any, incremental: bool) -> None:
     pinned = ["step_00000002"] if "pinned" in store.folder("step_00000002").names("") else []
     with manager_of(store, incremental) as manager:
         manager.save(3, state_of(3.0))
@@ -73,5 +72,5 @@ def test_crash_at_any_operation_leaves_a_step_that_loads_and_the_next_manager_cl
         states_per_point=4,
     )
     assert any(operation.startswith("link") for operation in report.operations) == incremental
-    assert report.points > 50
+    assert report.points > 40
     assert set(report.outcomes) == {"1", "2"}

@@ -41,8 +41,6 @@ class _Disk:
     files: dict[str, _File] = field(default_factory=dict)
     durable_names: dict[str, _File] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
-    # What each name meant since its folder was last flushed, oldest first; None where there was no such file.
-    meanings: dict[str, list[_File | None]] = field(default_factory=dict)
     crash_at: int | None = None
     after: bool = False
     fail_with: int | None = None
@@ -103,17 +101,6 @@ class CrashingStore:
                 disk.crashed = True
                 raise CrashError
 
-    def _bind(self, path: str, file: _File | None) -> None:
-        """Let a name mean this file, or none, until its folder is flushed at the earliest."""
-        disk = self._disk
-        if path not in disk.meanings:
-            disk.meanings[path] = [disk.durable_names.get(path)]
-        disk.meanings[path].append(file)
-        if file is None:
-            disk.files.pop(path, None)
-        else:
-            disk.files[path] = file
-
     def after_power_loss(self, loss: Loss) -> CrashingStore:
         """A working store with what is left."""
         found = CrashingStore()
@@ -150,7 +137,7 @@ class CrashingStore:
         def effect() -> None:
             if path in self._disk.files:
                 raise FileExistsError(errno.EEXIST, path)
-            self._bind(path, _File(bytearray(size)))
+            self._disk.files[path] = _File(bytearray(size))
 
         self._operation(f"create {path}", effect)
         return CrashingHandle(self, path, self._disk.files[path])
@@ -163,8 +150,6 @@ class CrashingStore:
         inside = {name: file for name, file in self._disk.files.items() if name.rpartition("/")[0] == folder}
         kept = {name: file for name, file in self._disk.durable_names.items() if name.rpartition("/")[0] != folder}
         self._disk.durable_names = {**kept, **inside}
-        for name in [name for name in self._disk.meanings if name.rpartition("/")[0] == folder]:
-            del self._disk.meanings[name]
 
     def publish(self, name: str, data: bytes, temporary: str) -> None:
         handle = self.create(temporary, len(data), direct=False)
@@ -172,9 +157,7 @@ class CrashingStore:
         handle.sync()
 
         def rename() -> None:
-            file = self._disk.files[self._base + temporary]
-            self._bind(self._base + temporary, None)
-            self._bind(self._base + name, file)
+            self._disk.files[self._base + name] = self._disk.files.pop(self._base + temporary)
 
         self._operation(f"rename {self._base}{temporary} {self._base}{name}", rename)
         self.sync_names("")
@@ -194,12 +177,7 @@ class CrashingStore:
 
     def delete(self, name: str) -> None:
         path = self._base + name
-
-        def effect() -> None:
-            if path in self._disk.files:
-                self._bind(path, None)
-
-        self._operation(f"delete {path}", effect)
+        self._operation(f"delete {path}", lambda: (self._disk.files.pop(path, None), None)[1])
 
     def link(self, name: str, source: Store, source_name: str) -> None:
         if not isinstance(source, CrashingStore) or source._disk is not self._disk:
@@ -211,7 +189,7 @@ class CrashingStore:
         def effect() -> None:
             if path in self._disk.files:
                 raise FileExistsError(errno.EEXIST, path)
-            self._bind(path, self._disk.files[old])
+            self._disk.files[path] = self._disk.files[old]
 
         self._operation(f"link {old} {path}", effect)
 
@@ -238,7 +216,6 @@ class CrashingStore:
             self._disk.folders.discard(path)
             gone = {name for name in self._disk.durable_names if name.startswith(path)}
             self._disk.durable_names = {name: file for name, file in self._disk.durable_names.items() if name not in gone}
-            self._disk.meanings = {name: files for name, files in self._disk.meanings.items() if not name.startswith(path)}
 
         self._operation(f"remove_empty {path}", effect)
 

@@ -1,114 +1,339 @@
-"""All that a POSIX file system may show after a power loss, of what a `CrashingStore` was told and had not flushed.
+"""What a POSIX file system may show after a power loss: a model of files, folders, and what of them is durable.
 
-Until a file is flushed, of its bytes may be there: none (and a size of 0, or the new size and zeros), every other sector, or
-all. Until a folder is flushed, each name in it may mean what it meant at the last flush or anything that it meant since,
-whatever other names do: names made may be missing, names deleted may be back, of a rename either half may be lost. Each
-name and each file goes its own way, so that later changes may survive and earlier ones not.
+The model promises what POSIX does, and no more. Bytes and size of a file are durable once the file was flushed, names once
+their folder was. Until then, each name by itself may be anything that it was since the last flush of its folder: not yet
+made, not yet removed, not yet renamed, and all of that also for folders. Each file by itself may have its bytes of the last
+flush, the new ones, either of them sector by sector, zeros up to the new size, or some of the writes without others.
+
+Not here: the store that runs on it (`journal_store`), and what is to be found (`crash_points`).
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from giantstep.testing.faults import CrashingStore, _File, _torn
+_SECTOR_BYTES = 512
+# Of more writes since the last flush, not every subset is looked at.
+_MOST_WRITES = 3
+ROOT = 0
+"""Number of the topmost folder."""
 
-_NONE, _ZEROS, _TORN, _ALL = "durable bytes only", "zeros", "torn", "all bytes"
+
+@dataclass(slots=True)
+class File:
+    """Bytes as processes see them, as they were flushed, and the changes since: (offset, bytes) or (size, None)."""
+
+    data: bytearray
+    durable: bytes = b""
+    changes: list[tuple[int, bytes | None]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Folder:
+    """Names with the numbers of what they name; and per name all that it named since the last flush, None for nothing."""
+
+    names: dict[str, int] = field(default_factory=dict)
+    history: dict[str, list[int | None]] = field(default_factory=dict)
+
+    def set(self, name: str, number: int | None) -> None:
+        """Let a name be that of something else, or of nothing."""
+        self.history.setdefault(name, [self.names.get(name)]).append(number)
+        if number is None:
+            del self.names[name]
+        else:
+            self.names[name] = number
+
+
+class Disk:
+    """Files and folders by number. Paths are names joined with `/`, seen from the topmost folder, which is ""."""
+
+    def __init__(self) -> None:
+        self.items: dict[int, File | Folder] = {ROOT: Folder()}
+
+    def copy(self) -> Disk:
+        """Another one with the same numbers."""
+        found = Disk()
+        for number, item in self.items.items():
+            if isinstance(item, File):
+                found.items[number] = File(bytearray(item.data), item.durable, list(item.changes))
+            else:
+                history = {name: list(values) for name, values in item.history.items()}
+                found.items[number] = Folder(dict(item.names), history)
+        return found
+
+    # Looking.
+
+    def number_at(self, path: str) -> int | None:
+        """What is at a path; None if nothing is."""
+        number = ROOT
+        for part in path.split("/") if path else ():
+            item = self.items[number]
+            if not isinstance(item, Folder) or part not in item.names:
+                return None
+            number = item.names[part]
+        return number
+
+    def file_at(self, path: str) -> int:
+        """Number of the file at a path; raises `FileNotFoundError`."""
+        number = self.number_at(path)
+        if number is None or isinstance(self.items[number], Folder):
+            raise FileNotFoundError(errno.ENOENT, path)
+        return number
+
+    def file(self, number: int) -> File:
+        """A file by its number."""
+        item = self.items[number]
+        if isinstance(item, Folder):
+            raise IsADirectoryError(errno.EISDIR, str(number))
+        return item
+
+    def folder_at(self, path: str) -> Folder:
+        """The folder at a path; raises `FileNotFoundError`."""
+        number = self.number_at(path)
+        item = None if number is None else self.items[number]
+        if not isinstance(item, Folder):
+            raise FileNotFoundError(errno.ENOENT, path)
+        return item
+
+    def _parent(self, path: str) -> tuple[Folder, str]:
+        folder, _, name = path.rpartition("/")
+        return self.folder_at(folder), name
+
+    def _add(self, path: str, item: File | Folder) -> int:
+        parent, name = self._parent(path)
+        if name in parent.names:
+            raise FileExistsError(errno.EEXIST, path)
+        number = len(self.items)
+        self.items[number] = item
+        parent.set(name, number)
+        return number
+
+    # What processes do. One method per system call.
+
+    def mkdir(self, path: str) -> int:
+        """Make a folder."""
+        return self._add(path, Folder())
+
+    def create(self, path: str) -> int:
+        """Make an empty file; its number."""
+        return self._add(path, File(bytearray()))
+
+    def resize(self, number: int, size: int) -> None:
+        """Cut a file, or lengthen it with zeros."""
+        file = self.file(number)
+        _change(file.data, size, None)
+        file.changes.append((size, None))
+
+    def write(self, number: int, offset: int, data: bytes) -> None:
+        """Write into a file."""
+        file = self.file(number)
+        _change(file.data, offset, data)
+        file.changes.append((offset, data))
+
+    def sync(self, number: int) -> None:
+        """Make bytes and size of a file durable."""
+        file = self.file(number)
+        file.durable, file.changes = bytes(file.data), []
+
+    def sync_names(self, path: str) -> None:
+        """Make the names in a folder durable."""
+        self.folder_at(path).history.clear()
+
+    def rename(self, path: str, new: str) -> None:
+        """Give a file another name, in the place of what has it."""
+        number = self.file_at(path)
+        parent, name = self._parent(new)
+        parent.set(name, number)
+        parent, name = self._parent(path)
+        parent.set(name, None)
+
+    def link(self, path: str, new: str) -> None:
+        """Give a file a further name."""
+        number = self.file_at(path)
+        parent, name = self._parent(new)
+        if name in parent.names:
+            raise FileExistsError(errno.EEXIST, new)
+        parent.set(name, number)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file's name."""
+        self.file_at(path)
+        parent, name = self._parent(path)
+        parent.set(name, None)
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty folder."""
+        if self.folder_at(path).names:
+            raise OSError(errno.ENOTEMPTY, path)
+        parent, name = self._parent(path)
+        parent.set(name, None)
+
+    def settle(self) -> None:
+        """Make everything durable, as time does."""
+        for number, item in self.items.items():
+            if isinstance(item, File):
+                self.sync(number)
+            else:
+                item.history.clear()
+
+    # What may be found.
+
+    def choices(self) -> list[Choice]:
+        """What a power loss decides at this moment: each by itself."""
+        found: list[Choice] = []
+        for number, item in self.items.items():
+            if isinstance(item, Folder):
+                for name, history in item.history.items():
+                    values = list(dict.fromkeys([item.names.get(name), *reversed(history)]))
+                    if len(values) > 1:
+                        found.append(Choice(number, name, tuple(values)))
+            elif item.changes:
+                versions = _versions(item)
+                if len(versions) > 1:
+                    found.append(Choice(number, None, tuple(versions)))
+        return found
+
+    def left(self, choices: Sequence[Choice], decided: Sequence[int]) -> Disk:
+        """What is found if each choice is decided so: 0 is what processes saw, the last alternative what is durable."""
+        names: dict[tuple[int, str], int | None] = {}
+        data: dict[int, bytes] = {}
+        for choice, pick in zip(choices, decided, strict=True):
+            value = choice.values[pick]
+            if choice.name is None:
+                data[choice.number] = value if isinstance(value, bytes) else b""
+            else:
+                names[choice.number, choice.name] = value if isinstance(value, int) else None
+        found = Disk()
+        numbers: dict[int, int] = {ROOT: ROOT}
+        self._fill(found, ROOT, numbers, names, data)
+        return found
+
+    def _fill(
+        self,
+        found: Disk,
+        number: int,
+        numbers: dict[int, int],
+        names: dict[tuple[int, str], int | None],
+        data: dict[int, bytes],
+    ) -> None:
+        source, target = self.items[number], found.items[numbers[number]]
+        if not isinstance(source, Folder) or not isinstance(target, Folder):
+            return
+        for name in sorted({*source.names, *source.history}):
+            inner = names.get((number, name), source.names.get(name))
+            if inner is None:
+                continue
+            if inner not in numbers:
+                numbers[inner] = len(found.items)
+                item = self.items[inner]
+                if isinstance(item, File):
+                    content = data.get(inner, bytes(item.data))
+                    found.items[numbers[inner]] = File(bytearray(content), content)
+                else:
+                    found.items[numbers[inner]] = Folder()
+                    self._fill(found, inner, numbers, names, data)
+            target.names[name] = numbers[inner]
+
+    def key(self) -> bytes:
+        """Equal for disks on which processes see the same."""
+        state = hashlib.blake2b(digest_size=16)
+        for number, item in self.items.items():
+            # Numbers are given in the order of the walk, so equal trees have equal numbers, further names of a file included.
+            state.update(f"{number}:{isinstance(item, File)}:".encode("ascii"))
+            content = bytes(item.data) if isinstance(item, File) else repr(sorted(item.names.items())).encode("utf-8")
+            state.update(len(content).to_bytes(8, "little") + content)
+        return state.digest()
 
 
 @dataclass(frozen=True, slots=True)
-class Survivors:
-    """One of the states: the store, and in words what had not been flushed and has survived or not."""
+class Choice:
+    """Something that a power loss decides by itself.
 
-    store: CrashingStore
-    words: str
-
-
-def states_after(crashed: CrashingStore, most: int, seed: int = 0) -> Iterator[Survivors]:
-    """The states in which the disk may be found.
-
-    Args:
-        crashed: is only looked at.
-        most: if there are more, so many of them: the extremes, and others drawn at random.
-        seed: of what is drawn.
+    Attributes:
+        number: of the folder whose name it is, or of the file.
+        name: what is decided is what this name names; None: it is the bytes of the file.
+        values: the alternatives: first what processes saw, last what is durable.
     """
-    disk = crashed._disk
-    names = {path: _distinct(meanings) for path, meanings in sorted(disk.meanings.items())}
-    names = {path: choices for path, choices in names.items() if len(choices) > 1}
-    reachable = {id(file): file for file in (*disk.durable_names.values(), *disk.files.values())}
-    reachable |= {id(file): file for choices in names.values() for file in choices if file is not None}
-    files = {key: _contents_of(file) for key, file in reachable.items()}
-    open_files = [key for key, contents in files.items() if len(contents) > 1]
-    sizes = [*(len(choices) for choices in names.values()), *(len(files[key]) for key in open_files)]
-    for choice in _choices(sizes, most, random.Random(seed)):  # noqa: S311 - no secret
-        kept = dict(zip(names, choice, strict=False))
-        content = dict(zip(open_files, choice[len(names) :], strict=True))
-        yield _survivors(crashed, names, files, kept, content)
+
+    number: int
+    name: str | None
+    values: tuple[int | bytes | None, ...]
 
 
-def _distinct(meanings: Sequence[_File | None]) -> list[_File | None]:
-    """Oldest first, each once."""
-    return list({id(file): file for file in meanings}.values())
+def decisions(choices: Sequence[Choice], most: int, chance: random.Random) -> tuple[list[tuple[int, ...]], bool]:
+    """Ways to decide all choices, and whether these are all ways.
 
-
-def _contents_of(file: _File) -> dict[str, bytes]:
-    """What may be found in a file, by what that is called; one if all of it is durable."""
-    whole = bytes(file.data)
-    found = {_NONE: file.durable, _ZEROS: file.durable.ljust(len(whole), b"\0")[: len(whole)], _TORN: _torn(file), _ALL: whole}
-    return {
-        name: content for number, (name, content) in enumerate(found.items()) if content not in list(found.values())[:number]
-    }
-
-
-def _choices(sizes: Sequence[int], most: int, draw: random.Random) -> Iterator[tuple[int, ...]]:
+    If there are more than `most`: everything as processes saw it, everything as it is durable, both with each choice by itself
+    decided otherwise, and drawn ones up to that number. The ways in which one thing alone is lost are never left out.
+    """
+    sizes = [len(choice.values) for choice in choices]
     if math.prod(sizes) <= most:
-        yield from itertools.product(*map(range, sizes))
-        return
-    # Everything lost, everything there; then each thing alone lost or there; then at random.
-    lost, there = tuple(0 for _ in sizes), tuple(size - 1 for size in sizes)
-    wanted = [lost, there]
-    for number, size in enumerate(sizes):
+        return list(itertools.product(*map(range, sizes))), True
+    newest, oldest = (0,) * len(sizes), tuple(size - 1 for size in sizes)
+    found = dict.fromkeys([newest, oldest, *_flips(newest, sizes)])
+    for flipped in _flips(oldest, sizes):
+        if len(found) >= most:
+            break
+        found[flipped] = None
+    for _ in range(4 * most):
+        if len(found) >= most:
+            break
+        found[tuple(chance.randrange(size) for size in sizes)] = None
+    return list(found), False
+
+
+def _flips(base: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    for place, size in enumerate(sizes):
         for value in range(size):
-            wanted += [(*base[:number], value, *base[number + 1 :]) for base in (lost, there)]
-    wanted = list(dict.fromkeys(wanted))
-    if len(wanted) > most:
-        wanted = [*wanted[:2], *draw.sample(wanted[2:], max(0, most - 2))]
-    seen = set(wanted)
-    yield from wanted
-    while len(seen) < most:
-        chosen = tuple(draw.randrange(size) for size in sizes)
-        if chosen not in seen:
-            seen.add(chosen)
-            yield chosen
+            if value != base[place]:
+                yield (*base[:place], value, *base[place + 1 :])
 
 
-def _survivors(
-    crashed: CrashingStore,
-    names: dict[str, list[_File | None]],
-    files: dict[int, dict[str, bytes]],
-    kept: dict[str, int],
-    content: dict[int, int],
-) -> Survivors:
-    found = CrashingStore()
-    disk, left = crashed._disk, found._disk
-    left.folders = set(disk.folders)
-    found._base = crashed._base
-    made: dict[int, _File] = {}
-    words = []
-    settled = {path: file for path, file in disk.durable_names.items() if path not in names}
-    chosen = {path: choices[kept[path]] for path, choices in names.items()}
-    for path, file in {**settled, **chosen}.items():
-        if path in names:
-            words.append(f"{path} {'is not there' if file is None else 'is as of step ' + str(kept[path])}")
-        if file is None:
-            continue
-        if id(file) not in made:
-            name, data = list(files[id(file)].items())[content.get(id(file), 0)]
-            made[id(file)] = _File(bytearray(data), data)
-            if len(files[id(file)]) > 1:
-                words.append(f"{path} has {name}")
-        left.files[path] = left.durable_names[path] = made[id(file)]
-    return Survivors(found, "; ".join(words) or "nothing was open")
+def _change(data: bytearray, start: int, new: bytes | None) -> None:
+    if new is None:
+        del data[start:]
+        data.extend(bytes(start - len(data)))
+    else:
+        data.extend(bytes(max(0, start + len(new) - len(data))))
+        data[start : start + len(new)] = new
+
+
+def _versions(file: File) -> list[bytes]:
+    """What a file may hold that was not flushed: first what processes saw, last what is durable."""
+    now, durable = bytes(file.data), file.durable
+    longer = durable + bytes(max(0, len(now) - len(durable)))
+    found = [now, *_subsets(file)]
+    for first in (0, _SECTOR_BYTES):
+        torn = bytearray(longer[: len(now)])
+        for start in range(first, len(now), 2 * _SECTOR_BYTES):
+            torn[start : start + _SECTOR_BYTES] = now[start : start + _SECTOR_BYTES]
+        found.append(bytes(torn))
+    # The size came through and no byte; bytes and not the size; the first half.
+    found += [longer[: len(now)], now[: len(durable)], now[: len(now) // 2], durable]
+    kept = dict.fromkeys(found)
+    if now != durable:
+        del kept[durable]
+        return [*kept, durable]
+    return list(kept)
+
+
+def _subsets(file: File) -> list[bytes]:
+    """With some of the changes since the last flush and without others."""
+    count = len(file.changes)
+    if count > _MOST_WRITES:
+        picks: list[tuple[int, ...]] = [(row,) for row in (0, count - 1)] + [tuple(range(1, count)), tuple(range(count - 1))]
+    else:
+        picks = [pick for size in range(1, count) for pick in itertools.combinations(range(count), size)]
+    found = []
+    for pick in picks:
+        data = bytearray(file.durable)
+        for row in pick:
+            _change(data, *file.changes[row])
+        found.append(bytes(data))
+    return found
