@@ -142,7 +142,7 @@ class Steps:
             with no_effects(), _bounded_memory(name, self._store.stored_bytes):
                 value = operation()
         except EXPECTED as error:
-            self.refused.append(f"{name}: {type(error).__name__}: {error!s:.300}")
+            self.refused.append(f"{name}: {type(error).__name__}")
             value = None
         except FindingError:
             raise

@@ -7,7 +7,7 @@ would split a block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -58,11 +58,11 @@ def dequantise(tensor: Blocks) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What other tests have registered comes back.
+    monkeypatch.setattr(wrappers, "_BY_TYPE", {})
+    monkeypatch.setattr(wrappers, "_BY_NAME", {})
     gs.register_wrapper(Blocks, name="blocks", take_apart=take_apart, put_together=put_together, dequantise=dequantise)
-    yield
-    wrappers._BY_TYPE.clear()
-    wrappers._BY_NAME.clear()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,11 @@ ROWS, WIDTH = 24, 6
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What other tests have registered comes back.
+    monkeypatch.setattr(wrappers, "_BY_TYPE", {})
+    monkeypatch.setattr(wrappers, "_BY_NAME", {})
     gs.register_wrapper(RowScaled, name="rows", take_apart=take_apart, put_together=put_together)
-    yield
-    wrappers._BY_TYPE.clear()
-    wrappers._BY_NAME.clear()
 
 
 def values() -> torch.Tensor:

@@ -60,6 +60,8 @@ def contents(
         writer=np.zeros(count, dtype=np.int64),
         source_row=np.arange(count),
         whole=np.ones(count, dtype=bool),
+        twin=np.zeros((count, 0), dtype=np.int64),
+        twin_row=np.zeros((count, 0), dtype=np.int64),
         ranks=ranks,
         objects=ObjectPlan([], none, none, none, none.astype(bool)),
     )

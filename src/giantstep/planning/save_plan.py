@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,34 @@ from giantstep.planning.description import Description, Parts
 from giantstep.planning.holders import Holders, group_holders, holder_sets, positions, rows_at
 from giantstep.planning.objects import ObjectPlan, check_wrappers, plan_objects
 from giantstep.planning.shard_table import ShardTable, tabulate
+from giantstep.planning.twins import NOBODY, Replication, file_groups, twins_of
 from giantstep.shards.flat import flat_range_to_regions
 from giantstep.shards.region import Int64s, Region, padded_to_ragged, same_rows, split_region, volumes
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPart:
+    """What one rank writes as a twin of others: the same files as these (`twins`). In the order of owner, group and chunk.
+
+    Attributes:
+        owner, group: [chunks] whose file it belongs to, and which of its groups of files.
+        row, cut, offset, size: as in `WritePart`.
+    """
+
+    owner: Int64s
+    group: Int64s
+    row: Int64s
+    cut: Int64s
+    offset: Int64s
+    size: Int64s
+
+    @classmethod
+    def of_nothing(cls) -> CopyPart:
+        """No twin of anybody."""
+        return cls(*(np.zeros(0, dtype=np.int64) for _ in _COPY_COLUMNS))
+
+
+_COPY_COLUMNS = ("owner", "group", "row", "cut", "offset", "size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +60,8 @@ class WritePart:
         differing: names of objects that are not the same on all ranks that hold them.
         weights: per object of this rank's description, by what its digest is multiplied in the sum over all ranks that
             is 0 as long as their values are equal (`planning.reuse`).
+        group: [chunks] number of the group of files that each lies in (`twins`); empty if there are no copies.
+        copies: what it writes as a twin of others.
     """
 
     row: Int64s
@@ -43,10 +71,13 @@ class WritePart:
     objects: list[str]
     differing: list[str]
     weights: Int64s
+    group: Int64s = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    copies: CopyPart = field(default_factory=CopyPart.of_nothing)
 
     def encode(self) -> Parts:
         """As a message, in parts of which most are equal on many ranks."""
-        columns = (self.row, self.cut, self.offset, self.size, self.weights)
+        copies = (getattr(self.copies, name) for name in _COPY_COLUMNS)
+        columns = (self.row, self.cut, self.offset, self.size, self.weights, self.group, *copies)
         return (*map(pack_column, columns), *pack_texts(self.objects), *pack_texts(self.differing))
 
     @classmethod
@@ -54,11 +85,12 @@ class WritePart:
         """Inverse of `encode`."""
         if len(parts) != _WRITE_PARTS:
             raise PeerFailureError(f"rank 0 sent a part of the plan in {len(parts)} parts, expected {_WRITE_PARTS}")
-        row, cut, offset, size, weights = (unpack_column(part) for part in parts[:5])
-        return cls(row, cut, offset, size, unpack_texts(*parts[5:7]), unpack_texts(*parts[7:9]), weights)
+        row, cut, offset, size, weights, group, *copies = (unpack_column(part) for part in parts[:-4])
+        objects, differing = unpack_texts(*parts[-4:-2]), unpack_texts(*parts[-2:])
+        return cls(row, cut, offset, size, objects, differing, weights, group, CopyPart(*copies))
 
 
-_WRITE_PARTS = 9
+_WRITE_PARTS = 6 + len(_COPY_COLUMNS) + 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +105,7 @@ class SavePlan:
         writer: [chunks] rank that writes it.
         source_row: [chunks] row in that rank's description.
         whole: [chunks] whether it is all of the region that that row describes.
+        twin, twin_row: [chunks, copies] ranks that write it too, or -1, and the rows in their descriptions.
         ranks: number of ranks.
         objects: the objects of the checkpoint.
     """
@@ -89,6 +122,8 @@ class SavePlan:
     writer: Int64s
     source_row: Int64s
     whole: NDArray[np.bool_]
+    twin: Int64s
+    twin_row: Int64s
     ranks: int
     objects: ObjectPlan
 
@@ -109,6 +144,8 @@ class SavePlan:
         width = len(values["shape"]) // max(1, len(values["ndim"]))
         values |= {name: values[name].reshape(-1, max(1, width)) for name in ("shape", "offset", "size")}
         objects = ObjectPlan(unpack_texts(*parts[2:4]), writer, holders, sizes, differs.astype(bool))
+        copies = len(values["twin"]) // max(1, len(values["tensor"]))
+        values |= {name: values[name].reshape(len(values["tensor"]), copies) for name in ("twin", "twin_row")}
         values |= {"dtype": values["dtype"].astype(np.uint8), "whole": values["whole"].astype(bool)}
         return cls(keys=unpack_texts(*parts[:2]), ranks=int(ranks[0]), objects=objects, **values)
 
@@ -123,6 +160,8 @@ class SavePlan:
         dims = self.ndim[self.tensor]
         objects, differing = self.objects.by_writer(), list(self.objects.differing())
         weights = self.objects.weights(descriptions)
+        groups = file_groups(self.writer, self.twin) if self.twin.shape[1] else None
+        copies = self._copies(groups, dims) if groups is not None else [CopyPart.of_nothing()] * self.ranks
         found = []
         for rank, rows in enumerate(self.chunks_by_writer()):
             cut = np.flatnonzero(~self.whole[rows])
@@ -136,12 +175,31 @@ class SavePlan:
                     objects.get(rank, []),
                     differing,
                     weights[rank],
+                    np.zeros(0, dtype=np.int64) if groups is None else groups[rows],
+                    copies[rank],
                 )
             )
         return found
 
+    def _copies(self, groups: Int64s, dims: Int64s) -> list[CopyPart]:
+        chunk, number = np.nonzero(self.twin >= 0)
+        twin, row = self.twin[chunk, number], self.twin_row[chunk, number]
+        order = np.lexsort((chunk, groups[chunk], self.writer[chunk], twin))
+        chunk, twin, row = chunk[order], twin[order], row[order]
+        ends = np.cumsum(np.bincount(twin, minlength=self.ranks))
+        found = []
+        for chunks, rows in zip(np.split(chunk, ends[:-1]), np.split(row, ends[:-1]), strict=True):
+            cut = np.flatnonzero(~self.whole[chunks])
+            chosen = chunks[cut]
+            regions = (padded_to_ragged(table[chosen], dims[chosen]) for table in (self.offset, self.size))
+            found.append(CopyPart(self.writer[chunks], groups[chunks], rows, cut, *regions))
+        return found
 
-_COLUMNS = ("dtype", "ndim", "shape", "tied", "tensor", "offset", "size", "bytes", "writer", "source_row", "whole")
+
+_COLUMNS = (
+    *("dtype", "ndim", "shape", "tied", "tensor", "offset", "size", "bytes", "writer", "source_row", "whole"),
+    *("twin", "twin_row"),
+)
 _PLAN_PARTS = 4 + len(_COLUMNS) + 5
 
 
@@ -152,6 +210,7 @@ def plan_save(
     max_chunk_bytes: int,
     cells: Int64s | None = None,
     steady: bool = False,
+    replication: Replication | None = None,
 ) -> SavePlan:
     """Plan a save.
 
@@ -162,6 +221,7 @@ def plan_save(
         cells: by rank, the number of the ranks among which it shares writing; None: all share with all. A region is
             written by holders of the cell of its main replica, which is the lowest rank where any may be main.
         steady: regions are to be divided as in the next save, whose objects may be a little longer or shorter.
+        replication: which ranks are to write copies of what they hold too.
 
     Raises:
         CoverageError, DisagreementError: the descriptions do not fit together.
@@ -173,7 +233,7 @@ def plan_save(
     check_wrappers(table.keys, objects.keys)
     holders = _untied(table, holders)
     weighed = replace(objects, bytes=objects.bytes // _STEADY_BYTES * _STEADY_BYTES) if steady else objects
-    plan = _shared_out(table, holders, weighed, len(descriptions), split_bytes, cells)
+    plan = _shared_out(table, holders, weighed, len(descriptions), split_bytes, cells, replication)
     plan = replace(plan, objects=objects)
     return _sorted(_divided(plan, max_chunk_bytes))
 
@@ -190,7 +250,13 @@ def _untied(table: ShardTable, holders: Holders) -> Holders:
 
 
 def _shared_out(
-    table: ShardTable, holders: Holders, objects: ObjectPlan, ranks: int, split_bytes: int, cells: Int64s | None
+    table: ShardTable,
+    holders: Holders,
+    objects: ObjectPlan,
+    ranks: int,
+    split_bytes: int,
+    cells: Int64s | None,
+    replication: Replication | None,
 ) -> SavePlan:
     first = holders.first_rows
     tensor, offset, size = table.tensor[first], table.offset[first], table.size[first]
@@ -212,6 +278,7 @@ def _shared_out(
         lowest[set_of],
         table.row[first],
         np.ones(len(first), dtype=bool),
+        *_no_twins(len(first), replication),
         ranks,
         objects,
     )
@@ -226,6 +293,11 @@ def _shared_out(
     group = np.concatenate((alone, shared[parts.group]))
     writer = np.concatenate((plan.writer[alone], parts.rank))
     divided = np.concatenate((size[alone], parts.size))
+    twin, twin_row = _no_twins(len(group), replication)
+    if replication is not None:
+        twin = twins_of(sets, set_of[group], writer, replication)
+        chunk, number = np.nonzero(twin >= 0)
+        twin_row[chunk, number] = table.row[rows_at(table, holders, group[chunk], twin[chunk, number])]
     return replace(
         plan,
         tensor=tensor[group],
@@ -235,7 +307,14 @@ def _shared_out(
         writer=writer,
         source_row=table.row[rows_at(table, holders, group, writer)],
         whole=same_rows(divided, size[group]),
+        twin=twin,
+        twin_row=twin_row,
     )
+
+
+def _no_twins(chunks: int, replication: Replication | None) -> tuple[Int64s, Int64s]:
+    shape = (chunks, 0 if replication is None else replication.copies)
+    return np.full(shape, NOBODY, dtype=np.int64), np.zeros(shape, dtype=np.int64)
 
 
 def _members(sets: Sequence[Int64s]) -> tuple[Int64s, Int64s]:
@@ -324,6 +403,8 @@ def _with_chunks(plan: SavePlan, rows: Int64s, offset: Int64s, size: Int64s, len
         writer=plan.writer[rows],
         source_row=plan.source_row[rows],
         whole=plan.whole[rows] & (length == plan.bytes[rows]),
+        twin=plan.twin[rows],
+        twin_row=plan.twin_row[rows],
     )
 
 

@@ -15,7 +15,7 @@ from giantstep.planning.description import Parts
 from giantstep.planning.reuse import PLAN_ID_BYTES
 from giantstep.planning.save_plan import SavePlan, WritePart
 
-_KIND = b"giantstep plan 1"
+_KIND = b"giantstep plan 2"
 _DIGEST = "digest"
 
 
