@@ -30,8 +30,12 @@ from giantstep.planning.description import Description, decode_descriptions
 from giantstep.planning.reuse import PLAN_ID_BYTES, all_as_before, fingerprint, token, weighted
 from giantstep.planning.save_plan import SavePlan, WritePart, plan_save
 from giantstep.planning.stored_plan import StoredPlan
+from giantstep.planning.twins import Replication
 from giantstep.shards.object_keys import COMMON_KEY
+from giantstep.storage.base import Store
 from giantstep.stored_plans import find_plan, keep_plan, remember_plan
+from giantstep.tiers.hosts import HostMap, Standing
+from giantstep.tiers.node_store import NodeStore
 from giantstep.writers import Balanced, Caller
 
 _LOG = logging.getLogger("giantstep")
@@ -46,18 +50,30 @@ _HEADER_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank stands among those that save: the cell that the policy of writers names, and the name of the group."""
+    """Where a rank stands among those that save.
+
+    Attributes:
+        cell: that the policy of writers names.
+        group_name: name of the group.
+        standing: where it stands among the hosts, if each has a place of its own; and how many copies its bytes are to
+            have on others.
+        copies: see there.
+    """
 
     cell: str
     group_name: str
+    standing: Standing | None = None
+    copies: int = 0
 
     @classmethod
-    def of(cls, rank: int, size: int, process_group: Any, options: SaveOptions) -> Place:
+    def of(cls, rank: int, size: int, process_group: Any, options: SaveOptions, store: Store) -> Place:
         """Ask the policy. Needs the process group, which may be destroyed while a save goes on in the background."""
         policy = options.writers if options.writers is not None else Balanced()
         cell = policy.cell(Caller(rank, size, process_group))
         if not isinstance(cell, str):
             raise BadArgumentError(f"{type(policy).__name__}.cell must return a str, not {cell!r}")
+        if isinstance(store, NodeStore):
+            return cls(cell, name_of(process_group), store.standing, store.protection.replicas)
         return cls(cell, name_of(process_group))
 
 
@@ -132,15 +148,19 @@ class SavePlanner:
         self._described = subject.described
         self._call = subject.call
         self._object_bytes = subject.object_bytes
-        self._cell = subject.place.cell
+        self._cell, self._standing, self._copies = subject.place.cell, subject.place.standing, subject.place.copies
         self.description = structure_of(subject.described)
-        circumstances = [self._group.rank, self._group.size, subject.place.group_name, self._cell, settings(self._options)]
+        place = [subject.place.group_name, self._cell, self._told_standing().decode("ascii"), self._copies]
+        circumstances = [self._group.rank, self._group.size, *place, settings(self._options)]
         self._fingerprint = fingerprint(self.description, json.dumps(circumstances, sort_keys=True).encode("ascii"))
         if self._options.plan_cache is not None:
             self._known = find_plan(self._options.plan_cache, self._group.rank, self._fingerprint)
         if self._known is None:
             return self._tell()
         return with_call(self._call, _AS_BEFORE, self._token(self._known))
+
+    def _told_standing(self) -> bytes:
+        return b"" if self._standing is None else self._standing.encode()
 
     def _token(self, known: StoredPlan) -> bytes:
         names = weighted(known.part, self.description.object_keys)
@@ -154,7 +174,8 @@ class SavePlanner:
         self.description = with_digests(self.description, self._described, self._group.size, self._options.buffer_bytes)
         sizes = [self._object_bytes.get(name, 0) for name in self.description.object_keys]
         self.description = replace(self.description, object_bytes=np.array(sizes, dtype=np.int64))
-        return with_call(self._call, _NEW, self._cell.encode("utf-8", "surrogatepass"), *self.description.encode())
+        where = (self._cell.encode("utf-8", "surrogatepass"), self._told_standing())
+        return with_call(self._call, _NEW, *where, *self.description.encode())
 
     # Rank 0's decision.
 
@@ -166,7 +187,7 @@ class SavePlanner:
                 return [(_TELL,)] * count
             self.plan = None if self._known is None else self._known.plan
             return [(_HOLDS, prepare())] * count
-        descriptions = decode_descriptions([report[2:] for report in reports])
+        descriptions = decode_descriptions([report[3:] for report in reports])
         # Equal names are one object: they are numbered without being looked at.
         numbers: dict[bytes, int] = {}
         cells = np.array([numbers.setdefault(report[1], len(numbers)) for report in reports], dtype=np.int64)
@@ -177,6 +198,7 @@ class SavePlanner:
                 max_chunk_bytes=max(1, self._options.max_file_bytes - _HEADER_BYTES),
                 cells=cells if len(numbers) > 1 else None,
                 steady=self._options.keeps_digests,
+                replication=self._replication([report[2] for report in reports]),
             )
         except CoverageError as error:
             if error.tensor_key is None:
@@ -187,6 +209,13 @@ class SavePlanner:
         self.plan = plan
         head, plan_id = prepare(), secrets.token_bytes(PLAN_ID_BYTES)
         return [(_PLANNED, head, plan_id, *part.encode()) for part in plan.parts(descriptions)]
+
+    def _replication(self, standings: Sequence[bytes]) -> Replication | None:
+        if not self._copies:
+            return None
+        hosts = HostMap.of([Standing.decode(told) for told in standings])
+        hosts.check_copies(self._copies)
+        return Replication(self._copies, hosts.domain_of_ranks())
 
     def _explain_refusal(self, key: str) -> None:
         def decide(reports: Sequence[bytes]) -> list[bytes]:

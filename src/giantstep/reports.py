@@ -40,6 +40,9 @@ class SaveReport:
         bytes_reused: of `bytes`, what lies in data files of the previous step and was not written (`SaveOptions.previous`).
         bytes_dead: in these files, bytes that belong to earlier steps alone.
         not_reused: why not all that is unchanged was used again, if something stood against it; else "".
+        bytes_sent: of files, by this rank to other hosts (node-local saves).
+        bytes_spared: by all ranks together: copies that were not sent, because ranks of other hosts held the same and wrote
+            it themselves.
     """
 
     location: str
@@ -54,6 +57,8 @@ class SaveReport:
     bytes_reused: int = 0
     bytes_dead: int = 0
     not_reused: str = ""
+    bytes_sent: int = 0
+    bytes_spared: int = 0
 
     def __str__(self) -> str:
         what = f"{_counted(self.tensors, 'tensor')} and {_counted(self.objects, 'object')}"

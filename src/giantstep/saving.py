@@ -31,10 +31,12 @@ from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
 from giantstep.planning.index_plan import WriteReport, build_index
+from giantstep.protected_save import Protected, ProtectedWrite
 from giantstep.reports import SaveReport, size_text
 from giantstep.sources import Content, PartSources, encoded, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
+from giantstep.tiers.node_store import NodeStore
 from giantstep.writing.write import write
 
 _LOG = logging.getLogger("giantstep")
@@ -133,6 +135,7 @@ class Save:
         self._written_bytes = 0
         self._content: Content | None = None
         self._comparison: Comparison | None = None
+        self._protected: Protected | None = None
         self._totals = (0, 0, 0)
 
     # Stage 1: describe.
@@ -147,7 +150,9 @@ class Save:
         self._metadata = copy.deepcopy(self._metadata)
         check_metrics(self._metrics)
         self._metrics = dict(self._metrics or {})
-        self._place = Place.of(group.rank, group.size, self._process_group, self.options)
+        self._place = Place.of(group.rank, group.size, self._process_group, self.options, self._store)
+        if isinstance(self._store, NodeStore) and self.options.keeps_digests:
+            raise BadArgumentError("previous and digests are for places that all ranks share: a node-local save has neither")
         self.described = describe(self._state_dict, for_load=False, known=kept_outlines(group))
         keep_outline(group, self.described.outline)
         self.objects = encoded(self.described.stored)
@@ -180,7 +185,7 @@ class Save:
         self._store.prepare(DATA_DIR)
         self._root.before = current_record(self._store)
         # Of an incremental save it is not known yet how much is to be written.
-        if self.options.check_free_space and self._previous is None:
+        if self.options.check_free_space and self._previous is None and not isinstance(self._store, NodeStore):
             self._check_space(self._planner.planned_bytes())
         return new_save_id(dt.datetime.now(dt.UTC), secrets.token_hex(8)).encode("ascii")
 
@@ -227,6 +232,9 @@ class Save:
             check: raises if the checkpoint must not be committed.
             spared: processor cores of each rank that have something else to do.
         """
+        if isinstance(self._store, NodeStore):
+            self._write_on_hosts(self._store, check, spared)
+            return
 
         def write() -> Parts:
             check()
@@ -244,8 +252,19 @@ class Save:
         tensors, objects, total = (int(part) for part in answer.split())
         self._totals = (tensors, objects, total)
 
-    def _write(self, threads: Threads, check: Callable[[], None]) -> Parts:
+    def _write_on_hosts(self, store: NodeStore, check: Callable[[], None], spared: int) -> None:
+        options, metrics = self.options, self._metrics or {}
+        threads = threads_for(options.writer_threads, self._group.size, spared=spared)
+        run = ProtectedWrite(self._group, store, self._save_id, options, self._planner, self._metadata, metrics)
+        done = self._protected = run.run(self._taken_contents, self.described, threads, check)
+        self._totals, self._written_bytes = (done.tensors, done.objects, done.bytes), done.bytes_written
+
+    def _taken_contents(self) -> Content:
         content, self._content = self._contents(), None
+        return content
+
+    def _write(self, threads: Threads, check: Callable[[], None]) -> Parts:
+        content = self._taken_contents()
         sources = content.sources
         plans = self._file_plans(content)
         self._store.prepare(DATA_DIR)
@@ -325,4 +344,6 @@ class Save:
             bytes_reused=0 if verdict is None else verdict.bytes_reused,
             bytes_dead=0 if verdict is None else verdict.bytes_dead,
             not_reused="" if verdict is None else verdict.problem,
+            bytes_sent=0 if self._protected is None else self._protected.bytes_sent,
+            bytes_spared=0 if self._protected is None else self._protected.bytes_spared,
         )

@@ -53,6 +53,11 @@ def discard(store: Store, save_id: str, rank: int) -> list[str]:
     return _remove(store, lambda _, found: found == save_id, f"{DATA_DIR}/{save_id}-r{rank:05d}-")
 
 
+def discard_save(store: Store, save_id: str) -> list[str]:
+    """Delete what all ranks of a host wrote and received for a save that was given up before it was published."""
+    return _remove(store, lambda _, found: found == save_id)
+
+
 def discard_unless_published(store: Store, save_id: str) -> bool:
     """Delete everything that a failed save of one process wrote, unless it is in force; return whether it is not.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 
 from giantstep.errors import IncompleteError, NotACheckpointError, StoreError
-from giantstep.format.index import Index, encode_index, stored_chunks
+from giantstep.format.index import EncodedIndex, Index, encode_index, stored_chunks
 from giantstep.format.names import RECORD_NAME, index_file_name
 from giantstep.format.record import (
     MAX_RECORD_BYTES,
@@ -16,11 +17,12 @@ from giantstep.format.record import (
     FileEntry,
     IndexEntry,
     Json,
+    Nodes,
     Totals,
     encode_record,
     looks_like_a_record,
 )
-from giantstep.format.versions import CURRENT
+from giantstep.format.versions import WITH_DIGESTS, WITH_NODES
 from giantstep.storage.base import Store, read_all
 
 
@@ -81,15 +83,49 @@ def publish(
     """
     _check_place(store, files, before)
     encoded = encode_index(index, save_id, block_bytes)
-    name = index_file_name(save_id)
-    handle = store.create(name, len(encoded.data), direct=False)
+    put_index(store, save_id, encoded.data)
+    record = record_of(
+        save_id,
+        index,
+        encoded,
+        files,
+        world_size=world_size,
+        block_bytes=block_bytes,
+        content_metadata=content_metadata,
+        metrics=metrics,
+    )
+    # Again, as late as can be: what happens between this look and the rename is not noticed.
+    _check_place(store, files, before)
+    store.publish(RECORD_NAME, encode_record(record), temporary_record_name(save_id))
+    return record
+
+
+def put_index(store: Store, save_id: str, data: bytes) -> None:
+    """Write an index, durable when it returns."""
+    handle = store.create(index_file_name(save_id), len(data), direct=False)
     try:
-        handle.write_at(0, encoded.data)
+        handle.write_at(0, data)
         # Invariant: the index is durable before the record that names it.
         handle.sync()
     finally:
         handle.close()
     store.sync_names("")
+
+
+def record_of(
+    save_id: str,
+    index: Index,
+    encoded: EncodedIndex,
+    files: tuple[FileEntry, ...],
+    *,
+    world_size: int,
+    block_bytes: int,
+    content_metadata: Json,
+    metrics: Mapping[str, float],
+    nodes: Nodes | None = None,
+) -> CommitRecord:
+    """The commit record of an index."""
+    name = index_file_name(save_id)
     record = CommitRecord(
         save_id=save_id,
         library=library_name(),
@@ -105,13 +141,25 @@ def publish(
             bytes=int(index.chunk_bytes[stored_chunks(index)].sum() + index.object_bytes.sum()),
         ),
         content_metadata=content_metadata,
-        version=CURRENT if metrics else index.version,
+        version=WITH_DIGESTS if metrics else index.version,
         metrics=metrics,
     )
-    # Again, as late as can be: what happens between this look and the rename is not noticed.
-    _check_place(store, files, before)
-    store.publish(RECORD_NAME, encode_record(record), temporary_record_name(save_id))
-    return record
+    return record if nodes is None else replace(record, version=WITH_NODES, nodes=nodes)
+
+
+def publish_here(store: Store, save_id: str, index: bytes, record: bytes, files: tuple[FileEntry, ...]) -> None:
+    """Commit a checkpoint of which this place holds some files: on every host, from the same bytes.
+
+    Args:
+        index, record: what is to be in force here.
+        files: those of the data files that are to be here.
+
+    Raises: as `publish`. It does not look for other saves: all hosts agree on one.
+    """
+    _check_files(store, files)
+    store.delete(index_file_name(save_id))
+    put_index(store, save_id, index)
+    store.publish(RECORD_NAME, record, temporary_record_name(save_id))
 
 
 def _check_place(store: Store, files: tuple[FileEntry, ...], before: bytes | None) -> None:
@@ -121,6 +169,10 @@ def _check_place(store: Store, files: tuple[FileEntry, ...], before: bytes | Non
         if found_record is None:
             raise StoreError(f"{store.location} lost its {RECORD_NAME} while this save was writing; this one is given up")
         raise StoreError(f"another save was committed to {store.location} while this one was writing; this one is given up")
+    _check_files(store, files)
+
+
+def _check_files(store: Store, files: tuple[FileEntry, ...]) -> None:
     for file in files:
         try:
             found = store.size(file.name)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from giantstep.errors import CorruptionError
 from giantstep.format.container import DATA_ALIGNMENT, Entry, PlacedEntry, lay_out, parse_header
 from giantstep.format.digests import Checksums, anchor_digest, block_checksums
-from giantstep.format.versions import CURRENT, PLAIN, check_version
+from giantstep.format.versions import PLAIN, WITH_DIGESTS, check_version
 from giantstep.shards.dtypes import ITEM_BYTES
 from giantstep.shards.partition import axes_of, partitioned, products
 from giantstep.shards.region import MAX_DIMS, MAX_ELEMENTS, Int64s
@@ -100,7 +100,7 @@ class Index:
     @property
     def version(self) -> str:
         """The format version that has all of it."""
-        return PLAIN if all(getattr(self, name) is None for name in OPTIONAL_COLUMNS) else CURRENT
+        return PLAIN if all(getattr(self, name) is None for name in OPTIONAL_COLUMNS) else WITH_DIGESTS
 
 
 def encode_texts(texts: list[bytes]) -> tuple[Int64s, NDArray[np.uint8]]:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from giantstep.errors import BadArgumentError, CorruptionError
@@ -60,6 +60,27 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
+class Nodes:
+    """What a checkpoint in the nodes' own places says of them. Each holds record and index, and some of the data files.
+
+    Attributes:
+        run: name of the run.
+        generation: how often the run had gone on from a checkpoint.
+        replicas: copies of each data file, besides the first.
+        parity: (data, parity) blocks of a stripe at most, or None.
+        hosts: [hosts] name, failure domain and circle of each.
+        host_of_rank: [world size] number of the host of each rank.
+    """
+
+    run: str
+    generation: int
+    replicas: int
+    parity: tuple[int, int] | None
+    hosts: tuple[tuple[str, str, str], ...]
+    host_of_rank: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CommitRecord:
     """Everything that `checkpoint.json` says.
 
@@ -72,6 +93,7 @@ class CommitRecord:
         index, files, totals: see their classes.
         content_metadata: the user's own JSON value.
         metrics: numbers that the save was given, by name; NaN for those that were not finite.
+        nodes: of a checkpoint in the nodes' own places: whose it is, and where ranks and copies were; else None.
         version: format version.
     """
 
@@ -86,6 +108,7 @@ class CommitRecord:
     content_metadata: Json
     version: str = PLAIN
     metrics: Mapping[str, float] = field(default_factory=dict)
+    nodes: Nodes | None = None
 
 
 def check_metrics(value: Any) -> None:
@@ -143,6 +166,7 @@ def encode_record(record: CommitRecord) -> bytes:
         },
         "content_metadata": record.content_metadata,
         **({"metrics": _plain_metrics(record.metrics)} if record.metrics else {}),
+        **({"nodes": asdict(record.nodes)} if record.nodes else {}),
         "files": [{"name": file.name, "bytes": file.bytes, "rank": file.rank} for file in record.files],
     }
     text = json.dumps(body, indent=2, allow_nan=False).encode("ascii")
@@ -238,6 +262,29 @@ class _Fields:
             raise self._bad("metrics", value, "an object of numbers and nulls")
         return {name: math.nan if number is None else float(number) for name, number in value.items()}
 
+    def nodes(self) -> Nodes | None:
+        if "nodes" not in self._fields:
+            return None
+        found = self.nested("nodes")
+        hosts, ranks, parity = (found._fields.get(name) for name in ("hosts", "host_of_rank", "parity"))
+        if not isinstance(hosts, list) or not all(
+            isinstance(host, list) and len(host) == 3 and all(isinstance(text, str) for text in host) for host in hosts
+        ):
+            raise found._bad("hosts", hosts, "a list of [name, domain, circle]")
+        if not isinstance(ranks, list) or not all(type(rank) is int and 0 <= rank < len(hosts) for rank in ranks):
+            raise found._bad("host_of_rank", ranks, "a list of numbers of hosts")
+        pair = isinstance(parity, list) and len(parity) == 2 and all(type(part) is int and 0 < part < 256 for part in parity)
+        if parity is not None and not pair:
+            raise found._bad("parity", parity, "null or two numbers from 1 to 255")
+        return Nodes(
+            found.text("run"),
+            found.number("generation"),
+            found.number("replicas"),
+            None if parity is None else (parity[0], parity[1]),
+            tuple((host[0], host[1], host[2]) for host in hosts),
+            tuple(ranks),
+        )
+
     def index_entry(self) -> IndexEntry:
         name, size, head = self.text("name"), self.number("bytes"), self.number("head_bytes")
         if not is_index_file(name):
@@ -264,5 +311,6 @@ class _Fields:
             totals=Totals(totals.number("tensors"), totals.number("chunks"), totals.number("objects"), totals.number("bytes")),
             content_metadata=self._fields.get("content_metadata"),
             metrics=self.metrics(),
+            nodes=self.nodes(),
             version=self.text("format_version"),
         )

@@ -12,8 +12,11 @@ import re
 from giantstep.errors import CorruptionError, VersionError
 
 MAJOR = 1
-MINOR = 1
+MINOR = 2
 CURRENT = f"{MAJOR}.{MINOR}"
+WITH_NODES = CURRENT
+# What is written where nothing of 1.2 is used, but something of 1.1.
+WITH_DIGESTS = f"{MAJOR}.1"
 # What is written where nothing of a newer minor version is used.
 PLAIN = "1.0"
 

@@ -106,14 +106,24 @@ class Reused:
         return cls((), none, none.astype(np.uint64), *chunks, chunk_head, chunk_digest, *objects, object_digest)
 
 
+@dataclass(frozen=True, slots=True)
+class MoreFiles:
+    """Files without entries, which are behind all others: their blocks, file by file."""
+
+    files: tuple[FileEntry, ...]
+    file_blocks: Int64s
+    block_checksum: Checksums
+
+
 def build_index(
-    plan: SavePlan, reports: Sequence[WriteReport], reused: Reused | None = None
+    plan: SavePlan, reports: Sequence[WriteReport], reused: Reused | None = None, more: MoreFiles | None = None
 ) -> tuple[Index, tuple[FileEntry, ...]]:
     """The index of the checkpoint, and the data files in the order that its file numbers mean.
 
     Args:
         plan, reports: what was planned, and what every rank has written of it.
         reused: what was not written. None: nothing, and the index has no digests.
+        more: files of parity.
     """
     first_file = np.cumsum([0, *(len(report.file_names) for report in reports)])
     files = tuple(
@@ -135,6 +145,8 @@ def build_index(
         files += reused.files
         held = np.flatnonzero(reused.chunk_file >= 0)
         chunk_file[held], chunk_start[held] = reused.chunk_file[held] + new_files, reused.chunk_start[held]
+    if more is not None:
+        files += more.files
     key_ends, key_bytes = encode_texts([key.encode("utf-8") for key in plan.keys])
     rows, chunks_per_tensor = _rows_by_tensor(plan)
     dims = np.repeat(plan.ndim, chunks_per_tensor)
@@ -152,18 +164,21 @@ def build_index(
         chunk_offset=padded_to_ragged(plan.offset[rows], dims),
         chunk_size=padded_to_ragged(plan.size[rows], dims),
         **_object_columns(reports, first_file, reused),
-        **_block_columns(reports, reused),
+        **_block_columns(reports, reused, more),
         chunk_head=None if reused is None else reused.chunk_head[rows],
         chunk_digest=None if reused is None else reused.chunk_digest[rows],
     )
     return index, files
 
 
-def _block_columns(reports: Sequence[WriteReport], reused: Reused | None) -> dict[str, np.ndarray]:
+def _block_columns(
+    reports: Sequence[WriteReport], reused: Reused | None, more: MoreFiles | None
+) -> dict[str, np.ndarray]:
     blocks, checksums = [report.file_blocks for report in reports], [report.block_checksum for report in reports]
-    if reused is not None:
-        blocks.append(reused.file_blocks)
-        checksums.append(reused.block_checksum)
+    for found in (reused, more):
+        if found is not None:
+            blocks.append(found.file_blocks)
+            checksums.append(found.block_checksum)
     return {
         "file_block_ends": _ends(np.concatenate(blocks)),
         "block_checksum": np.concatenate([np.empty(0, np.uint64), *checksums]),

@@ -61,7 +61,7 @@ def _next_domains(held: Int64s, writer: int, replication: Replication) -> Int64s
 
 
 def file_groups(writer: Int64s, twins: Int64s) -> Int64s:
-    """[chunks] number, among those of its writer, of the group of chunks that have the same twins and so lie in the same files."""
+    """[chunks] number of its group: chunks of one writer that have the same twins, and so lie in the same files."""
     if not len(writer):
         return np.zeros(0, dtype=np.int64)
     _, group = np.unique(np.column_stack((writer, twins)), axis=0, return_inverse=True)

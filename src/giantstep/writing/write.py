@@ -73,6 +73,7 @@ def write(
     options: SaveOptions,
     threads: Threads,
     check: Callable[[], None] = lambda: None,
+    numbers: Sequence[int] | None = None,
 ) -> Written:
     """Write a rank's data files and flush them.
 
@@ -85,6 +86,7 @@ def write(
         sources: of their entries.
         options, threads: how.
         check: called now and then; raises if nothing more is to be written.
+        numbers: in the names of the files; None: from 0 on.
 
     Raises:
         OSError: a storage operation failed.
@@ -102,14 +104,14 @@ def write(
                 pools[count] = stack.enter_context(BufferPool(options.buffer_bytes, count))
             return pools[count]
 
-        for number, plan in enumerate(plans):
-            name = data_file_name(save_id, rank, number)
+        for row, plan in enumerate(plans):
+            name = data_file_name(save_id, rank, row if numbers is None else numbers[row])
             direct = options.direct_io == "auto" and plan.bytes >= _DIRECT_FROM_BYTES
             with closing(store.create(name, plan.bytes, direct=direct)) as handle:
                 pool = pool_of(threads.device if handle.direct_bytes or not handle.nearby else threads.memory)
                 checksums = _write_file(handle, plan, sources, pool, options.block_bytes, check)
             written.files.append(WrittenFile(name, plan.bytes, checksums))
-            written.file[plan.order], written.start[plan.order] = number, plan.starts
+            written.file[plan.order], written.start[plan.order] = row, plan.starts
     store.sync_names(DATA_DIR)
     return written
 
