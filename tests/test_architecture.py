@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"manager"},
     {"metadata", "async_saving", "difference", "zero", "optimizer", "training_state"},
     {"opening", "saving", "loading", "removal", "materializing", "saver", "recovery", "examining"},
-    {"protected_save"},
+    {"protected_save", "node_load"},
     {"planned_save", "planned_load", "comparison", "rewriting"},
     {"filling", "unwrapping", "kept_index", "kept_outlines", "older_steps"},
     {"reusing", "describing", "requesting", "conditions", "restoring", "sources", "pending", "sharing"},

@@ -6,7 +6,7 @@ commit record -open-> index -judge-> what fits -plan_load-> reads -fetch-> verif
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -15,8 +15,8 @@ import numpy as np
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.collection import uncollected
 from giantstep.conditions import check_conditions
-from giantstep.errors import BadArgumentError, GiantstepError
-from giantstep.filling import compare_sinks, fill_sinks, plan_filling
+from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, IncompleteError
+from giantstep.filling import Filling, compare_sinks, fill_sinks, plan_filling
 from giantstep.format.names import RECORD_NAME
 from giantstep.format.record import CommitRecord, decode_record
 from giantstep.group.base import Group, Parts, consult, consult_parts
@@ -25,6 +25,7 @@ from giantstep.group.torch_group import group_of
 from giantstep.kept_index import KeptIndex, keep_index, kept_index
 from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import Described, describe
+from giantstep.node_load import NodeLoad, check_cell, damaged_on_hosts
 from giantstep.older_steps import PASSED_OVER, older_step, reason_of, root_of
 from giantstep.options import LoadOptions, OnCorrupt, StrictHandling, Threads, threads_for
 from giantstep.phases import Stopwatch, same_call, settings, with_call
@@ -36,6 +37,7 @@ from giantstep.reading.checkpoint import Checkpoint, Preface
 from giantstep.reading.data_files import check_data_files
 from giantstep.reading.exchange import Exchanged, Manner, exchange, telling, verify_part
 from giantstep.reading.fetch import Source, fetch
+from giantstep.reading.index_reader import IndexReader
 from giantstep.reports import LoadedState, LoadReport
 from giantstep.requesting import match
 from giantstep.restoring import restore
@@ -45,6 +47,7 @@ from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
 from giantstep.stored_state import StoredState
 from giantstep.stored_view import StoredView
+from giantstep.tiers.node_store import NodeStore
 from giantstep.unwrapping import Moved, fill_dequantised, read_objects, verify_parts
 
 _LOG = logging.getLogger("giantstep")
@@ -94,6 +97,8 @@ def load(
         raise BadArgumentError(f"on_corrupt={on_corrupt!r} cannot be: expected one of {get_args(OnCorrupt)}")
     # Thousands of objects are made, and gone when the load is through.
     with uncollected():
+        if isinstance(path, NodeStore):
+            return _load_from_hosts(state_dict, path, strict, process_group, options, on_corrupt)
         if on_corrupt == "fallback":
             return _load_or_older(state_dict, path, strict, process_group, options)
         return _load(_Load(state_dict, path, strict, process_group, options))
@@ -128,6 +133,35 @@ def _load_or_older(
         return state
 
 
+def _load_from_hosts(
+    state_dict: dict[Any, Any],
+    store: NodeStore,
+    strict: StrictHandling,
+    process_group: Any,
+    options: LoadOptions | None,
+    on_corrupt: OnCorrupt,
+) -> LoadedState:
+    if on_corrupt != "raise":
+        raise BadArgumentError(
+            f"on_corrupt={on_corrupt!r} cannot be for one node-local step: damaged copies are passed over in any case, and "
+            "LocalTier.restore falls back to older steps"
+        )
+    group, secs = group_of(process_group), (options if isinstance(options, LoadOptions) else LoadOptions()).timeout_secs
+    damaged: set[str] = set()
+    while True:
+        try:
+            return _load(_Load(state_dict, store, strict, process_group, options, damaged))
+        except (CorruptionError, IncompleteError) as error:
+            # Some copy is bad. Which ones are is looked for once all ranks have given up.
+            if not error.agreed:
+                raise
+            found = damaged_on_hosts(group, store, secs, damaged)
+            if found is damaged:
+                raise
+            _LOG.warning("%s: damaged copies are passed over: %s", store.location, error)
+            damaged = found
+
+
 def _load(run: _Load) -> LoadedState:
     with run.watch.phase("open"):
         run.open()
@@ -149,6 +183,7 @@ class _Load:
         strict: StrictHandling,
         process_group: Any,
         options: LoadOptions | None,
+        damaged: Collection[str] = (),
     ) -> None:
         self.watch = Stopwatch()
         self._state_dict = state_dict
@@ -156,6 +191,11 @@ class _Load:
         self._strict = strict
         self._asked = options
         self._options = options if isinstance(options, LoadOptions) else LoadOptions()
+        if isinstance(path, NodeStore):
+            # Which files lie where differs from load to load.
+            self._options = replace(self._options, plan_cache=None)
+        self._damaged = damaged
+        self._nodes: NodeLoad | None = None
         self._process_group = process_group
         self._group: Group = group_of(process_group)
         self._planner = LoadPlanner(self._group, self._options)
@@ -167,6 +207,8 @@ class _Load:
 
     def open(self) -> None:
         """Describe what is wanted; agree on the commit record, and hear what is read once for all ranks."""
+        if isinstance(self._path, NodeStore):
+            self._nodes = NodeLoad(self._group, self._path, self._options.timeout_secs, self._damaged)
         data, *preface = consult_parts(
             self._group, "describe", self._options.timeout_secs, self._describe, self._decide_record, "open"
         )
@@ -182,6 +224,8 @@ class _Load:
         named = asked in ("auto", "none")
         self._cell: Cell = asked if named else ranks_within(asked, self._process_group, group.rank, group.size, "exchange")
         self._store: Store = store_at(self._path)
+        if self._nodes is not None:
+            check_cell(self._cell)
         # Who keeps plans loads again; others are spared the making of an outline.
         known = None if self._options.plan_cache is None else kept_outlines(group)
         self._described: Described = describe(self._state_dict, for_load=True, known=known)
@@ -210,6 +254,8 @@ class _Load:
 
     def match(self) -> None:
         """Raise on all ranks unless request and checkpoint fit. No tensor has been touched yet."""
+        if self._nodes is not None:
+            self._nodes.before_match(self._described, lambda: IndexReader(self._store, self._record).load_all())
         answer = consult(self._group, "match", self._options.timeout_secs, self._match, self._judge)
         self._differences = KeyDifferences.decode(answer)
 
@@ -239,7 +285,8 @@ class _Load:
         requests = [Requests.decode(report) for report in dict.fromkeys(reports)]
         strict = Strictness(self._strict, self._options.strict_overrides)
         verdict = judge(requests, self._stored.holdings(), strict)
-        check_data_files(self._store, self._record)
+        if self._nodes is None:
+            check_data_files(self._store, self._record)
         if verdict.warning:
             _LOG.warning("%s", verdict.warning)
         return [verdict.differences.encode()] * len(reports)
@@ -249,15 +296,24 @@ class _Load:
     def read(self) -> None:
         """Fill this rank's tensors; agree that all ranks have."""
         patience = self._options.timeout_secs
-        self._planner.agree(self._prepare, self._cell)
+        access = None
+        if self._nodes is not None:
+            self._nodes.fetch(self._cell, self._matched, self._planner, self._filled)
+            access = self._nodes.access
+        self._planner.agree(self._prepare, self._cell, access)
         if self._options.verify == "before":
             consult(self._group, "verify", patience, self._verify)
         consult(self._group, "read", patience, self._fill)
 
+    def _filled(self) -> tuple[Filling, Subject]:
+        self._filling = plan_filling(self._matched, self._stored)
+        return self._filling, Subject(self._record, self._stored, self._filling.filled)
+
     def _prepare(self) -> Subject:
         # Objects are decoded before the first tensor is touched.
         self._objects = read_objects(self._matched.objects, self._checkpoint)
-        self._filling = plan_filling(self._matched, self._stored)
+        if self._nodes is None:
+            self._filling = plan_filling(self._matched, self._stored)
         return Subject(self._record, self._stored, self._filling.filled)
 
     def _verify(self) -> bytes:
@@ -340,4 +396,6 @@ class _Load:
             bytes_sent=self._moved.bytes_sent,
             bytes_received=self._moved.bytes_received,
             seconds=self.watch.seconds,
+            bytes_fetched=0 if self._nodes is None else self._nodes.bytes_fetched,
+            notes=() if self._nodes is None else self._nodes.notes,
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from giantstep.format.digests import ContentDigest
 from giantstep.format.record import CommitRecord
@@ -76,17 +77,19 @@ class LoadPlanner:
         self._group = group
         self._options = options
 
-    def agree(self, prepare: Callable[[], Subject], cell: Cell) -> None:
+    def agree(self, prepare: Callable[[], Subject], cell: Cell, access: NDArray[np.bool_] | None = None) -> None:
         """Come to a plan.
 
         Args:
             prepare: makes the subject; its errors reach all ranks.
             cell: who exchanges.
+            access: on rank 0, [files, ranks] who can read what; None if all can read all.
 
         Raises:
             DisagreementError: ranks name groups that do not fit together.
         """
         secs = self._options.timeout_secs
+        self._access = access
         answer = consult_parts(self._group, "plan", secs, lambda: self._report(prepare(), cell), self._decide)
         if answer[0] == _TELL:
             answer = consult_parts(self._group, "plan", secs, self._tell, self._decide)
@@ -99,6 +102,14 @@ class LoadPlanner:
     def plan_of(self, targets: Targets) -> LoadPlan:
         """Reads of this rank for some regions."""
         return self._planned(self._tabulated(targets))
+
+    def files_of(self, subject: Subject, targets: Targets) -> set[int]:
+        """Files of which this rank wants some bytes, for some regions; before or after `agree`."""
+        index, options = subject.stored.index, self._options
+        chunks = tabulate_chunks(index)
+        wanted = tabulate_wanted(targets.rows, targets.regions, targets.partial, chunks.width)
+        plan = plan_load(chunks, wanted, block_bytes=subject.record.block_bytes, buffer_bytes=options.buffer_bytes)
+        return {read.file for read in plan.reads}
 
     def _tabulated(self, targets: Targets) -> WantedTable:
         return tabulate_wanted(targets.rows, targets.regions, targets.partial, self.chunks.width)
@@ -138,7 +149,7 @@ class LoadPlanner:
         self._reads = self._planned(self._wanted)
         limits = Limits(self._options.exchange_bytes, self._options.buffer_bytes)
         subject = self._subject
-        self._arrangement = Arrangement(subject.record, subject.stored.index, self.chunks, self._cell, limits)
+        self._arrangement = Arrangement(subject.record, subject.stored.index, self.chunks, self._cell, limits, self._access)
         return (_NEW, *self._arrangement.report(self._reads))
 
     # Rank 0's decision.

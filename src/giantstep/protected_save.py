@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from giantstep.commit.clean import discard_save
 from giantstep.commit.publish import publish_here, record_of
-from giantstep.errors import CorruptionError, DisagreementError, GiantstepError, PeerError
+from giantstep.errors import CorruptionError, GiantstepError, PeerError
 from giantstep.format.data_file import DataFilePlan, file_metadata
 from giantstep.format.index import encode_index
 from giantstep.format.names import DATA_DIR
@@ -30,15 +30,14 @@ from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.planning.save_plan import CopyPart, WritePart
 from giantstep.sources import Content, PartSources, write_report
 from giantstep.tiers.copying import FACTS_PARTS, Copying, FileFacts, plan_copies
-from giantstep.tiers.courier import Move, carry
+from giantstep.tiers.courier import carry
 from giantstep.tiers.file_numbers import group_numbers
 from giantstep.tiers.hosts import HostMap, Standing
+from giantstep.tiers.messages import moves_from, moves_to
 from giantstep.tiers.node_store import NodeStore
 from giantstep.writing.write import Written, WrittenFile, write
 
 _LOG = logging.getLogger("giantstep")
-# What a rank holds of files on their way, in all lines together; a line moves at least a block at a time.
-_IN_FLIGHT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +187,10 @@ class ProtectedWrite:
                 self._store.location,
                 ", ".join(copying.diverged[:5]) + (" ..." if len(copying.diverged) > 5 else ""),
             )
-        moves = [copying.of_rank(rank) for rank in range(len(reports))]
-        block_bytes = self._options.block_bytes
-        lines = max((len({move.peer for move in found}) for pair in moves for found in pair), default=1)
-        piece = max(1, _IN_FLIGHT_BYTES // max(1, lines) // block_bytes) * block_bytes
-        return [(str(piece).encode("ascii"), *_packed(sends), *_packed(receives)) for sends, receives in moves]
+        return moves_to(copying.moves, len(reports), self._options.block_bytes)
 
     def _copy(self, plan: Parts, check: Callable[[], None]) -> Parts:
-        piece_bytes, sends, receives = int(plan[0]), _moves(plan[1:4], plan[4:7], sent=True), _moves(plan[7:10], plan[10:13])
+        piece_bytes, sends, receives = moves_from(plan)
         done = carry(
             self._group,
             self._store,
@@ -271,19 +266,3 @@ class ProtectedWrite:
 
 def _as_part(copies: CopyPart) -> WritePart:
     return WritePart(copies.row, copies.cut, copies.offset, copies.size, [], [], np.zeros(0, dtype=np.int64))
-
-
-def _packed(moves: Sequence[Move]) -> Parts:
-    """Moves in six parts."""
-    sums = [np.empty(0, np.uint64) if move.checksums is None else move.checksums for move in moves]
-    facts = FileFacts([move.name for move in moves], [move.bytes for move in moves], sums).encode()
-    peers = json.dumps([move.peer for move in moves]).encode("ascii")
-    return (*facts[:3], facts[3], facts[4], peers)
-
-
-def _moves(first: Parts, rest: Parts, *, sent: bool = False) -> list[Move]:
-    facts, peers = FileFacts.decode((*first, *rest[:2])), json.loads(rest[2])
-    if len(peers) != len(facts.names):
-        raise DisagreementError("rank 0 sent a plan of copies that cannot be read")
-    sums = [None if sent else found for found in facts.checksums] if facts.names else []
-    return [Move(*move) for move in zip(facts.names, facts.bytes, peers, sums, strict=True)]

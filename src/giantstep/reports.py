@@ -93,6 +93,8 @@ class LoadReport:
         bytes_sent, bytes_received: bytes of tensors to and from other ranks.
         seconds: per phase, on this rank.
         plan_reused: whether the plan of an earlier load was used (see `PlanCache`).
+        bytes_fetched: of files that this rank received for its host (node-local loads).
+        notes: of a node-local load: which hosts had nothing, what was rebuilt, and what was not used, with the reasons.
     """
 
     location: str
@@ -113,6 +115,8 @@ class LoadReport:
     bytes_received: int = 0
     plan_reused: bool = False
     passed_over: tuple[str, ...] = ()
+    bytes_fetched: int = 0
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         filled, read = size_text(self.bytes_filled), size_text(self.bytes_read)
@@ -129,6 +133,7 @@ class LoadReport:
             ("dequantised", self.dequantised),
             ("left out", self.skipped),
             ("passed over", self.passed_over),
+            ("notes", self.notes),
             ("dropped for another number of positions", self.dropped),
         ):
             if names:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from giantstep.errors import DisagreementError
 from giantstep.planning.balance import Regions, balance
@@ -207,7 +208,14 @@ def _alike(reports: Sequence[Parts], ranks: Sequence[int]) -> list[list[int]]:
     return list(found.values())
 
 
-def assign(demand: Demand, blocks: BlockTable, *, exchange_bytes: int, read_bytes: int) -> Assignment:
+def assign(
+    demand: Demand,
+    blocks: BlockTable,
+    *,
+    exchange_bytes: int,
+    read_bytes: int,
+    access: NDArray[np.bool_] | None = None,
+) -> Assignment:
     """Give every wanted block a reader.
 
     Args:
@@ -215,12 +223,16 @@ def assign(demand: Demand, blocks: BlockTable, *, exchange_bytes: int, read_byte
         blocks: blocks of all files.
         exchange_bytes: most bytes that a rank receives in two rounds, but for units of one block.
         read_bytes: most bytes of a unit, at least a block.
+        access: [files, ranks] who can read which file, of those that want some of it at least one; None: all can read all.
     """
     runs = demand.runs
     holders = [np.sort(np.concatenate([demand.requests[row].ranks for row in members])) for members in runs.sets]
+    held_by = runs.set_of
+    if access is not None:
+        runs, holders, held_by = _accessible(runs, holders, blocks, access)
     ranks = 1 + max(int(request.ranks.max()) for request in demand.requests)
     regions = Regions(runs.count, np.full(len(runs.count), blocks.block_bytes, dtype=np.int64))
-    shares = balance(regions, holders, runs.set_of, ranks, blocks.block_bytes)
+    shares = balance(regions, holders, held_by, ranks, blocks.block_bytes)
     order = np.argsort(runs.first[shares.group] + shares.first)
     group = shares.group[order]
     first, count, share = cut_runs(runs.first[group] + shares.first[order], shares.count[order], blocks.ends)
@@ -236,6 +248,18 @@ def assign(demand: Demand, blocks: BlockTable, *, exchange_bytes: int, read_byte
     unit_blocks = 1 << (max(1, min(half // max(1, sources), read_bytes) // blocks.block_bytes).bit_length() - 1)
     turns = max(1, -(-sources * unit_blocks * blocks.block_bytes // half)) if unit_blocks == 1 else 1
     return Assignment(demand, first, count, reader, line, set_of, unit_blocks, min(turns, max(1, sources)))
+
+
+def _accessible(
+    runs: SharedRuns, holders: Sequence[Int64s], blocks: BlockTable, access: NDArray[np.bool_]
+) -> tuple[SharedRuns, list[Int64s], Int64s]:
+    """Runs within one file each, sets of ranks that want them and can read them, and which of these each run has."""
+    first, count, row = cut_runs(runs.first, runs.count, blocks.ends)
+    file = np.searchsorted(blocks.ends, first, side="right") - 1
+    pairs, held_by = np.unique(runs.set_of[row] * len(access) + file, return_inverse=True)
+    sets = [holders[pair // len(access)] for pair in pairs.tolist()]
+    able = [ranks[access[pair % len(access), ranks]] for ranks, pair in zip(sets, pairs.tolist(), strict=True)]
+    return SharedRuns(first, count, runs.set_of[row], runs.sets), able, held_by.reshape(-1)
 
 
 def _most_readers(sets: Sequence[Int64s], set_of: Int64s, reader: Int64s) -> int:

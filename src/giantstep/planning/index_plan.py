@@ -171,9 +171,7 @@ def build_index(
     return index, files
 
 
-def _block_columns(
-    reports: Sequence[WriteReport], reused: Reused | None, more: MoreFiles | None
-) -> dict[str, np.ndarray]:
+def _block_columns(reports: Sequence[WriteReport], reused: Reused | None, more: MoreFiles | None) -> dict[str, np.ndarray]:
     blocks, checksums = [report.file_blocks for report in reports], [report.block_checksum for report in reports]
     for found in (reused, more):
         if found is not None:

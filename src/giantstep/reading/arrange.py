@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from giantstep.errors import PeerFailureError
 from giantstep.format.index import Index
@@ -50,13 +51,22 @@ class Arrangement:
         chunks: all chunks of the index.
         cell: who exchanges, as this rank is told.
         limits: bounds.
+        access: on rank 0, [files, ranks] who can read what; None if all can read all.
 
     Attributes:
         exchanges: whether there is an exchange, once `adopt` was called.
         direct: whether to read past the page cache.
     """
 
-    def __init__(self, record: CommitRecord, index: Index, chunks: ChunkTable, cell: Cell, limits: Limits) -> None:
+    def __init__(
+        self,
+        record: CommitRecord,
+        index: Index,
+        chunks: ChunkTable,
+        cell: Cell,
+        limits: Limits,
+        access: NDArray[np.bool_] | None = None,
+    ) -> None:
         self.exchanges = False
         self.direct = True
         sizes = np.array([file.bytes for file in record.files], dtype=np.int64)
@@ -64,6 +74,7 @@ class Arrangement:
         self._chunks = chunks
         self._cell = cell
         self._limits = limits
+        self._access = access
         self._assignments: list[Assignment] = []
         self._spans: Parts | None = None
 
@@ -96,12 +107,9 @@ class Arrangement:
         if self._cell != "none" and len(reports) > 1 and not self._splits_elements():
             cells = [tuple(range(len(reports)))] if self._cell == "auto" else check_cells([report[1] for report in reports])
             demands = [demand_of([report[2:] for report in reports], cell) for cell in cells]
-            if self._cell != "auto" or worthwhile(demands, self._blocks):
-                limits = self._limits
-                self._assignments = [
-                    assign(demand, self._blocks, exchange_bytes=limits.exchange_bytes, read_bytes=limits.read_bytes)
-                    for demand in demands
-                ]
+            if self._cell != "auto" or self._access is not None or worthwhile(demands, self._blocks):
+                sizes = {"exchange_bytes": self._limits.exchange_bytes, "read_bytes": self._limits.read_bytes}
+                self._assignments = [assign(demand, self._blocks, access=self._access, **sizes) for demand in demands]
                 return self._answers(len(reports))
         # Ranks that read the same bytes get them from the page cache after the first of them; reading past it would
         # fetch them from the device again and again.

@@ -13,7 +13,6 @@ from giantstep.planning.columns import pack_column, pack_texts, unpack_column, u
 from giantstep.planning.description import Parts
 from giantstep.planning.save_plan import SavePlan
 from giantstep.planning.twins import file_groups
-from giantstep.tiers.courier import Move
 from giantstep.tiers.file_numbers import group_of_file
 from giantstep.tiers.hosts import HostMap, Ring
 
@@ -63,12 +62,6 @@ class Copying:
     moves: list[tuple[str, int, int, int, Checksums]]
     spared_bytes: int
     diverged: list[str]
-
-    def of_rank(self, rank: int) -> tuple[list[Move], list[Move]]:
-        """What a rank sends, and what it receives."""
-        sends = [Move(name, size, target) for name, size, source, target, _ in self.moves if source == rank]
-        receives = [Move(name, size, source, sums) for name, size, source, target, sums in self.moves if target == rank]
-        return sends, receives
 
 
 def plan_copies(plan: SavePlan, hosts: HostMap, copies: int, own: Sequence[FileFacts], twins: Sequence[FileFacts]) -> Copying:
