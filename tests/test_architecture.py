@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "giantstep"
 # From the highest layer to the lowest; a module may import only from layers below its own, or from its own package.
 LAYERS: list[set[str]] = [
     {"cli", "integrations", "testing", "__init__"},
-    {"diagnosis"},
+    {"diagnosis", "tiered"},
     {"manager"},
     {"metadata", "async_saving", "difference", "zero", "optimizer", "training_state"},
     {"opening", "saving", "loading", "removal", "materializing", "saver", "recovery", "examining"},

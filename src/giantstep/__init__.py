@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from giantstep.reports import LoadedState, LoadReport, SaveReport
     from giantstep.saver import finish_saves
     from giantstep.saving import save
+    from giantstep.tiered import LocalTier, Tiers
 
 _LAZY = {
     "Checkpoint": "giantstep.reading.checkpoint",
@@ -43,11 +44,13 @@ _LAZY = {
     "LoadReport": "giantstep.reports",
     "LoadedState": "giantstep.reports",
     "LocalNonpersistentObject": "giantstep.mapping.sharded_object",
+    "LocalTier": "giantstep.tiered",
     "SaveReport": "giantstep.reports",
     "PendingSave": "giantstep.pending",
     "ShardedObject": "giantstep.mapping.sharded_object",
     "ShardedTensor": "giantstep.mapping.sharded_tensor",
     "ShardedTensorFactory": "giantstep.mapping.factory",
+    "Tiers": "giantstep.tiered",
     "async_save": "giantstep.async_saving",
     "finish_saves": "giantstep.saver",
     "load": "giantstep.loading",
@@ -68,6 +71,7 @@ __all__ = [
     "LoadReport",
     "LoadedState",
     "LocalNonpersistentObject",
+    "LocalTier",
     "PendingSave",
     "PlanCache",
     "SaveOptions",
@@ -76,6 +80,7 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensorFactory",
     "StrictHandling",
+    "Tiers",
     "async_save",
     "errors",
     "finish_saves",

@@ -47,6 +47,7 @@ from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
 from giantstep.stored_state import StoredState
 from giantstep.stored_view import StoredView
+from giantstep.tiers.gathering import PHASE as GATHER
 from giantstep.tiers.node_store import NodeStore
 from giantstep.unwrapping import Moved, fill_dequantised, read_objects, verify_parts
 
@@ -152,13 +153,14 @@ def _load_from_hosts(
         try:
             return _load(_Load(state_dict, store, strict, process_group, options, damaged))
         except (CorruptionError, IncompleteError) as error:
-            # Some copy is bad. Which ones are is looked for once all ranks have given up.
-            if not error.agreed:
+            # Some copy is bad. Which ones are is looked for once all ranks have given up. What is not all there, no look finds.
+            if not error.agreed or error.phase == GATHER:
                 raise
             found = damaged_on_hosts(group, store, secs, damaged)
             if found is damaged:
                 raise
-            _LOG.warning("%s: damaged copies are passed over: %s", store.location, error)
+            if group.rank == 0:
+                _LOG.warning("%s: damaged copies are passed over: %s", store.location, error)
             damaged = found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -116,6 +117,16 @@ def default_timeout_secs() -> float:
         return float(text)
     except ValueError as error:
         raise BadArgumentError(f"GIANTSTEP_TIMEOUT_SECS={text!r} cannot be: expected a number of seconds") from error
+
+
+def host_name(*, of_process: bool = False) -> str:
+    """Name of this host: GIANTSTEP_HOST, else what Slurm calls it (SLURMD_NODENAME), else its network name.
+
+    Args:
+        of_process: with the number of the process: where each process has a place of its own, as in its memory.
+    """
+    name = os.environ.get("GIANTSTEP_HOST") or os.environ.get("SLURMD_NODENAME") or platform.node() or "localhost"
+    return f"{name} process {os.getpid()}" if of_process else name
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.commit.clean import discard_save
+from giantstep.commit.clean import discard_save, remove_superseded
 from giantstep.commit.publish import publish_here, record_of
 from giantstep.errors import CorruptionError, GiantstepError, PeerError
 from giantstep.format.data_file import DataFilePlan, file_metadata
@@ -105,6 +105,7 @@ class ProtectedWrite:
                 self._discard()
             raise
         consult_parts(self._group, "commit", secs, lambda: self._publish(*answer[:3]))
+        self._clean(answer[1])
         tensors, objects, total, spared = map(int, answer[3].split())
         return Protected(tensors, objects, total, self._bytes_written, self._bytes_sent, spared)
 
@@ -113,6 +114,15 @@ class ProtectedWrite:
             discard_save(self._store, self._save_id)
         except OSError as error:
             _LOG.warning("%s: files of a failed save could not be deleted: %s", self._store.location, error)
+
+    def _clean(self, record: bytes) -> None:
+        """Where this rank is its host's lead: delete what earlier saves to the place have left on it."""
+        if not record:
+            return
+        try:
+            remove_superseded(self._store, decode_record(record, self._store.location), None)
+        except OSError as error:
+            _LOG.warning("%s: files of superseded saves could not be deleted: %s", self._store.location, error)
 
     # Write.
 

@@ -31,7 +31,8 @@ from giantstep.options import LoadOptions, SaveOptions, StrictHandling
 from giantstep.pending import PendingSave
 from giantstep.phases import with_call
 from giantstep.reports import SaveReport
-from giantstep.steps import StepEntry, scan_steps
+from giantstep.steps import StepEntry, scan_steps, step_name
+from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
 
 
@@ -274,6 +275,22 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     def latest(self) -> int | None:
         """The newest committed step, or None. Not collective: only looks."""
         return newest_committed(self._job.root)
+
+    # Steps that are committed by other means than `save`: by `Tiers`. Not collective.
+
+    def place_of(self, step: int) -> Store:
+        """Where a step is."""
+        return self._job.root.folder(step_name(step))
+
+    def keeping(self, step: int) -> AbstractContextManager[None]:
+        """Inside, the step is not removed."""
+        return self._job.retention.using(step)
+
+    def committed_elsewhere(self, step: int) -> None:
+        """A step was committed to its place: rules look at it from now on."""
+        if self._job.group.rank == 0:
+            self._job.retention.saved(step)
+            self._job.retention.ask()
 
     # What stays.
 

@@ -1,0 +1,361 @@
+"""`LocalTier`: steps in the hosts' own places, with copies on other hosts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+from giantstep.async_saving import async_save
+from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, IncompleteError, StoreError
+from giantstep.format.record import Json
+from giantstep.group.base import Parts, consult_parts
+from giantstep.group.torch_group import group_of
+from giantstep.loading import load
+from giantstep.mapping.describe import describe
+from giantstep.options import LoadOptions, SaveOptions, StrictHandling, host_name
+from giantstep.pending import PendingSave
+from giantstep.phases import same_call, with_call
+from giantstep.reports import LoadedState, SaveReport, size_text
+from giantstep.saving import save
+from giantstep.steps import step_name
+from giantstep.storage.base import Store
+from giantstep.storage.locate import StoreLike, store_at
+from giantstep.storage.memory import MemoryStore
+from giantstep.tiered.pruning import Pruning
+from giantstep.tiered.step_lists import HeldStep, StepList, common_steps, own_steps
+from giantstep.tiers.hosts import HostMap, Standing
+from giantstep.tiers.node_store import NodeStore, Protection
+
+_LOG = logging.getLogger("giantstep")
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredStep:
+    """What was loaded.
+
+    Attributes:
+        step: that was loaded.
+        state: see `giantstep.load`; its report says what was fetched from which hosts.
+        tier: in words where from.
+        skipped: newer steps that could not be loaded, newest first, each with the reason.
+    """
+
+    step: int
+    state: LoadedState
+    tier: str
+    skipped: tuple[str, ...]
+
+
+class LocalTier(AbstractContextManager["LocalTier"]):
+    """Steps in a directory of each host's own, with copies on other hosts. Methods are collective unless they say otherwise.
+
+        with gs.LocalTier("/dev/shm/run7", every=50, keep=2, replicas=1) as tier:
+            restored = tier.restore(state)
+            ...
+                if tier.should_save(step):
+                    tier.save(step, state)
+
+    Each rank writes to its host's directory; what no rank of another failure domain holds anyway is sent to other hosts. After
+    a loss any hosts, in any number and order, restore the newest step of which all files are left somewhere, under any layout.
+
+    Args:
+        path: a directory, URL or store; on every host its own.
+        every: steps between those for which `should_save` is true; None: never.
+        keep: how many steps stay, at least 1. While a step is saved there is one more.
+        replicas: copies of all bytes in so many further failure domains; 0 for none.
+        parity: (k, m) instead of copies: any m hosts of a group of k + m may be lost, for m / k of the bytes.
+        run: name of the run; steps of others are neither loaded nor removed.
+        host: name of this host; default: GIANTSTEP_HOST, SLURMD_NODENAME or the network name. In a `memory://` place, which
+            ends with its process, each process is a host.
+        domain: name of what fails together with this host, such as a rack; default: the host.
+        circle: name of the hosts among which copies are placed; default: all are one circle.
+        process_group: as for `giantstep.save`.
+        asynchronous: whether `save` goes on in the background.
+        save_options, load_options: of all saves and loads.
+
+    Raises (the same on all ranks):
+        BadArgumentError: a value that can never work, or there are fewer failure domains than copies need.
+        DisagreementError: ranks give different arguments, or one host two places.
+    """
+
+    def __init__(
+        self,
+        path: StoreLike,
+        *,
+        every: int | None = None,
+        keep: int = 2,
+        replicas: int = 1,
+        parity: tuple[int, int] | None = None,
+        run: str = "",
+        host: str | None = None,
+        domain: str | None = None,
+        circle: str = "",
+        process_group: Any = None,
+        asynchronous: bool = True,
+        save_options: SaveOptions | None = None,
+        load_options: LoadOptions | None = None,
+    ) -> None:
+        self.group = group_of(process_group)
+        self._process_group, self._every, self._keep, self._asynchronous = process_group, every, keep, asynchronous
+        self._save_options = save_options if isinstance(save_options, SaveOptions) else SaveOptions()
+        self._load_options = load_options if isinstance(load_options, LoadOptions) else LoadOptions()
+        self._pending: list[PendingSave] = []
+        self._closed = False
+
+        def begin() -> Parts:
+            here = store_at(path)
+            _check(every, keep)
+            protection = Protection(0 if parity is not None else replicas, parity, run)
+            standing = _standing(here, host, domain, circle)
+            self._root = NodeStore(here, "steps", standing, protection)
+            call = {"call": "LocalTier", "every": every, "keep": keep, "replicas": replicas, "parity": parity, "run": run}
+            return with_call(call, standing.encode(), own_steps(self._root).encode())
+
+        def decide(reports: Sequence[Parts]) -> list[Parts]:
+            told = same_call(reports)
+            hosts = HostMap.of([Standing.decode(report[0]) for report in told])
+            hosts.check_copies(self._root.protection.replicas)
+            found = common_steps([StepList.decode(report[1]) for report in told], run)
+            latest = max((one.generation for one in found), default=-1)
+            leads = set(hosts.leads)
+            return [(str(latest).encode("ascii"), b"1" if rank in leads else b"") for rank in range(len(told))]
+
+        latest, lead = consult_parts(self.group, "manage", self._save_options.timeout_secs, begin, decide)
+        self._set_generation(int(latest) + 1)
+        self._pruning = Pruning(self._root, keep) if lead else None
+
+    def _set_generation(self, generation: int) -> None:
+        self._root = replace(self._root, protection=replace(self._root.protection, generation=generation))
+
+    # Saving.
+
+    def should_save(self, step: int) -> bool:
+        """Whether this step is to be saved. Not collective."""
+        return self._every is not None and step % self._every == 0
+
+    def place_of(self, step: int) -> NodeStore:
+        """Where a step is saved and loaded: a `path` for `giantstep.save` and `giantstep.load`. Not collective."""
+        return self._root.folder(step_name(step))
+
+    def save(
+        self,
+        step: int,
+        state_dict: dict[Any, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        content_metadata: Json = None,
+        asynchronous: bool | None = None,
+    ) -> SaveReport | PendingSave:
+        """Save a step; one that is there already is replaced. Older steps beyond `keep` are removed in the background.
+
+        Args and raises as `CheckpointManager.save`.
+
+        Returns:
+            The report; of an asynchronous save the handle.
+        """
+        self._check_open()
+        settings: dict[str, Any] = {
+            "process_group": self._process_group,
+            "options": self._save_options,
+            "content_metadata": content_metadata,
+            "metrics": metrics,
+        }
+        if self._asynchronous if asynchronous is None else asynchronous:
+            pending = async_save(state_dict, self.place_of(step), **settings)
+            self._pending = [one for one in self._pending if not one.done()] + [pending]
+            if self._pruning is not None:
+                self._pruning.after(pending, step)
+            return pending
+        report = save(state_dict, self.place_of(step), **settings)
+        if self._pruning is not None:
+            self._pruning.saved(step)
+        return report
+
+    def check_space(self, state_dict: dict[Any, Any]) -> None:
+        """Before training starts: raise unless every host has room for `keep` + 1 steps of states like this one.
+
+        What lies in the place already counts as room, since it is replaced.
+
+        Raises (the same on all ranks):
+            StoreError: some host has not; says which, and how much is missing.
+        """
+
+        def look() -> Parts:
+            described = describe(state_dict, for_load=False)
+            here = sum(view.numel() * view.element_size() for view in described.views if view is not None)
+            free = self._root.free_bytes()
+            return self._root.standing.encode(), str(here).encode(), b"" if free is None else str(free + self._used()).encode()
+
+        def decide(reports: Sequence[Parts]) -> list[Parts]:
+            hosts = HostMap.of([Standing.decode(report[0]) for report in reports])
+            protection, steps = self._root.protection, self._keep + 1
+            factor = 1 + protection.replicas
+            for number, lead in enumerate(hosts.leads):
+                mine = sum(int(reports[rank][1]) for rank in hosts.ranks_of(number))
+                if protection.parity is not None:
+                    need = mine * steps * sum(protection.parity) // protection.parity[0]
+                else:
+                    need = mine * steps * factor
+                free = reports[lead][2]
+                if free and int(free) < need:
+                    raise StoreError(
+                        f"host {hosts.standings[number].host} has {size_text(int(free))} of room in its place, and {steps} "
+                        f"steps of its ranks' states, {size_text(mine)} each, with protection take up to {size_text(need)}: "
+                        "give it more, keep fewer steps, or ask for less protection"
+                    )
+            return [()] * len(reports)
+
+        consult_parts(self.group, "manage", self._save_options.timeout_secs, look, decide)
+
+    def _used(self) -> int:
+        total = 0
+        for name in self._root.folders():
+            place = self._root.folder(name)
+            total += sum(place.size(file) for folder in ("", "data") for file in place.names(folder))
+        return total
+
+    # Going on.
+
+    def steps(self) -> list[int]:
+        """Steps of this run of which some host has a commit record, the best first; they may not be complete."""
+        return [one.step for one in self._all_steps()]
+
+    def _all_steps(self) -> list[HeldStep]:
+        def decide(reports: Sequence[Parts]) -> list[Parts]:
+            found = common_steps([StepList.decode(report[0]) for report in reports], self._root.protection.run)
+            return [(StepList(found).encode(),)] * len(reports)
+
+        answer = consult_parts(
+            self.group,
+            "gather",
+            self._save_options.timeout_secs,
+            lambda: (own_steps(self._root).encode(),),
+            decide,
+        )
+        return StepList.decode(answer[0]).entries
+
+    def restore(
+        self, state_dict: dict[Any, Any], step: int | None = None, *, strict: StrictHandling = StrictHandling.RAISE_ALL
+    ) -> RestoredStep | None:
+        """Load a step, on any hosts and number of ranks.
+
+        Of each file the own copy is used, else another host's, else parity. If that does not suffice, an older step is
+        loaded.
+
+        Args:
+            state_dict, strict: as for `giantstep.load`.
+            step: which; None: the newest that is complete somewhere.
+
+        Returns:
+            What was loaded; None if no host has any step of this run.
+
+        Raises (the same on all ranks):
+            IncompleteError, CorruptionError: the step, or every step, is not all there; says what is missing where.
+            Others: as `giantstep.load`.
+        """
+        self._check_open()
+        self.settle()
+        found = self._all_steps()
+        chosen = [one for one in found if step is None or one.step == step]
+        if step is not None and not chosen:
+            known = ", ".join(str(one.step) for one in found[:20]) or "none"
+            raise IncompleteError(f"no host has step {step} of the run {self._root.protection.run!r}; steps: {known}")
+        options = self._load_options
+        if not strict.raises_unexpected:
+            options = replace(options, verify="before")
+        skipped: list[str] = []
+        failure: GiantstepError | None = None
+        for one in chosen:
+            try:
+                state = load(
+                    state_dict, self.place_of(one.step), strict=strict, process_group=self._process_group, options=options
+                )
+            except (IncompleteError, CorruptionError) as error:
+                failure = failure or error
+                skipped.append(f"step {one.step}: {error.message}")
+                continue
+            if skipped and self.group.rank == 0:
+                _LOG.warning(
+                    "step %d is restored from the hosts, since newer ones do not load: %s", one.step, "; ".join(skipped)
+                )
+            self._set_generation(max(entry.generation for entry in found) + 1)
+            return RestoredStep(one.step, state, "hosts", tuple(skipped))
+        if failure is not None:
+            failure.__notes__ = [*getattr(failure, "__notes__", []), *skipped[1:]]
+            raise failure
+        return None
+
+    def latest(self) -> int | None:
+        """The step that `restore` tries first, or None."""
+        return next(iter(self.steps()), None)
+
+    # For `Tiers`, and the end.
+
+    def go_on(self) -> None:
+        """The run goes on from a step of another place: what is saved from now on comes before all that hosts have."""
+        self._set_generation(max((one.generation for one in self._all_steps()), default=-1) + 1)
+
+    @property
+    def timeout_secs(self) -> float:
+        """How long a rank may keep the others waiting."""
+        return self._save_options.timeout_secs
+
+    @property
+    def root(self) -> NodeStore:
+        """The places."""
+        return self._root
+
+    def hold(self, step: int) -> None:
+        """Keep a step, on this rank's host, until `release`. Not collective."""
+        if self._pruning is not None:
+            self._pruning.hold(step)
+
+    def release(self, step: int) -> None:
+        """Undo one `hold`."""
+        if self._pruning is not None:
+            self._pruning.release(step)
+
+    def settle(self) -> None:
+        """Wait until saves and removals of this rank are through, without asking what became of them. Not collective."""
+        for pending in self._pending:
+            pending.wait()
+        if self._pruning is not None:
+            self._pruning.settle()
+
+    def close(self) -> None:
+        """Wait for saves and removals; nothing can be done afterwards. Not collective."""
+        if not self._closed:
+            self._closed = True
+            for pending in self._pending:
+                pending.wait()
+            if self._pruning is not None:
+                self._pruning.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BadArgumentError("the tier is closed: make another one")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _check(every: int | None, keep: int) -> None:
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise BadArgumentError(f"every={every!r} cannot be: expected None or a number of steps from 1 on")
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise BadArgumentError(f"keep={keep!r} cannot be: expected an int from 1 on")
+
+
+def _standing(here: Store, host: str | None, domain: str | None, circle: str) -> Standing:
+    for name, value in (("host", host), ("domain", domain), ("circle", circle)):
+        if (value is not None and not isinstance(value, str)) or (value == "" and name != "circle"):
+            raise BadArgumentError(f"{name}={value!r} cannot be: expected a name")
+    named = host if host is not None else host_name(of_process=isinstance(here, MemoryStore))
+    return Standing(named, domain if domain is not None else (host or host_name()), circle)
