@@ -1,30 +1,36 @@
-"""NVIDIA's node-local checkpoints with a copy on a peer (nvidia-resiliency-ext), measured alone: a peer that runs in its own environment.
+"""NVIDIA's node-local checkpoints with a copy on a peer (nvidia-resiliency-ext): a peer that is measured alone.
 
 Starts one process per rank, with gloo; each is a node of its own, which writes to a folder that the others do not read. Every
-part is kept by two ranks (`CliqueReplicationStrategy`). Prints one JSON line per operation: what the trainer waits, until when
-all ranks have saved, bytes on disk, growth of resident memory; then loads, with everything there and after one rank lost its
-folder. Every load is copied into the trainer's tensors within the measured time, and compared bit by bit.
+part is kept by two ranks (`CliqueReplicationStrategy`). Prints one JSON line per operation: how long the trainer is blocked,
+until when all ranks have saved, bytes on disk, growth of resident memory; then loads, with everything there and after one rank
+lost its folder. What is loaded is copied into the trainer's tensors within the measured time, and compared bit by bit.
 
     python -m venv ENV && ENV/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
     ENV/bin/pip install nvidia-resiliency-ext
     ENV/bin/python benchmarks/nvrx.py [--folder /dev/shm] [--ranks 4] [--mib 256] [--rounds 1] [--mode blocking ...]
 
-Works with 0.4.1 and 0.7.0, whose local checkpoints are the same code. From 0.5.0 on wheels ask for glibc 2.39; the part used
-here is plain Python, so that `pip download --no-deps --only-binary=:all: --platform manylinux_2_39_x86_64`, unpacked, and
-PYTHONPATH do on older systems.
+Modes: "blocking"; "fork", a process per save, which sees memory as it was and needs no copy (deprecated by the library);
+"worker", the library's default, a process that stays and is sent a copy in shared memory. Memory of these processes is not
+counted, nor are files in memory.
 
-The library knows CUDA tensors and NCCL alone. What is put in its place is marked "Instead of CUDA" below; it costs nothing
-that the library's own way would not. It does not flush what it writes: `--flush` adds that, within the measured time.
+Runs with 0.4.1 and 0.7.0, whose local checkpoints are the same code; 0.6.0 has no "worker" without a GPU. From 0.5.0 on wheels
+ask for glibc 2.39. What is used here is plain Python: `pip download --no-deps --only-binary=:all: --python-version 3.12
+--platform manylinux_2_39_x86_64 nvidia-resiliency-ext`, unpacked into a folder on PYTHONPATH, does on older systems.
+
+The library knows tensors on CUDA devices alone: "Instead of CUDA" marks what is put in its place. It does not flush what it
+writes: `--flush` does, within the measured time. What a rank had lost is not written again by a load, but by the next save.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,7 +54,7 @@ _MIB = 1 << 20
 _MEMORY_FOLDER = "/dev/shm"  # noqa: S108 - the file system that is measured
 _TENSORS = 16
 _COPIES = 2  # the library's replication factor: the rank itself and one peer
-_POLL_SECS = 0.005
+_POLL_SECS, _PATIENCE_SECS = 0.005, 120
 BLOCKING, FORK, WORKER = "blocking", "fork", "worker"
 MODES = (BLOCKING, FORK, WORKER)
 
@@ -94,7 +100,7 @@ class CpuGroup(GroupWrapper):  # type: ignore[misc]
 
 
 class PicklableGroup(CpuGroup):
-    """For the worker: the request that is sent to it holds the manager, which holds a process group, which cannot be pickled."""
+    """For the worker, which is sent the manager: with replication it holds a process group, which cannot be pickled."""
 
     def __getstate__(self) -> dict[str, None]:
         return {"_group": None}
@@ -109,7 +115,7 @@ def _without_cuda() -> None:
 def _queue(mode: str) -> AsyncCallsQueue:
     options: dict[str, Any] = {"persistent": mode == WORKER}
     # Instead of CUDA: newer versions make the worker choose a GPU, unless told that tensors are in shared memory.
-    if "cpu_shm_mode" in inspect.signature(AsyncCallsQueue).parameters:
+    if "cpu_shm_mode" in inspect.signature(AsyncCallsQueue.__init__).parameters:
         options["cpu_shm_mode"] = mode == WORKER
     return AsyncCallsQueue(**options)
 
@@ -131,11 +137,13 @@ class Rank:
         # Consecutive ranks share their parts: each rank is a node, so that the blast radius is 1.
         groups = [dist.new_group(ranks) for ranks in parse_group_sequence(1, _COPIES, self._ranks)]
         self._group = next(group for group in groups if dist.get_rank(group) >= 0)
-        self._queues: dict[str, AsyncCallsQueue] = {}
+        self._queues = {mode: _queue(mode) for mode in arguments.mode}
         self._iteration = 0
         random = torch.Generator().manual_seed(self._rank)
         elements = arguments.mib * _MIB // 4 // _TENSORS
-        bits = [torch.randint(-(1 << 31), (1 << 31) - 1, (elements,), dtype=torch.int32, generator=random) for _ in range(_TENSORS)]
+        bits = [
+            torch.randint(-(1 << 31), (1 << 31) - 1, (elements,), dtype=torch.int32, generator=random) for _ in range(_TENSORS)
+        ]
         self._state = {f"tensor{number}": one.view(torch.float32) for number, one in enumerate(bits)}
         self._saved: State = {}
 
@@ -161,7 +169,7 @@ class Rank:
     def _save(self, mode: str, repetition: int, *, quiet: bool = False) -> None:
         self._iteration += 1
         self._keep_values()
-        manager, queue = self._manager(mode), self._queues.setdefault(mode, _queue(mode))
+        manager, queue = self._manager(mode), self._queues[mode]
         # A forked process sees the memory as it was: only the worker needs a copy.
         state = CpuState(dict(self._state), copies=mode == WORKER)
         meter = Meter("nvrx", repetition)
@@ -176,8 +184,7 @@ class Rank:
             blocked = meter.read(mode)
             if quiet:
                 self._train()
-            while not queue.maybe_finalize_async_calls():
-                time.sleep(_POLL_SECS)
+            _wait(queue)
         written = list(self._node.rglob(f"iter_{self._iteration:07}_*"))
         if self._arguments.flush:
             _flush(written)
@@ -187,7 +194,12 @@ class Rank:
             on_disk = sum(path.stat().st_size for path in written)
             self._report(
                 {"operation": "save", "mode": mode, "repetition": repetition},
-                {"blocked_secs": blocked_secs, "saved_secs": saved_secs, "disk_bytes": on_disk, "extra_bytes": saved.extra_bytes},
+                {
+                    "blocked_secs": blocked_secs,
+                    "saved_secs": saved_secs,
+                    "disk_bytes": on_disk,
+                    "extra_bytes": saved.extra_bytes,
+                },
             )
         dist.barrier()
 
@@ -244,6 +256,15 @@ class Rank:
         print(json.dumps({**what, **line}), flush=True)
 
 
+def _wait(queue: AsyncCallsQueue) -> None:
+    """Ask as a training loop would. A worker that cannot read its request ends, and the library would wait for ever."""
+    give_up = time.monotonic() + _PATIENCE_SECS
+    while not queue.maybe_finalize_async_calls():
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"asynchronous save: not finished after {_PATIENCE_SECS} s; see what its process printed")
+        time.sleep(_POLL_SECS)
+
+
 def _flush(paths: Sequence[Path]) -> None:
     for path in paths:
         with path.open("rb") as file:
@@ -254,12 +275,16 @@ def _run_rank(arguments: argparse.Namespace) -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     _without_cuda()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{arguments.meeting}", rank=arguments.rank, world_size=arguments.ranks
-    )
+    dist.init_process_group("gloo", init_method=f"file://{arguments.meeting}", rank=arguments.rank, world_size=arguments.ranks)
     if arguments.rank == 0:
         setting = {"library": "nvidia-resiliency-ext", "version": _library_version(), "torch": torch.__version__}
-        setting |= {"ranks": arguments.ranks, "mib": arguments.mib, "tensors": _TENSORS, "copies": _COPIES, "flush": arguments.flush}
+        setting |= {
+            "ranks": arguments.ranks,
+            "mib": arguments.mib,
+            "tensors": _TENSORS,
+            "copies": _COPIES,
+            "flush": arguments.flush,
+        }
         print(json.dumps(setting), flush=True)
     Rank(arguments).run()
     dist.barrier()
@@ -270,11 +295,17 @@ def _run_ranks(arguments: argparse.Namespace) -> None:
     """Start the ranks and wait for them; if one fails, end the others and raise."""
     options = ["--mib", arguments.mib, "--ranks", arguments.ranks, "--rounds", arguments.rounds, "--mode", *arguments.mode]
     options += ["--flush"] if arguments.flush else []
-    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="nvrx-bench-") as place, tempfile.TemporaryDirectory() as notes:
+    with (
+        tempfile.TemporaryDirectory(dir=arguments.folder, prefix="nvrx-bench-") as place,
+        tempfile.TemporaryDirectory() as notes,
+    ):
         options += ["--folder", place, "--meeting", Path(notes) / "meeting"]
         command = [sys.executable, "-W", "ignore", __file__, *map(str, options)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running = [subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(arguments.ranks)]
+        running = [
+            subprocess.Popen([*command, "--rank", str(rank)], env=environment, start_new_session=True)
+            for rank in range(arguments.ranks)
+        ]
         try:
             while any(process.poll() is None for process in running):
                 if any(process.poll() for process in running):
@@ -285,7 +316,9 @@ def _run_ranks(arguments: argparse.Namespace) -> None:
                     raise RuntimeError(f"rank {rank} ended with status {process.returncode}")
         finally:
             for process in running:
-                process.kill()
+                # With the processes that it started itself.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
@@ -303,6 +336,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch")
     if arguments.rank is None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         _run_ranks(arguments)
     else:
         _run_rank(arguments)
