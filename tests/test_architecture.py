@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"stored_view"},
     {"codecs", "reports", "phases", "writers", "stored_plans", "targets", "stored_state"},
     {"fused", "experts", "pipeline"},
+    {"tiers"},
     {"mapping", "staging", "writing", "reading", "commit", "steps", "foreign_formats"},
     {"words", "held_memory"},
     {"planning", "storage", "group"},
