@@ -239,11 +239,11 @@ def test_one_lost_host_is_rebuilt_from_data_and_one_parity() -> None:
 
 
 def test_more_lost_hosts_than_parity_say_what_is_missing() -> None:
-    stripes, lengths = stripes_of([(0, 1, 2, 3)], 1), [1000] * 4
+    stripes, lengths = stripes_of([(0, 1, 2, 3)], 1), [1152] * 4
     found = losses(stripes, lengths, {1, 2})
     gone = sorted(part for damage in found.missing for part in damage.lost_data(lengths))
-    # Bytes of each in the stripes in which the other's block is lost too: in all, as each host has a block in each stripe.
-    assert gone == [(1, 0, 384), (1, 384, 768), (1, 768, 1000), (2, 0, 384), (2, 384, 768), (2, 768, 1000)]
+    # All bytes of both, as each host has a block in each stripe.
+    assert gone == [(1, 0, 384), (1, 384, 768), (1, 768, 1152), (2, 0, 384), (2, 384, 768), (2, 768, 1152)]
     assert {damage.stripe.number for damage in found.missing} == {0, 1, 2, 3}
 
 
@@ -253,15 +253,15 @@ def test_bytes_that_a_lost_host_never_had_are_known() -> None:
     # Neither data nor parity: a stripe of empty parts.
     empty = losses(stripes, [0, 0, 0, 0], {0, 1, 2, 3})
     assert empty.repairs == empty.missing == ()
-    # Behind the 64 bytes that host 1 gave, host 2 is rebuilt although both are lost.
+    # Behind the 22 bytes that host 1 gave, host 2 is rebuilt although both are lost.
     stripe = stripes[0]
-    found = losses([stripe], [0, 100, 400, 400], {1, 2})
-    assert [(damage.start, damage.stop, damage.lost) for damage in found.missing] == [(0, 36, (0, 1))]
-    assert [(repair.damage.start, repair.damage.stop, repair.damage.lost) for repair in found.repairs] == [(36, 192, (1,))]
+    found = losses([stripe], [0, 150, 400, 400], {1, 2})
+    assert [(damage.start, damage.stop, damage.lost) for damage in found.missing] == [(0, 22, (0, 1))]
+    assert [(repair.damage.start, repair.damage.stop, repair.damage.lost) for repair in found.repairs] == [(22, 192, (1,))]
     assert [(source.host, source.start, source.stop) for source in found.repairs[0].sources] == [
-        (1, 100, 100),
-        (3, 36, 192),
-        (0, 36, 192),
+        (1, 150, 150),
+        (3, 22, 192),
+        (0, 22, 192),
     ]
 
 
@@ -290,7 +290,7 @@ def test_losses_of_what_is_not_there_are_refused() -> None:
     stripes, lengths = stripes_of([(0, 1, 2)], 1), [512] * 3
     with pytest.raises(BadArgumentError, match=r"hosts \[3\] are in no stripe, which are of 3 hosts"):
         losses(stripes, lengths, {3})
-    with pytest.raises(BadArgumentError, match=r"hosts up to 2, found the lengths of 2 streams"):
+    with pytest.raises(BadArgumentError, match=r"hosts up to 2, found lengths of 2 streams"):
         losses(stripes, [512, 512], {0})
     with pytest.raises(BadArgumentError, match=r"host 1 holds parity of stripes \[1\] of its group, found \[0\]"):
         losses(stripes, lengths, lost_parity={1: [0, 1]})

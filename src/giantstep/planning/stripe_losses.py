@@ -180,8 +180,8 @@ def _check_hosts(stripes: Sequence[Stripe], stream_bytes: Sequence[int], hosts: 
         )
     if max(known, default=-1) >= len(stream_bytes):
         raise BadArgumentError(
-            f"losses of parity: stripes are of hosts up to {max(known)}, found the lengths of {len(stream_bytes)} streams; pass "
-            "one of each host, 0 for one without files"
+            f"losses of parity: stripes are of hosts up to {max(known)}, found lengths of {len(stream_bytes)} streams; pass "
+            "that of each host, 0 if it has no files"
         )
 
 
