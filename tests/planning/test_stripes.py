@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giantstep.errors import BadArgumentError
@@ -37,6 +37,7 @@ def partitions(hosts: list[int]) -> Iterator[list[list[int]]]:
             yield [*rest[:position], [hosts[0], *group], *rest[position + 1 :]]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=80), st.integers(1, 8), st.integers(1, 4))
 def test_groups_have_all_hosts_once_and_no_domain_twice(domains: list[int], k: int, m: int) -> None:
     hosts = len(domains)
@@ -58,6 +59,7 @@ def test_groups_have_all_hosts_once_and_no_domain_twice(domains: list[int], k: i
         assert largest == len(groups)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=7), st.integers(1, 3))
 def test_groups_are_found_whenever_there_are_any(domains: list[int], m: int) -> None:
     possible = any(
@@ -130,6 +132,7 @@ def test_stripes_of_senseless_groups_are_refused(groups: list[tuple[int, ...]], 
         stripes_of(groups, m)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), SIZES)
 def test_parts_follow_each_other_in_ring_order_and_make_up_the_stream(m: int, data: int, length: int) -> None:
     size = m + data
@@ -146,6 +149,7 @@ def test_parts_follow_each_other_in_ring_order_and_make_up_the_stream(m: int, da
         assert [stop - start == longest for start, stop in ranges[:full]] == [True] * full
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.lists(SIZES, min_size=4, max_size=9))
 def test_parity_of_each_host_is_at_most_its_share_of_the_largest_stream(m: int, lengths: list[int]) -> None:
     hosts = len(lengths)
@@ -157,6 +161,7 @@ def test_parity_of_each_host_is_at_most_its_share_of_the_largest_stream(m: int, 
         assert sum(block_bytes(stripe, lengths) for stripe in held) <= m * share
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=3, max_size=30), st.integers(1, 5), st.integers(1, 3))
 def test_parity_is_in_other_domains_than_the_data(domains: list[int], k: int, m: int) -> None:
     try:
@@ -185,6 +190,7 @@ def test_short_parts_are_not_stored_in_full() -> None:
     assert block_bytes(stripe, lengths) == 512
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=8), st.data())
 def test_pieces_are_the_bytes_of_the_files(sizes: list[int], data: st.DataObject) -> None:
     stream = Stream.of(sizes)
@@ -209,6 +215,7 @@ def test_ranges_beyond_a_stream_and_negative_sizes_are_refused() -> None:
         Stream.of([2, -3])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2), st.integers(1, 4), st.integers(0, 2000), st.data())
 def test_touched_blocks_are_the_range(m: int, k: int, length: int, data: st.DataObject) -> None:
     stripes = stripes_of([tuple(range(k + m))], m)

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giantstep.errors import BadArgumentError
@@ -17,6 +17,7 @@ def blocks_of(seed: int, k: int, length: int) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, (k, length), dtype=np.uint8))
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(1, 9), st.integers(1, 5), st.integers(0, 3000), st.integers(0, 2**32))
 def test_any_k_blocks_rebuild_all_others(data: st.DataObject, k: int, m: int, length: int, seed: int) -> None:
     blocks = blocks_of(seed, k, length)
@@ -30,6 +31,7 @@ def test_any_k_blocks_rebuild_all_others(data: st.DataObject, k: int, m: int, le
         np.testing.assert_array_equal(found[number], whole[number])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 3), st.lists(st.integers(0, 500), max_size=5), st.integers(0, 2**32))
 def test_pieces_of_any_length_give_the_bytes_of_the_whole(k: int, m: int, lengths: list[int], seed: int) -> None:
     blocks = blocks_of(seed, k, sum(lengths))

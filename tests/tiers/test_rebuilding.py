@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giantstep.planning.stripe_losses import Losses, Repair, losses
@@ -123,6 +123,7 @@ def groups_of_hosts(draw: st.DrawFn) -> tuple[Hosts, int]:
 PIECES = st.sampled_from([50, 64, 333, 5000])
 
 
+@settings(deadline=None)
 @given(groups_of_hosts(), PIECES, PIECES, st.data())
 def test_any_m_lost_hosts_of_each_group_are_rebuilt(
     case: tuple[Hosts, int], first: int, second: int, data: st.DataObject
@@ -141,6 +142,7 @@ def test_any_m_lost_hosts_of_each_group_are_rebuilt(
     assert_equal(hosts, files, parity)
 
 
+@settings(deadline=None)
 @given(groups_of_hosts(), st.data())
 def test_any_losses_are_rebuilt_or_named_as_missing(case: tuple[Hosts, int], data: st.DataObject) -> None:
     hosts, _ = case
