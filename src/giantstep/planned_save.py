@@ -36,6 +36,7 @@ from giantstep.storage.base import Store
 from giantstep.stored_plans import find_plan, keep_plan, remember_plan
 from giantstep.tiers.hosts import HostMap, Standing
 from giantstep.tiers.node_store import NodeStore
+from giantstep.tiers.parity_layout import ParityLayout
 from giantstep.writers import Balanced, Caller
 
 _LOG = logging.getLogger("giantstep")
@@ -57,13 +58,14 @@ class Place:
         group_name: name of the group.
         standing: where it stands among the hosts, if each has a place of its own; and how many copies its bytes are to
             have on others.
-        copies: see there.
+        copies, parity: see there.
     """
 
     cell: str
     group_name: str
     standing: Standing | None = None
     copies: int = 0
+    parity: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, rank: int, size: int, process_group: Any, options: SaveOptions, store: Store) -> Place:
@@ -73,7 +75,7 @@ class Place:
         if not isinstance(cell, str):
             raise BadArgumentError(f"{type(policy).__name__}.cell must return a str, not {cell!r}")
         if isinstance(store, NodeStore):
-            return cls(cell, name_of(process_group), store.standing, store.protection.replicas)
+            return cls(cell, name_of(process_group), store.standing, store.protection.replicas, store.protection.parity)
         return cls(cell, name_of(process_group))
 
 
@@ -148,7 +150,8 @@ class SavePlanner:
         self._described = subject.described
         self._call = subject.call
         self._object_bytes = subject.object_bytes
-        self._cell, self._standing, self._copies = subject.place.cell, subject.place.standing, subject.place.copies
+        where = subject.place
+        self._cell, self._standing, self._copies, self._parity = where.cell, where.standing, where.copies, where.parity
         self.description = structure_of(subject.described)
         place = [subject.place.group_name, self._cell, self._told_standing().decode("ascii"), self._copies]
         circumstances = [self._group.rank, self._group.size, *place, settings(self._options)]
@@ -211,11 +214,14 @@ class SavePlanner:
         return [(_PLANNED, head, plan_id, *part.encode()) for part in plan.parts(descriptions)]
 
     def _replication(self, standings: Sequence[bytes]) -> Replication | None:
-        if not self._copies:
+        if self._standing is None:
             return None
         hosts = HostMap.of([Standing.decode(told) for told in standings])
         hosts.check_copies(self._copies)
-        return Replication(self._copies, hosts.domain_of_ranks())
+        if self._parity is not None:
+            # Raises if hosts are too few.
+            ParityLayout.of("", hosts, self._parity, ())
+        return Replication(self._copies, hosts.domain_of_ranks()) if self._copies else None
 
     def _explain_refusal(self, key: str) -> None:
         def decide(reports: Sequence[bytes]) -> list[bytes]:

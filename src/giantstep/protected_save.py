@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.mapping.describe import Described
 from giantstep.options import SaveOptions, Threads
 from giantstep.planned_save import SavePlanner
-from giantstep.planning.index_plan import WriteReport, build_index
+from giantstep.planning.index_plan import MoreFiles, WriteReport, build_index
 from giantstep.planning.save_plan import CopyPart, WritePart
 from giantstep.sources import Content, PartSources, write_report
 from giantstep.tiers.copying import FACTS_PARTS, Copying, FileFacts, plan_copies
@@ -35,6 +36,8 @@ from giantstep.tiers.file_numbers import group_numbers
 from giantstep.tiers.hosts import HostMap, Standing
 from giantstep.tiers.messages import moves_from, moves_to
 from giantstep.tiers.node_store import NodeStore
+from giantstep.tiers.parity_layout import ParityLayout
+from giantstep.tiers.parity_rounds import Circumstances, make_parity
 from giantstep.writing.write import Written, WrittenFile, write
 
 _LOG = logging.getLogger("giantstep")
@@ -84,6 +87,7 @@ class ProtectedWrite:
         self._group, self._store, self._save_id = group, store, save_id
         self._options, self._planner = options, planner
         self._content_metadata, self._metrics = content_metadata, metrics
+        self._parity = store.protection.parity
         self._bytes_written = self._bytes_sent = 0
         # On rank 0.
         self._told: list[WriteReport] = []
@@ -197,10 +201,17 @@ class ProtectedWrite:
                 self._store.location,
                 ", ".join(copying.diverged[:5]) + (" ..." if len(copying.diverged) > 5 else ""),
             )
-        return moves_to(copying.moves, len(reports), self._options.block_bytes)
+        files = [
+            [name, size, rank] for rank, facts in enumerate(own) for name, size in zip(facts.names, facts.bytes, strict=True)
+        ]
+        told = json.dumps([[report[0].decode("ascii") for report in reports], files if self._parity else []]).encode("ascii")
+        moves = moves_to(copying.moves, len(reports), self._options.block_bytes)
+        return [(told if self._parity else b"", *parts) for parts in moves]
 
     def _copy(self, plan: Parts, check: Callable[[], None]) -> Parts:
-        piece_bytes, sends, receives = moves_from(plan)
+        if self._parity is not None:
+            return self._make_parity(json.loads(plan[0]), check)
+        piece_bytes, sends, receives = moves_from(plan[1:])
         done = carry(
             self._group,
             self._store,
@@ -216,12 +227,22 @@ class ProtectedWrite:
             raise CorruptionError(f"{done.bad[0]} did not arrive in {self._store.location} as it was written")
         check()
         self._bytes_sent = done.bytes_sent
-        return ()
+        return FileFacts([], [], []).encode()
+
+    def _make_parity(self, told: Any, check: Callable[[], None]) -> Parts:
+        hosts = HostMap.of([Standing.decode(one.encode("ascii")) for one in told[0]])
+        layout = ParityLayout.of(self._save_id, hosts, self._parity or (1, 1), [FileEntry(*file) for file in told[1]])
+        options = self._options
+        how = Circumstances(self._group, self._store, options.block_bytes, "copy", options.timeout_secs, check)
+        made, self._bytes_sent = make_parity(layout, how)
+        check()
+        return FileFacts([one.name for one in made], [one.bytes for one in made], [one.checksums for one in made]).encode()
 
     # Commit.
 
     def _decide_commit(self, reports: Sequence[Parts]) -> list[Parts]:
-        index, files = build_index(self._planner.planned(), self._told)
+        made = [FileFacts.decode(report) for report in reports]
+        index, files = build_index(self._planner.planned(), self._told, more=_more_files(made))
         encoded = encode_index(index, self._save_id, self._options.block_bytes)
         protection, hosts = self._store.protection, self._hosts
         record = record_of(
@@ -272,6 +293,19 @@ class ProtectedWrite:
             here = tuple(file for file in files if file.name in names)
             publish_here(self._store, self._save_id, index, record, here)
         return ()
+
+
+def _more_files(made: Sequence[FileFacts]) -> MoreFiles | None:
+    """Files of parity, as the index has them."""
+    files = [
+        FileEntry(name, size, rank)
+        for rank, facts in enumerate(made)
+        for name, size in zip(facts.names, facts.bytes, strict=True)
+    ]
+    sums = [found for facts in made for found in facts.checksums]
+    if not files:
+        return None
+    return MoreFiles(tuple(files), np.array(list(map(len, sums)), dtype=np.int64), np.concatenate(sums))
 
 
 def _as_part(copies: CopyPart) -> WritePart:

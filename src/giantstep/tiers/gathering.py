@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +27,13 @@ from giantstep.shards.object_keys import position_of
 from giantstep.storage.base import read_all
 from giantstep.storage.record_file import read_record_bytes
 from giantstep.tiers.courier import Carried, carry
-from giantstep.tiers.holdings import Candidate, Holding, candidates, nothing_complete
+from giantstep.tiers.file_numbers import parity_of_file
+from giantstep.tiers.holdings import Candidate, Holding, candidates, is_enough, nothing_complete
 from giantstep.tiers.hosts import HostMap
 from giantstep.tiers.messages import moves_from, moves_to
 from giantstep.tiers.node_store import NodeStore
+from giantstep.tiers.parity_layout import ParityLayout, rebuild_jobs
+from giantstep.tiers.parity_rounds import Circumstances, piece_bytes_for, rebuild_files
 
 PHASE = "gather"
 
@@ -83,6 +87,9 @@ class Gathering:
         lead, index, notes, plan = answer[0], answer[1], answer[2], answer[3:]
         self.notes = tuple(json.loads(notes))
         consult_parts(self._group, PHASE, self._secs, lambda: self._publish(index, record) if lead else ())
+        rebuilding, plan = plan[0], plan[1:]
+        if rebuilding:
+            self._rebuild(json.loads(rebuilding))
         self._carry(plan)
 
     def _report(self) -> Parts:
@@ -114,7 +121,7 @@ class Gathering:
         leads = hosts.leads
         holdings = [told[lead] for lead in leads]
         found, refused = candidates(holdings, self._store.protection.run)
-        complete = [one for one in found if not one.lost and self._provider(one, holdings, leads) is not None]
+        complete = [one for one in found if is_enough(one) and self._provider(one, holdings, leads) is not None]
         if not complete:
             raise nothing_complete(self._store.location, found, refused, hosts)
         chosen = complete[0]
@@ -146,17 +153,67 @@ class Gathering:
         }
         shared = _shared_object_files(index)
         names = [chosen.record.files[number].name for number in shared]
+        rebuilding = self._plan_rebuilding()
         plans = self._plan(dict.fromkeys(range(len(self._leads)), names), len(reports))
-        notes = json.dumps(self._told(lacking, plans)).encode("ascii")
+        notes = json.dumps(self._told(lacking, rebuilding)).encode("ascii")
+        told = b"" if rebuilding is None else json.dumps(rebuilding).encode("ascii")
         return [
-            (b"1" if rank in lacking else b"", image if rank in lacking else b"", notes, *plans[rank])
+            (b"1" if rank in lacking else b"", image if rank in lacking else b"", notes, told, *plans[rank])
             for rank in range(len(reports))
         ]
 
-    def _told(self, lacking: Collection[int], _plans: Sequence[Parts]) -> list[str]:
+    def _told(self, lacking: Collection[int], rebuilding: dict[str, Any] | None) -> list[str]:
         new = [self._hosts.standings[self._hosts.host[lead]].host for lead in sorted(lacking)]
         notes = [f"hosts without this save: {', '.join(new[:20])}"] if new else []
+        if rebuilding is not None:
+            names = rebuilding["lost"]
+            notes.append(f"rebuilt out of parity: {len(names)} files: {', '.join(names[:3])}" + (" ..." if names[3:] else ""))
         return [*notes, *self._refused[:20]]
+
+    # Rebuild.
+
+    def _plan_rebuilding(self) -> dict[str, Any] | None:
+        """Who rebuilds which lost file; those are noted as held. The others read what they hold."""
+        root = self._on_rank_zero()
+        chosen, leads = root.chosen, root.hosts.leads
+        lost = [name for name in chosen.lost if parity_of_file(name) is None]
+        if not lost:
+            return None
+        load = dict.fromkeys(range(len(leads)), 0)
+        sizes = {file.name: file.bytes for file in chosen.record.files}
+        target: dict[str, int] = {}
+        # Files of one lost host go to one host, where they follow each other in the stripes.
+        by_rank = {file.name: file.rank for file in chosen.record.files}
+        nodes = chosen.record.nodes
+        home: dict[int, int] = {}
+        for name in sorted(lost):
+            owner = nodes.host_of_rank[by_rank[name]] if nodes is not None else 0
+            host = home.setdefault(owner, min(load, key=lambda one: (load[one], one)))
+            load[host] += sizes[name]
+            target[name] = leads[host]
+        source = {name: leads[hosts[0]] for name, hosts in chosen.holders.items() if hosts}
+        all_lost = chosen.lost
+        for name, rank in target.items():
+            chosen.holders[name].append(root.hosts.host[rank])
+        return {"lost": lost, "gone": all_lost, "source": source, "target": target}
+
+    def _rebuild(self, told: dict[str, Any]) -> None:
+        if self._record is None:
+            raise PeerFailureError("no record was agreed on")
+        how = Circumstances(self._group, self._store, self._record.block_bytes, PHASE, self._secs)
+
+        def work() -> Parts:
+            record = self._record
+            layout = None if record is None else ParityLayout.of_record(record)
+            if record is None or layout is None:
+                raise PeerFailureError("files are to be rebuilt out of parity, and the save has none")
+            rounds = rebuild_jobs(layout, told["gone"], told["source"], told["target"], piece_bytes_for(layout))
+            sizes = {file.name: file.bytes for file in record.files}
+            sums = _checksums(record, IndexReader(self._store, record).load_all())
+            rebuild_files(rounds, sizes, sums, how)
+            return ()
+
+        consult_parts(self._group, PHASE, self._secs, work)
 
     def _publish(self, index: bytes, record: bytes) -> Parts:
         if self._record is None:

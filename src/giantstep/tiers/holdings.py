@@ -10,7 +10,9 @@ from typing import Any
 from giantstep.errors import CorruptionError, GiantstepError, IncompleteError, PeerFailureError, VersionError
 from giantstep.format.names import RECORD_NAME
 from giantstep.format.record import CommitRecord, decode_record
+from giantstep.tiers.file_numbers import parity_of_file
 from giantstep.tiers.hosts import HostMap, Standing
+from giantstep.tiers.parity_layout import ParityLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,15 @@ class Candidate:
     def lost(self) -> list[str]:
         """Files that no host has."""
         return [name for name, hosts in self.holders.items() if not hosts]
+
+
+def is_enough(candidate: Candidate) -> bool:
+    """Whether all data files are there, or can be rebuilt."""
+    lost = [name for name in candidate.lost if parity_of_file(name) is None]
+    if not lost:
+        return True
+    layout = ParityLayout.of_record(candidate.record)
+    return layout is not None and layout.is_enough(candidate.lost)
 
 
 def candidates(holdings: Sequence[Holding], run: str) -> tuple[list[Candidate], list[str]]:
