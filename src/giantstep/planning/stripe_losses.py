@@ -98,7 +98,7 @@ def losses(
     lost_ranges: Mapping[int, Sequence[Range]] | None = None,
     lost_parity: Mapping[int, Collection[int]] | None = None,
 ) -> Losses:
-    """What of the losses can be rebuilt, and out of what: zeros and data before parity.
+    """What of the losses can be rebuilt, and out of what: all data that are left, and as little parity as will do.
 
     Args:
         stripes: all stripes.
@@ -158,17 +158,18 @@ def _damages(stripe: Stripe, lost: Mapping[int, Sequence[Range]]) -> list[Damage
 
 
 def _sources(damage: Damage, stream_bytes: Sequence[int]) -> tuple[Source, ...]:
-    stripe, found = damage.stripe, []
-    for block, host in enumerate(stripe.hosts):
-        if block not in damage.lost:
-            # Invariant: what a lost host has not to give here counts as zeros: nothing is read from it.
-            stop = min(damage.stop, stored_bytes(stripe, block, stream_bytes))
-            start = min(damage.start, stop)
-            base = data_range(stripe, host, stream_bytes[host])[0] if block < len(stripe.data) else 0
-            found.append(Source(block, host, base + start, base + stop))
-    # All sources count the same; those that need no reading come first, and parity last. The order is stable.
-    chosen = sorted(found, key=lambda source: (source.stop > source.start, source.block))[: len(stripe.data)]
-    return tuple(sorted(chosen, key=lambda source: source.block))
+    stripe = damage.stripe
+    # All data that are left, and parity only instead of those that are lost.
+    chosen = [block for block in range(len(stripe.hosts)) if block not in damage.lost][: len(stripe.data)]
+    found = []
+    for block in chosen:
+        host = stripe.hosts[block]
+        # Invariant: what a lost host never had to give counts as zeros, and nothing is read from it.
+        stop = min(damage.stop, stored_bytes(stripe, block, stream_bytes))
+        start = min(damage.start, stop)
+        base = data_range(stripe, host, stream_bytes[host])[0] if block < len(stripe.data) else 0
+        found.append(Source(block, host, base + start, base + stop))
+    return tuple(found)
 
 
 def _check_hosts(stripes: Sequence[Stripe], stream_bytes: Sequence[int], hosts: set[int]) -> None:
