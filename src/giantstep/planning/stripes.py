@@ -112,8 +112,8 @@ class Stream:
 def parity_groups(domains: Sequence[int], k: int, m: int) -> list[tuple[int, ...]]:
     """Hosts in groups of which each survives the loss of any m hosts.
 
-    Sizes differ by 1 at most, and are at most k+m unless fewer than m+1 would be left for some group. Groups are smaller
-    than that where hosts of one domain would meet otherwise.
+    Sizes differ by 1 at most, and are as near to k+m as the number of hosts allows. Groups are smaller than that where hosts
+    of one domain would meet otherwise.
 
     Args:
         domains: failure domain of each host; hosts of equal numbers may be lost together.
@@ -141,7 +141,8 @@ def parity_groups(domains: Sequence[int], k: int, m: int) -> list[tuple[int, ...
             f"at least {-(-hosts // most)} domains with at most {most} hosts each; found {len(set(domains))} domains, the "
             f"largest with {largest} hosts; choose a smaller m, or divide the domains"
         )
-    count = min(max(-(-hosts // (k + m)), largest), most)
+    # The nearest number of groups: one host more than k+m must not make two groups of half the size, of twice the overhead.
+    count = min(max((2 * hosts + k + m) // (2 * (k + m)), largest, 1), most)
     if -(-hosts // count) > MOST_HOSTS_OF_A_GROUP:
         raise BadArgumentError(
             f"parity=({k}, {m}): {hosts} hosts give {count} groups of {-(-hosts // count)}, and a group has at most "
