@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"format"},
     {"shards"},
     {"options"},
-    {"plan_cache", "collection", "ending"},
+    {"plan_cache", "collection", "ending", "requirements"},
     {"errors"},
 ]
 PURE = {"shards", "format", "planning"}

@@ -13,7 +13,7 @@ from giantstep import errors
 
 def test_all_is_what_there_is_and_small() -> None:
     assert sorted(gs.__all__) == gs.__all__
-    assert len(gs.__all__) <= 26
+    assert len(gs.__all__) <= 28
     for name in gs.__all__:
         assert getattr(gs, name).__name__.rpartition(".")[2] == name
     assert set(gs.__all__) <= set(dir(gs))

@@ -15,7 +15,7 @@ import numpy as np
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.collection import uncollected
 from giantstep.conditions import check_conditions
-from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, IncompleteError
+from giantstep.errors import BadArgumentError, GiantstepError
 from giantstep.filling import Filling, compare_sinks, fill_sinks, plan_filling
 from giantstep.format.names import RECORD_NAME
 from giantstep.format.record import CommitRecord, decode_record
@@ -25,7 +25,7 @@ from giantstep.group.torch_group import group_of
 from giantstep.kept_index import KeptIndex, keep_index, kept_index
 from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import Described, describe
-from giantstep.node_load import NodeLoad, check_cell, damaged_on_hosts
+from giantstep.node_load import NodeLoad, check_cell, passing_over_damage
 from giantstep.older_steps import PASSED_OVER, older_step, reason_of, root_of
 from giantstep.options import LoadOptions, OnCorrupt, StrictHandling, Threads, threads_for
 from giantstep.phases import Stopwatch, same_call, settings, with_call
@@ -47,7 +47,6 @@ from giantstep.storage.locate import StoreLike, store_at
 from giantstep.storage.record_file import read_record_bytes
 from giantstep.stored_state import StoredState
 from giantstep.stored_view import StoredView
-from giantstep.tiers.gathering import PHASE as GATHER
 from giantstep.tiers.node_store import NodeStore
 from giantstep.unwrapping import Moved, fill_dequantised, read_objects, verify_parts
 
@@ -99,7 +98,14 @@ def load(
     # Thousands of objects are made, and gone when the load is through.
     with uncollected():
         if isinstance(path, NodeStore):
-            return _load_from_hosts(state_dict, path, strict, process_group, options, on_corrupt)
+            settings = options if isinstance(options, LoadOptions) else LoadOptions()
+            return passing_over_damage(
+                group_of(process_group),
+                path,
+                settings.timeout_secs,
+                on_corrupt,
+                lambda damaged: _load(_Load(state_dict, path, strict, process_group, options, damaged)),
+            )
         if on_corrupt == "fallback":
             return _load_or_older(state_dict, path, strict, process_group, options)
         return _load(_Load(state_dict, path, strict, process_group, options))
@@ -132,36 +138,6 @@ def _load_or_older(
         if passed:
             _LOG.warning("%s is loaded instead of %s: %s", state.report.location, path, "; ".join(passed.values()))
         return state
-
-
-def _load_from_hosts(
-    state_dict: dict[Any, Any],
-    store: NodeStore,
-    strict: StrictHandling,
-    process_group: Any,
-    options: LoadOptions | None,
-    on_corrupt: OnCorrupt,
-) -> LoadedState:
-    if on_corrupt != "raise":
-        raise BadArgumentError(
-            f"on_corrupt={on_corrupt!r} cannot be for one node-local step: damaged copies are passed over in any case, and "
-            "LocalTier.restore falls back to older steps"
-        )
-    group, secs = group_of(process_group), (options if isinstance(options, LoadOptions) else LoadOptions()).timeout_secs
-    damaged: set[str] = set()
-    while True:
-        try:
-            return _load(_Load(state_dict, store, strict, process_group, options, damaged))
-        except (CorruptionError, IncompleteError) as error:
-            # Some copy is bad. Which ones are is looked for once all ranks have given up. What is not all there, no look finds.
-            if not error.agreed or error.phase == GATHER:
-                raise
-            found = damaged_on_hosts(group, store, secs, damaged)
-            if found is damaged:
-                raise
-            if group.rank == 0:
-                _LOG.warning("%s: damaged copies are passed over: %s", store.location, error)
-            damaged = found
 
 
 def _load(run: _Load) -> LoadedState:

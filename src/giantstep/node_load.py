@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.errors import BadArgumentError, GiantstepError
+from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, IncompleteError
 from giantstep.filling import Filling
 from giantstep.format.index import Index
 from giantstep.format.record import decode_record
@@ -17,9 +17,10 @@ from giantstep.mapping.checked_object import CheckedObject
 from giantstep.mapping.describe import Described
 from giantstep.planned_load import LoadPlanner, Subject
 from giantstep.reading.arrange import Cell
+from giantstep.reports import LoadedState
 from giantstep.requesting import Matched
 from giantstep.storage.record_file import read_record_bytes
-from giantstep.tiers.gathering import Gathering, damaged_here, files_of_objects
+from giantstep.tiers.gathering import PHASE, Gathering, damaged_here, files_of_objects
 from giantstep.tiers.node_store import NodeStore
 
 _LOG = logging.getLogger("giantstep")
@@ -86,6 +87,37 @@ def check_cell(cell: Cell) -> None:
     """Raise `BadArgumentError` for an exchange in groups, which may not hold all that their ranks want."""
     if not isinstance(cell, str):
         raise BadArgumentError("exchange must be 'auto' or 'none' for a node-local checkpoint, not a group")
+
+
+def passing_over_damage(
+    group: Group, store: NodeStore, timeout_secs: float, on_corrupt: str, attempt: Callable[[set[str]], LoadedState]
+) -> LoadedState:
+    """Load, and again without the copies that were found to be damaged, as long as there are more of these.
+
+    Args:
+        group, store, timeout_secs: as for `NodeLoad`.
+        on_corrupt: what the caller of `load` has asked for.
+        attempt: loads; is given the names of this host's files that are known to be damaged.
+    """
+    if on_corrupt != "raise":
+        raise BadArgumentError(
+            f"on_corrupt={on_corrupt!r} cannot be for one node-local step: damaged copies are passed over in any case, and "
+            "LocalTier.restore falls back to older steps"
+        )
+    damaged: set[str] = set()
+    while True:
+        try:
+            return attempt(damaged)
+        except (CorruptionError, IncompleteError) as error:
+            # Which copies are bad is looked for once all ranks have given up. What is not all there, no look finds.
+            if not error.agreed or error.phase == PHASE:
+                raise
+            found = damaged_on_hosts(group, store, timeout_secs, damaged)
+            if found is damaged:
+                raise
+            if group.rank == 0:
+                _LOG.warning("%s: damaged copies are passed over: %s", store.location, error)
+            damaged = found
 
 
 def damaged_on_hosts(group: Group, store: NodeStore, timeout_secs: float, known: set[str]) -> set[str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from giantstep.errors import BadArgumentError
 from giantstep.plan_cache import PlanCache
+from giantstep.requirements import require, require_int, require_secs
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -85,29 +86,6 @@ def longest_match(patterns: Mapping[str, Any], key: str) -> str | None:
     """The longest of the patterns that fit the key: prefixes, or endings if they begin with `*`."""
     fitting = (one for one in patterns if (key.endswith(one[1:]) if one.startswith("*") else key.startswith(one)))
     return max(fitting, key=len, default=None)
-
-
-def _require(condition: bool, field: str, value: object, expected: str) -> None:
-    if not condition:
-        raise BadArgumentError(f"{field}={value!r} cannot be: expected {expected}")
-
-
-def _require_int(field: str, value: object, low: int, high: int) -> None:
-    _require(
-        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
-        field,
-        value,
-        f"an int from {low} to {high}",
-    )
-
-
-def _require_secs(field: str, value: object) -> None:
-    _require(
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9,
-        field,
-        value,
-        "a positive number of seconds",
-    )
 
 
 def default_timeout_secs() -> float:
@@ -238,38 +216,38 @@ class SaveOptions:
     on all ranks, unless `result` or `exception` told of it before. `warn`: a warning is logged, and training goes on."""
 
     def __post_init__(self) -> None:
-        _require_secs("timeout_secs", self.timeout_secs)
-        _require_int("block_bytes", self.block_bytes, 4 * KIB, 64 * MIB)
-        _require(self.block_bytes % 4096 == 0, "block_bytes", self.block_bytes, "a multiple of 4096")
-        _require_int("max_file_bytes", self.max_file_bytes, MIB, 1 << 62)
-        _require_int("split_bytes", self.split_bytes, 1, 1 << 62)
-        _require(self.direct_io in get_args(DirectIo), "direct_io", self.direct_io, f"one of {get_args(DirectIo)}")
+        require_secs("timeout_secs", self.timeout_secs)
+        require_int("block_bytes", self.block_bytes, 4 * KIB, 64 * MIB)
+        require(self.block_bytes % 4096 == 0, "block_bytes", self.block_bytes, "a multiple of 4096")
+        require_int("max_file_bytes", self.max_file_bytes, MIB, 1 << 62)
+        require_int("split_bytes", self.split_bytes, 1, 1 << 62)
+        require(self.direct_io in get_args(DirectIo), "direct_io", self.direct_io, f"one of {get_args(DirectIo)}")
         if self.writer_threads is not None:
-            _require_int("writer_threads", self.writer_threads, 1, 64)
-        _require_int("buffer_bytes", self.buffer_bytes, 4 * KIB, GIB)
-        _require(
+            require_int("writer_threads", self.writer_threads, 1, 64)
+        require_int("buffer_bytes", self.buffer_bytes, 4 * KIB, GIB)
+        require(
             self.buffer_bytes % self.block_bytes == 0,
             "buffer_bytes",
             self.buffer_bytes,
             f"a multiple of block_bytes ({self.block_bytes})",
         )
-        _require(
+        require(
             self.on_object_difference in get_args(OnObjectDifference),
             "on_object_difference",
             self.on_object_difference,
             f"one of {get_args(OnObjectDifference)}",
         )
         policy = self.writers is None or callable(getattr(self.writers, "cell", None))
-        _require(policy and not isinstance(self.writers, type), "writers", self.writers, "a policy of giantstep.writers")
-        _require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
+        require(policy and not isinstance(self.writers, type), "writers", self.writers, "a policy of giantstep.writers")
+        require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
         self._check_background()
         for name in ("digests", "check_free_space"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
         earlier = self.previous
         place = isinstance(earlier, str | os.PathLike) or callable(getattr(earlier, "open_read", None))
-        _require(earlier is None or (place and earlier != ""), "previous", earlier, "a path, URL or store, or None")
+        require(earlier is None or (place and earlier != ""), "previous", earlier, "a path, URL or store, or None")
         part = isinstance(self.least_live, int | float) and not isinstance(self.least_live, bool)
-        _require(part and 0 < self.least_live <= 1, "least_live", self.least_live, "a number above 0, up to 1")
+        require(part and 0 < self.least_live <= 1, "least_live", self.least_live, "a number above 0, up to 1")
 
     @property
     def keeps_digests(self) -> bool:
@@ -277,11 +255,11 @@ class SaveOptions:
         return self.digests or self.previous is not None
 
     def _check_background(self) -> None:
-        _require(self.staging in get_args(StagingMode), "staging", self.staging, f"one of {get_args(StagingMode)}")
+        require(self.staging in get_args(StagingMode), "staging", self.staging, f"one of {get_args(StagingMode)}")
         if self.staging_bytes is not None:
-            _require_int("staging_bytes", self.staging_bytes, 1, 1 << 62)
-        _require_int("max_pending", self.max_pending, 1, 1024)
-        _require(self.on_error in get_args(OnError), "on_error", self.on_error, f"one of {get_args(OnError)}")
+            require_int("staging_bytes", self.staging_bytes, 1, 1 << 62)
+        require_int("max_pending", self.max_pending, 1, 1024)
+        require(self.on_error in get_args(OnError), "on_error", self.on_error, f"one of {get_args(OnError)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,26 +321,26 @@ class LoadOptions:
     """Where plans of loads, and the index of the checkpoint loaded last, are kept for later loads. None: nothing is kept."""
 
     def __post_init__(self) -> None:
-        _require_secs("timeout_secs", self.timeout_secs)
-        _require(self.cast in get_args(Cast), "cast", self.cast, f"one of {get_args(Cast)}")
-        _require(self.verify in get_args(Verify), "verify", self.verify, f"one of {get_args(Verify)}")
+        require_secs("timeout_secs", self.timeout_secs)
+        require(self.cast in get_args(Cast), "cast", self.cast, f"one of {get_args(Cast)}")
+        require(self.verify in get_args(Verify), "verify", self.verify, f"one of {get_args(Verify)}")
         expected = f"one of {get_args(UnknownTypes)}"
-        _require(self.unknown_types in get_args(UnknownTypes), "unknown_types", self.unknown_types, expected)
+        require(self.unknown_types in get_args(UnknownTypes), "unknown_types", self.unknown_types, expected)
         self._check_matching()
         asked = self.exchange
         ranks = isinstance(asked, Sequence) and not isinstance(asked, str) and all(type(rank) is int for rank in asked)
         group = callable(getattr(asked, "rank", None)) and callable(getattr(asked, "size", None))
         named = isinstance(asked, str) and asked in ("auto", "none")
-        _require(named or (ranks and len(asked) > 0) or group, "exchange", asked, "'auto', 'none', a group, or ranks")
-        _require_int("exchange_bytes", self.exchange_bytes, MIB, 1 << 40)
-        _require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
+        require(named or (ranks and len(asked) > 0) or group, "exchange", asked, "'auto', 'none', a group, or ranks")
+        require_int("exchange_bytes", self.exchange_bytes, MIB, 1 << 40)
+        require(isinstance(self.plan_cache, PlanCache | None), "plan_cache", self.plan_cache, "a PlanCache or None")
         if self.reader_threads is not None:
-            _require_int("reader_threads", self.reader_threads, 1, 64)
-        _require_int("buffer_bytes", self.buffer_bytes, 64 * KIB, GIB)
+            require_int("reader_threads", self.reader_threads, 1, 64)
+        require_int("buffer_bytes", self.buffer_bytes, 64 * KIB, GIB)
 
     def _check_matching(self) -> None:
         overrides = self.strict_overrides
-        _require(
+        require(
             isinstance(overrides, Mapping)
             and all(isinstance(key, str) and isinstance(value, StrictHandling) for key, value in overrides.items()),
             "strict_overrides",
@@ -370,7 +348,7 @@ class LoadOptions:
             "a mapping from key prefixes to StrictHandling",
         )
         rename = self.rename
-        _require(
+        require(
             rename is None
             or callable(rename)
             or (
@@ -383,20 +361,20 @@ class LoadOptions:
         )
         policies = self.on_object_reshard
         by_prefix = policies if isinstance(policies, Mapping) else {"": policies}
-        _require(
+        require(
             all(isinstance(key, str) and (callable(value) or value in ("raise", "drop")) for key, value in by_prefix.items()),
             "on_object_reshard",
             policies,
             "'raise', 'drop', a function, or a mapping from key prefixes to these",
         )
-        _require(isinstance(self.dequantise, bool), "dequantise", self.dequantise, "a bool")
+        require(isinstance(self.dequantise, bool), "dequantise", self.dequantise, "a bool")
 
     def stored_key(self, key: str) -> str | None:
         """The stored key of a requested one; None if it is to be left out."""
         if self.rename is None:
             return key
         found = self.rename.get(key, key) if isinstance(self.rename, Mapping) else self.rename(key)
-        _require(isinstance(found, str | None), f"rename({key!r})", found, "a str or None")
+        require(isinstance(found, str | None), f"rename({key!r})", found, "a str or None")
         return found
 
     def object_reshard(self, key: str) -> OnObjectReshard:

@@ -28,9 +28,10 @@ from giantstep.options import SaveOptions
 from giantstep.phases import same_call, settings, with_call
 from giantstep.planning.description import Description, decode_descriptions
 from giantstep.planning.reuse import PLAN_ID_BYTES, all_as_before, fingerprint, token, weighted
-from giantstep.planning.save_plan import SavePlan, WritePart, plan_save
+from giantstep.planning.save_plan import SavePlan, plan_save
 from giantstep.planning.stored_plan import StoredPlan
 from giantstep.planning.twins import Replication
+from giantstep.planning.write_part import WritePart
 from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.storage.base import Store
 from giantstep.stored_plans import find_plan, keep_plan, remember_plan

@@ -28,7 +28,7 @@ from giantstep.mapping.describe import Described
 from giantstep.options import SaveOptions, Threads
 from giantstep.planned_save import SavePlanner
 from giantstep.planning.index_plan import MoreFiles, WriteReport, build_index
-from giantstep.planning.save_plan import CopyPart, WritePart
+from giantstep.planning.write_part import CopyPart, WritePart
 from giantstep.sources import Content, PartSources, write_report
 from giantstep.tiers.copying import FACTS_PARTS, Copying, FileFacts, plan_copies
 from giantstep.tiers.courier import carry

@@ -17,7 +17,7 @@ from giantstep.held_memory import Held, hold
 from giantstep.mapping.describe import Described, StoredObject
 from giantstep.planning.description import COPY, Description
 from giantstep.planning.index_plan import WriteReport
-from giantstep.planning.save_plan import WritePart, cut_regions
+from giantstep.planning.write_part import WritePart, cut_regions
 from giantstep.shards.dtypes import DType
 from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.region import Region

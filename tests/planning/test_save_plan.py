@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from giantstep.planning.balance import Regions, _quotas, balance
 from giantstep.planning.description import COPY, IMPLICIT, MAIN, Description, decode_descriptions
 from giantstep.planning.reuse import all_as_before, fingerprint, token
-from giantstep.planning.save_plan import SavePlan, WritePart, cut_regions, plan_save
+from giantstep.planning.save_plan import SavePlan, plan_save
 from giantstep.planning.shard_table import tabulate
+from giantstep.planning.write_part import WritePart, cut_regions
 from giantstep.shards.region import Region
 
 F32 = 12

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from giantstep.planning.description import STRUCTURE_PARTS, Description
-from giantstep.planning.save_plan import WritePart
+from giantstep.planning.write_part import WritePart
 from giantstep.shards.region import Int64s
 from giantstep.shards.words import mixed
 

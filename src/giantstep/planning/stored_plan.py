@@ -13,7 +13,8 @@ from giantstep.errors import CorruptionError, PeerFailureError
 from giantstep.format.data_file import ChunkLayout
 from giantstep.planning.description import Parts
 from giantstep.planning.reuse import PLAN_ID_BYTES
-from giantstep.planning.save_plan import SavePlan, WritePart
+from giantstep.planning.save_plan import SavePlan
+from giantstep.planning.write_part import WritePart
 
 _KIND = b"giantstep plan 2"
 _DIGEST = "digest"
