@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.commit.clean import discard_save, remove_superseded
-from giantstep.commit.publish import publish_here, record_of
-from giantstep.errors import CorruptionError, GiantstepError, PeerError
+from giantstep.commit.publish import current_record, publish_here, record_of
+from giantstep.errors import CorruptionError, GiantstepError, PeerError, StoreError
 from giantstep.format.data_file import DataFilePlan, file_metadata
 from giantstep.format.index import encode_index
 from giantstep.format.names import DATA_DIR
@@ -29,6 +29,7 @@ from giantstep.options import SaveOptions, Threads
 from giantstep.planned_save import SavePlanner
 from giantstep.planning.index_plan import MoreFiles, WriteReport, build_index
 from giantstep.planning.write_part import CopyPart, WritePart
+from giantstep.reports import size_text
 from giantstep.sources import Content, PartSources, write_report
 from giantstep.tiers.copying import FACTS_PARTS, Copying, FileFacts, plan_copies
 from giantstep.tiers.courier import carry
@@ -38,6 +39,7 @@ from giantstep.tiers.messages import moves_from, moves_to
 from giantstep.tiers.node_store import NodeStore
 from giantstep.tiers.parity_layout import ParityLayout
 from giantstep.tiers.parity_rounds import Circumstances, make_parity
+from giantstep.tiers.room import needed_bytes
 from giantstep.writing.write import Written, WrittenFile, write
 
 _LOG = logging.getLogger("giantstep")
@@ -98,6 +100,8 @@ class ProtectedWrite:
     ) -> Protected:
         """All of it. `check` raises if the checkpoint must not be committed."""
         secs = self._options.timeout_secs
+        if self._options.check_free_space:
+            consult_parts(self._group, "write", secs, self._space, self._check_space)
         try:
             plan = consult_parts(
                 self._group, "write", secs, lambda: self._write(contents(), described, threads, check), self._decide_copies
@@ -128,10 +132,31 @@ class ProtectedWrite:
         except OSError as error:
             _LOG.warning("%s: files of superseded saves could not be deleted: %s", self._store.location, error)
 
+    # Is there room?
+
+    def _space(self) -> Parts:
+        free = self._store.free_bytes()
+        return self._store.standing.encode(), b"" if free is None else str(free).encode("ascii")
+
+    def _check_space(self, reports: Sequence[Parts]) -> list[Parts]:
+        hosts = HostMap.of([Standing.decode(report[0]) for report in reports])
+        needed = needed_bytes(self._planner.planned(), hosts, self._store.protection.replicas, self._parity)
+        for number, lead in enumerate(hosts.leads):
+            free = reports[lead][1]
+            if free and int(free) < needed[number]:
+                raise StoreError(
+                    f"host {hosts.standings[number].host} has {size_text(int(free))} of free space in its place of "
+                    f"{self._store.location}, and the save needs {size_text(needed[number])} there. Nothing was written: make "
+                    "room, or keep fewer steps; SaveOptions(check_free_space=False) tries all the same"
+                )
+        return [()] * len(reports)
+
     # Write.
 
     def _write(self, content: Content, described: Described, threads: Threads, check: Callable[[], None]) -> Parts:
         check()
+        # Raises if a commit record of somebody else's is there, which would be replaced.
+        current_record(self._store)
         self._store.prepare(DATA_DIR)
         own = self._write_own(content, threads, check)
         twins = self._write_as_twin(described, threads, check)

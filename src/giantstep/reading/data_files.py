@@ -23,8 +23,19 @@ def check_data_files(store: Store, record: CommitRecord) -> None:
         try:
             size = store.size(entry.name)
         except FileNotFoundError as error:
+            if record.nodes is not None:
+                raise _elsewhere(store, record, entry) from error
             raise _missing(store, entry) from error
         _check_size(store, entry, size)
+
+
+def _elsewhere(store: Store, record: CommitRecord, entry: FileEntry) -> IncompleteError:
+    nodes = record.nodes
+    host = nodes.hosts[nodes.host_of_rank[entry.rank]][0] if nodes is not None else ""
+    return IncompleteError(
+        f"{store.location} is one host's part of a node-local checkpoint: data file {entry.name} was written on host {host!r}. "
+        "Load it with giantstep.LocalTier on all hosts."
+    )
 
 
 def _missing(store: Store, entry: FileEntry) -> IncompleteError:
