@@ -157,7 +157,9 @@ def publish_here(store: Store, save_id: str, index: bytes, record: bytes, files:
     Raises: as `publish`. It does not look for other saves: all hosts agree on one.
     """
     _check_files(store, files)
-    store.delete(index_file_name(save_id))
+    # The host may have died here before: what it left of the same save is in the way.
+    for name in (temporary_record_name(save_id), index_file_name(save_id)):
+        store.delete(name)
     put_index(store, save_id, index)
     store.publish(RECORD_NAME, record, temporary_record_name(save_id))
 
