@@ -157,6 +157,33 @@ def test_objects_and_paths_of_the_common_state_are_told(digests: bool) -> None:
     assert compare(first, second).common == ("a", "same")
 
 
+_SAVE_OF_USER_TYPES = """
+import dataclasses, enum, sys
+import numpy as np
+import giantstep as gs
+
+@dataclasses.dataclass
+class Sampler:
+    seen: object
+    rate: object = 0.5
+
+class Phase(enum.Enum):
+    WARM = 1
+    COLD = 2
+
+gs.register_type(Sampler)
+for name, seen, phase in ("1", 0, Phase.WARM), ("2", 0, Phase.WARM), ("3", 1, Phase.COLD):
+    state = {"s": Sampler(np.arange(3) + seen, Sampler(float("nan"))), "l": [Sampler(np.zeros(2))], "phase": phase}
+    gs.save({"common": state, "n": name}, f"{sys.argv[1]}/{name}")
+"""
+
+
+def test_values_of_types_that_are_not_registered_here_are_compared_by_what_is_stored(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", _SAVE_OF_USER_TYPES, str(tmp_path)], check=True, timeout=120)
+    assert compare(tmp_path / "1", tmp_path / "2").common == ("n",)
+    assert compare(tmp_path / "1", tmp_path / "3").common == ("common.s.seen", "common.phase", "n")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_norms_are_those_of_the_difference(layout: tuple[int, int]) -> None:
     first, second = place("first"), place("second")
