@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"metadata", "async_saving", "difference", "zero", "optimizer", "training_state"},
     {"opening", "saving", "loading", "removal", "materializing", "saver", "recovery", "examining"},
     {"protected_save", "node_load"},
-    {"planned_save", "planned_load", "comparison", "rewriting"},
+    {"planned_save", "planned_load", "comparison", "keeping", "rewriting"},
     {"filling", "unwrapping", "kept_index", "kept_outlines", "older_steps"},
     {"reusing", "describing", "requesting", "conditions", "restoring", "sources", "pending", "sharing"},
     {"stored_view"},

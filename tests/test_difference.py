@@ -157,6 +157,33 @@ def test_objects_and_paths_of_the_common_state_are_told(digests: bool) -> None:
     assert compare(first, second).common == ("a", "same")
 
 
+_SAVE_OF_USER_TYPES = """
+import dataclasses, enum, sys
+import numpy as np
+import giantstep as gs
+
+@dataclasses.dataclass
+class Sampler:
+    seen: object
+    rate: object = 0.5
+
+class Phase(enum.Enum):
+    WARM = 1
+    COLD = 2
+
+gs.register_type(Sampler)
+for name, seen, phase in ("1", 0, Phase.WARM), ("2", 0, Phase.WARM), ("3", 1, Phase.COLD):
+    state = {"s": Sampler(np.arange(3) + seen, Sampler(float("nan"))), "l": [Sampler(np.zeros(2))], "phase": phase}
+    gs.save({"common": state, "n": name}, f"{sys.argv[1]}/{name}")
+"""
+
+
+def test_values_of_types_that_are_not_registered_here_are_compared_by_what_is_stored(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", _SAVE_OF_USER_TYPES, str(tmp_path)], check=True, timeout=120)
+    assert compare(tmp_path / "1", tmp_path / "2").common == ("n",)
+    assert compare(tmp_path / "1", tmp_path / "3").common == ("common.s.seen", "common.phase", "n")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_norms_are_those_of_the_difference(layout: tuple[int, int]) -> None:
     first, second = place("first"), place("second")
@@ -204,6 +231,47 @@ def test_nan_is_equal_to_itself_and_negative_zero_is_not_zero() -> None:
     norms = found.values[0].norms
     assert norms is not None
     assert (norms.elements, norms.l2, norms.relative) == (50, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "l2", "max_abs", "relative"),
+    [
+        (torch.full((4,), 1e200, dtype=torch.float64), None, 0, 0, 0),
+        (torch.tensor([1e200, 3.0], dtype=torch.float64), torch.tensor([-1e200, 3.0], dtype=torch.float64), 2e200, 2e200, 2),
+        (torch.tensor([3e-200], dtype=torch.float64), torch.tensor([1e-200], dtype=torch.float64), 2e-200, 2e-200, 2 / 3),
+        (
+            torch.tensor([1.7e308], dtype=torch.float64),
+            torch.tensor([-1.7e308], dtype=torch.float64),
+            math.inf,
+            math.inf,
+            math.inf,
+        ),
+        (torch.tensor([2**62]), torch.tensor([2**62 + 1]), 1, 1, 2**-62),
+        (torch.tensor([-(2**63)]), torch.tensor([2**63 - 1]), 2.0**64, 2.0**64, 2),
+        (torch.tensor([0], dtype=torch.uint64), torch.tensor([2**64 - 1], dtype=torch.uint64), 2.0**64, 2.0**64, math.inf),
+        (
+            torch.tensor([-128, 5], dtype=torch.int8),
+            torch.tensor([127, 5], dtype=torch.int8),
+            255,
+            255,
+            255 / math.hypot(128, 5),
+        ),
+        (torch.tensor([3e200 + 4e200j], dtype=torch.complex128), torch.zeros(1, dtype=torch.complex128), 5e200, 5e200, 1),
+        (torch.tensor([True, False]), torch.tensor([True, True]), 1, 1, 1),
+    ],
+    ids=["equal", "large", "small", "largest", "close ints", "far ints", "unsigned", "bytes", "complex", "bools"],
+)
+def test_norms_of_values_at_the_ends_of_their_dtype(
+    first: torch.Tensor, second: torch.Tensor | None, l2: float, max_abs: float, relative: float
+) -> None:
+    left, right = place("first"), place("second")
+    gs.save({"w": first}, left)
+    gs.save({"w": first if second is None else second}, right)
+    found = compare(left, right, norms=True).values
+    assert len(found) == (second is not None)
+    for one in found:
+        assert one.norms is not None
+        assert (one.norms.l2, one.norms.max_abs, one.norms.relative) == pytest.approx((l2, max_abs, relative), rel=1e-12)
 
 
 def test_scalars_and_empty_tensors_are_compared() -> None:
@@ -269,3 +337,15 @@ def test_the_command_prints_json_for_programs(tmp_path: Path) -> None:
     assert found.returncode == 1
     assert (told["equal"], told["tensors"], [one["key"] for one in told["values"]]) == (False, 3, ["b"])
     assert told["values"][0]["max_abs"] == pytest.approx(1)
+
+
+def test_what_the_command_prints_is_json_whatever_the_norms_are(tmp_path: Path) -> None:
+    largest = torch.tensor([1.7e308, -1.7e308], dtype=torch.float64)
+    gs.save({"w": largest, "zero": torch.zeros(2)}, tmp_path / "1")
+    gs.save({"w": -largest, "zero": torch.ones(2)}, tmp_path / "2")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    told = json.loads(run(tmp_path / "1", tmp_path / "2", "--json", "--norms").stdout, parse_constant=refuse)
+    assert [(one["elements"], one["l2"], one["relative"]) for one in told["values"]] == [(2, None, None), (2, 2**0.5, None)]

@@ -590,6 +590,37 @@ def test_plain_saves_are_of_version_1_0_and_digests_are_those_of_the_bytes(root:
     )
 
 
+@pytest.mark.parametrize("direct", ["auto", "never"])
+@pytest.mark.parametrize("strided", [10, 300], ids=["few to be gathered", "many to be gathered"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_digests_taken_while_bytes_are_written_are_those_of_the_bytes(
+    tmp_path: Path, threads: int, strided: int, direct: str
+) -> None:
+    """Entries of less and more than a stretch, beside each other in memory or not; files past the page cache or not."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(200_000, generator=generator)
+    state = {
+        "big": torch.randn(1_500_000, generator=generator),
+        "gathered": torch.randn(strided, 100, generator=generator).T,
+        **{f"near{number}": flat[number * 50_000 : (number + 1) * 50_000] for number in range(4)},
+        "odd": torch.randn(12_345, generator=generator).to(torch.bfloat16),
+        "one": torch.tensor(1.0),
+    }
+    chosen = options(buffer_bytes=1 << 16, writer_threads=threads, direct_io=direct)
+    gs.save({**state, "n": 1}, tmp_path / "1", options=chosen)
+    checkpoint = gs.open_checkpoint(tmp_path / "1")
+    index = checkpoint.index_tables().load_all()
+    assert index.chunk_digest is not None
+    for row, key in enumerate(checkpoint.keys()):
+        (chunk,) = index.chunk_digest[index.tensor_chunk_ends[row] : index.tensor_chunk_ends[row + 1]]
+        data = state[key].contiguous().reshape(-1).view(torch.uint8).numpy()
+        assert chunk.astype(">u8").tobytes() == xxhash.xxh3_128_digest(data), key
+    assert index.object_digest is not None
+    assert index.object_digest.any()
+    report = gs.save({**state, "n": 1}, tmp_path / "2", options=options(tmp_path / "1", buffer_bytes=1 << 16))
+    assert report.bytes_written == 0
+
+
 def test_tensors_that_must_be_gathered_first_have_the_digest_of_their_elements(root: MemoryStore) -> None:
     value = torch.randn(50, 60)
     gs.save({"w": value, "c": torch.view_as_complex(torch.randn(9, 2)).conj()}, root.folder("0"), options=options())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import giantstep as gs
-from giantstep.errors import KeyMismatchError
+from giantstep.errors import GiantstepError, IncompleteError, KeyMismatchError
 from giantstep.storage.base import ReadHandle
 from giantstep.storage.local import LocalStore
 from giantstep.testing.ranks import run_ranks
@@ -144,3 +145,19 @@ def test_finding_a_key_reads_little_of_the_index(tmp_path: Path) -> None:
     touched = int(index._verified.sum())
     assert len(index._verified) > 300
     assert touched < 40
+
+
+def test_a_step_that_is_removed_while_it_is_open_is_told_as_incomplete(tmp_path: Path) -> None:
+    gs.save({"w": torch.zeros(3), "v": torch.zeros(3), "rng": gs.ShardedObject("rng", 1, (1,), (0,))}, tmp_path / "1")
+    fresh, used = (gs.open_checkpoint(tmp_path / "1") for _ in range(2))
+    assert used["w"].shape == (3,)
+    shutil.rmtree(tmp_path / "1")
+    with pytest.raises(IncompleteError, match="is missing"):
+        fresh.keys()
+    with pytest.raises(IncompleteError, match="is missing"):
+        fresh["w"]
+    with pytest.raises(GiantstepError):
+        used["w"][...]
+    with pytest.raises(GiantstepError):
+        fresh.object("rng/shard_0_1")
+    assert not fresh.verify().ok

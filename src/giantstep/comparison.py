@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from giantstep.group.base import Group, Parts, consult, consult_parts
 from giantstep.options import SaveOptions
 from giantstep.planning.columns import pack_column, unpack_column
-from giantstep.planning.contents import ContentReport, Verdict
+from giantstep.planning.contents import Verdict
 from giantstep.planning.index_plan import Reused
 from giantstep.planning.previous import CHANGED, SETTLED
 from giantstep.planning.save_plan import SavePlan
 from giantstep.reusing import Reuse
-from giantstep.sources import Content
+from giantstep.sources import Content, content_report
 from giantstep.storage.base import Store
 from giantstep.writing.contents import digests_of, heads_of
 
@@ -31,7 +31,7 @@ class Comparison:
     Args:
         group: ranks that save.
         store: where the checkpoint is to be.
-        previous: the previous step, if there is one.
+        previous: the previous step.
         options: of the save.
         planned: the plan; called on rank 0 alone.
 
@@ -42,10 +42,9 @@ class Comparison:
     verdict: Verdict
 
     def __init__(
-        self, group: Group, store: Store, previous: Store | None, options: SaveOptions, planned: Callable[[], SavePlan]
+        self, group: Group, store: Store, previous: Store, options: SaveOptions, planned: Callable[[], SavePlan]
     ) -> None:
         self._group = group
-        self._previous = previous
         self._options = options
         self._planned = planned
         self._reuse = Reuse(store, previous, options)
@@ -58,18 +57,15 @@ class Comparison:
             threads: how many take digests.
             check: raises if the checkpoint must not be committed.
         """
-        rows = None if self._previous is None else self._look(content, check)
+        rows = self._look(content, check)
 
         def digest() -> Parts:
             check()
             entries = content()
-            chunks, sources = entries.chunks, entries.sources
-            wanted = np.ones(len(sources.bytes), dtype=bool)
-            if rows is not None:
-                wanted[:chunks] = rows
-            digests = digests_of(sources, np.flatnonzero(wanted), threads, check)
-            heads, objects = heads_of(sources)[:chunks], list(entries.chosen.objects)
-            return ContentReport(heads, digests[:chunks], objects, sources.bytes[chunks:], digests[chunks:]).encode()
+            wanted = np.ones(len(entries.sources.bytes), dtype=bool)
+            wanted[: entries.chunks] = rows
+            digests = digests_of(entries.sources, np.flatnonzero(wanted), threads, check)
+            return content_report(entries, digests).encode()
 
         def decide(reports: Sequence[Parts]) -> list[Parts]:
             return self._reuse.decide(self._planned(), reports)

@@ -6,7 +6,7 @@ Not here: looking for leftovers of crashed saves (`recovery`). Called by users a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from giantstep.examining import RESTORE_A_COPY, Diagnosis, Problem, examine, seems_whole, some_of
 from giantstep.foreign_formats import foreign_file, foreign_format
@@ -62,7 +62,7 @@ def _look(path: StoreLike, store: Store, found: Diagnosis, full: bool) -> None:
     parent = parent_at(path)
     step = None if parent is None else step_of(parent[1])
     if found.problems and parent is not None and step is not None:
-        found.loads_instead = _another(parent[0], scan_steps(parent[0]), step)
+        found.loads_instead = _another(parent[0], scan_steps(parent[0]), step, found.damaged_files)
 
 
 def _file(path: StoreLike, found: Diagnosis) -> None:
@@ -105,7 +105,7 @@ def _missing(store: Store, found: Diagnosis) -> None:
     remedy = f"Did you mean {' or '.join(f'{place.location}/{name}' for name in near)}?" if near else "Look at the path."
     why = f"{place.location} holds no {missing!r}, but {some_of(there)}" if there else f"{place.location} is empty"
     found.problem(f"{found.location} does not exist", why, remedy)
-    found.loads_instead = _another(place, scan_steps(place), step_of(missing))
+    found.loads_instead = _another(place, scan_steps(place), step_of(missing), [])
 
 
 def _root(store: Store, entries: Sequence[StepEntry], found: Diagnosis, full: bool) -> None:
@@ -134,7 +134,7 @@ def _root(store: Store, entries: Sequence[StepEntry], found: Diagnosis, full: bo
         _place(place, newest, found, full)
         if found.problems:
             broken = len(found.problems) > newer
-            found.loads_instead = _another(store, entries, newest.step if broken else None)
+            found.loads_instead = _another(store, entries, newest.step if broken else None, found.damaged_files)
 
 
 def _place(store: Store, entry: StepEntry, found: Diagnosis, full: bool) -> None:
@@ -174,12 +174,18 @@ def _foreign(store: Store, found: Diagnosis) -> None:
     found.problem(f"{location} is no checkpoint", why, "Look at the path.")
 
 
-def _another(root: Store, entries: Sequence[StepEntry], step: int | None) -> str:
-    """Path of the newest step before `step` whose files are all there, else of the newest after it; "" if there is none."""
+def _another(root: Store, entries: Sequence[StepEntry], step: int | None, damaged: Collection[str]) -> str:
+    """Path of the newest step before `step` whose files are all there, else of the newest after it; "" if there is none.
+
+    Args:
+        damaged: names of data files. Steps that share them, as incremental saves do, are as damaged.
+    """
     committed = [entry for entry in entries if entry.record is not None and entry.step != step]
     committed.sort(key=lambda entry: (step is None or entry.step < step, entry.step), reverse=True)
     for entry in committed:
         store = root.folder(step_name(entry.step))
-        if entry.record is not None and seems_whole(store, entry.record):
+        if entry.record is None or not {file.name for file in entry.record.files}.isdisjoint(damaged):
+            continue
+        if seems_whole(store, entry.record):
             return store.location
     return ""

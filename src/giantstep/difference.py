@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from giantstep.codecs import OBJECT_CODEC
 from giantstep.errors import GiantstepError, StoreError, UnsupportedTypeError
+from giantstep.format.codec import Unregistered
 from giantstep.opening import open_checkpoint
 from giantstep.planning.index_difference import DIFFERENT, EQUAL, UNKNOWN, Side, States, compare_chunks, compare_objects
 from giantstep.reading.checkpoint import Checkpoint
@@ -256,13 +257,19 @@ def _paths(first: Any, second: Any, path: Path) -> Iterator[str]:
     elif isinstance(first, list | tuple) and type(first) is type(second) and len(first) == len(second):
         for place, (ours, theirs) in enumerate(zip(first, second, strict=True)):
             yield from _paths(ours, theirs, (*path, place))
+    elif isinstance(first, Unregistered) and isinstance(second, Unregistered) and _are_of_one_type(first, second):
+        yield from _paths(first.value, second.value, path)
     elif not _same(first, second, path):
         yield dotted(path)
 
 
+def _are_of_one_type(first: Unregistered, second: Unregistered) -> bool:
+    return (first.name, first.members) == (second.name, second.members)
+
+
 def _same(first: Any, second: Any, path: Path) -> bool:
-    """Whether two values would be stored alike; those that cannot be, of types that are not registered here, are compared."""
+    """Whether two values would be stored alike. Those that cannot be, such as sets of unregistered ones, count as different."""
     try:
         return OBJECT_CODEC.encode(first, path) == OBJECT_CODEC.encode(second, path)
     except UnsupportedTypeError:
-        return bool(first == second)
+        return False

@@ -43,7 +43,9 @@ class Diagnosis:
         looked_at: what it is, and how closely it was looked at.
         problems: what keeps it from being loaded, or a newer step from being the newest.
         notes: what does not.
-        loads_instead: path of another step of the same root whose files are all there; "" if none is needed, or there is none.
+        loads_instead: path of another step of the same root whose files are all there, and that shares none that is damaged; ""
+            if none is needed, or there is none.
+        damaged_files: names of data files that are there and not what was written.
     """
 
     location: str
@@ -51,6 +53,7 @@ class Diagnosis:
     problems: list[Problem] = field(default_factory=list)
     notes: list[Problem] = field(default_factory=list)
     loads_instead: str = ""
+    damaged_files: list[str] = field(default_factory=list)
 
     @property
     def healthy(self) -> bool:
@@ -92,6 +95,8 @@ def examine(store: Store, record: CommitRecord, found: Diagnosis, full: bool) ->
         damages = verify_files(store, record, checkpoint.index_tables(), None).damages
     for damage in damages:
         _damaged(damage, found)
+        if damage.rank is not None and damage.file not in found.damaged_files and _is_there(store, damage.file):
+            found.damaged_files.append(damage.file)
     if len(found.problems) == before:
         _common(checkpoint, found)
 
@@ -115,6 +120,14 @@ def _damaged(damage: Damage, found: Diagnosis) -> None:
     by = "" if damage.rank is None else f", written by rank {damage.rank},"
     affected = f"it holds {some_of(damage.tensors)}" if damage.tensors else "it holds nothing that is named"
     found.problem(f"file {damage.file}{by} is not what was written", f"{damage.problem}; {affected}", RESTORE_A_COPY)
+
+
+def _is_there(store: Store, name: str) -> bool:
+    try:
+        store.size(name)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _common(checkpoint: Checkpoint, found: Diagnosis) -> None:

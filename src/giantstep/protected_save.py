@@ -175,7 +175,7 @@ class ProtectedWrite:
         plans, numbers = self._plans(content.chosen, rows, self._group.rank, range(len(rows)))
         self._bytes_written += int(sources.bytes.sum())
         rank, store = self._group.rank, self._store
-        return write(store, self._save_id, rank, plans, sources, self._options, threads, check, numbers)
+        return write(store, self._save_id, rank, plans, sources, self._options, threads, check, numbers=numbers)
 
     def _plans(
         self, chosen: PartSources, rows: Sequence[NDArray[np.intp]], owner: int, groups: Sequence[int]
@@ -202,7 +202,9 @@ class ProtectedWrite:
             groups = np.unique(copies.group[mine]).tolist()
             rows = [mine[copies.group[mine] == group] for group in groups]
             plans, numbers = self._plans(chosen, rows, owner, groups)
-            found += write(self._store, self._save_id, owner, plans, sources, self._options, threads, check, numbers).files
+            found += write(
+                self._store, self._save_id, owner, plans, sources, self._options, threads, check, numbers=numbers
+            ).files
         return found
 
     # Copy.

@@ -216,6 +216,8 @@ class _Look:
             replaced = save_id < record.save_id and any(map(is_index_file, files))
             kind = FindingKind.SUPERSEDED if replaced else FindingKind.LEFTOVER
             words = "files of a checkpoint that was replaced here" if replaced else "files of a save that never committed"
+            if save_id == record.save_id:
+                words = "what a loss of power left of the commit of this checkpoint"
             why = running
             if not why and set(files) <= self._named:
                 why = "they are files of another step, linked and without room of their own: an incremental save may have begun"

@@ -70,7 +70,7 @@ class Reuse:
 
     Args:
         store: where the checkpoint is to be.
-        previous: the previous step; None: nothing is used again, but digests are kept.
+        previous: the previous step.
         options: of the save.
 
     Attributes:
@@ -79,7 +79,7 @@ class Reuse:
 
     reused: Reused
 
-    def __init__(self, store: Store, previous: Store | None, options: SaveOptions) -> None:
+    def __init__(self, store: Store, previous: Store, options: SaveOptions) -> None:
         self._store = store
         self._previous = previous
         self._options = options
@@ -153,8 +153,6 @@ class Reuse:
 
     def _open(self) -> tuple[_Step | None, str]:
         """The previous step; or None, and why nothing of it can be used again."""
-        if self._previous is None:
-            return None, ""
         try:
             record = read_record(self._previous)
             reader = IndexReader(self._previous, record)
@@ -183,8 +181,7 @@ class Reuse:
     def _link(self, step: _Step, use: FileUse) -> NDArray[np.bool_]:
         """[files] of the previous step, whether they are files of this one now."""
         files = step.record.files
-        if self._previous is not None:
-            link_files(self._store, self._previous, [files[row] for row in np.flatnonzero(use.worth).tolist()], self._links)
+        link_files(self._store, self._previous, [files[row] for row in np.flatnonzero(use.worth).tolist()], self._links)
         return np.array([file.name in self._links.there for file in files], dtype=bool)
 
     def give_up(self) -> None:
@@ -193,6 +190,12 @@ class Reuse:
             unlink_files(self._store, self._links)
         except OSError as error:
             _LOG.warning("%s: links of a failed save could not be deleted: %s", self._store.location, error)
+
+
+def digests_alone(plan: SavePlan, reports: Sequence[Parts]) -> Reused:
+    """For the index of a save that has no previous step: digests, as all ranks have reported them."""
+    contents = _together(plan, [ContentReport.decode(report) for report in reports])
+    return Reused.nothing(contents.chunk_head, contents.chunk_digest, contents.object_digest)
 
 
 def _together(plan: SavePlan, told: Sequence[ContentReport]) -> Contents:

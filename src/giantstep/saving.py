@@ -25,14 +25,17 @@ from giantstep.format.names import DATA_DIR, new_save_id
 from giantstep.format.record import CommitRecord, Json, check_content_metadata, check_metrics
 from giantstep.group.base import Group, Parts, consult_parts
 from giantstep.group.torch_group import group_of
+from giantstep.keeping import write_with_digests
 from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import NOTHING, Described, describe
 from giantstep.options import SaveOptions, Threads, threads_for
 from giantstep.phases import Stopwatch, settings
 from giantstep.planned_save import Place, SavePlanner, Subject
+from giantstep.planning.contents import REPORT_PARTS
 from giantstep.planning.index_plan import WriteReport, build_index
 from giantstep.protected_save import Protected, ProtectedWrite
 from giantstep.reports import SaveReport, size_text
+from giantstep.reusing import digests_alone
 from giantstep.sources import Content, PartSources, encoded, write_report
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
@@ -206,7 +209,8 @@ class Save:
         Args:
             check, spared: as of `write_and_commit`.
         """
-        if not self.options.keeps_digests:
+        if self._previous is None:
+            # Digests that are only kept are taken as the bytes are written.
             return
         threads = threads_for(self.options.writer_threads, self._group.size, spared=spared).memory
         comparison = Comparison(self._group, self._store, self._previous, self.options, self._planner.planned)
@@ -268,9 +272,19 @@ class Save:
         sources = content.sources
         plans = self._file_plans(content)
         self._store.prepare(DATA_DIR)
-        written = write(self._store, self._save_id, self._group.rank, plans, sources, self.options, threads, check)
+        place = self._store, self._save_id, self._group.rank
+        kept: Parts = ()
+        if self._keeps_digests_alone:
+            written, digests = write_with_digests(*place, plans, content, self.options, threads, check)
+            kept = digests.encode()
+        else:
+            written = write(*place, plans, sources, self.options, threads, check)
         self._written_bytes = sum(int(sources.bytes[plan.order].sum()) for plan in plans)
-        return write_report(written, sources, list(content.chosen.objects)).encode()
+        return (*write_report(written, sources, list(content.chosen.objects)).encode(), *kept)
+
+    @property
+    def _keeps_digests_alone(self) -> bool:
+        return self.options.keeps_digests and self._previous is None
 
     def _file_plans(self, content: Content) -> list[DataFilePlan]:
         metadata = file_metadata(self._save_id, self._group.rank)
@@ -281,8 +295,11 @@ class Save:
             return content.chosen.plans_of(groups, self.options.max_file_bytes, metadata)
 
     def _decide_commit(self, reports: Sequence[Parts]) -> list[Parts]:
-        told = [WriteReport.decode(report) for report in reports]
         reused = None if self._comparison is None else self._comparison.reused
+        if self._keeps_digests_alone:
+            reused = digests_alone(self._planner.planned(), [report[-REPORT_PARTS:] for report in reports])
+            reports = [report[:-REPORT_PARTS] for report in reports]
+        told = [WriteReport.decode(report) for report in reports]
         index, files = build_index(self._planner.planned(), told, reused)
         record: CommitRecord = publish(
             self._store,

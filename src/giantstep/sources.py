@@ -15,6 +15,7 @@ from giantstep.codecs import OBJECT_CODEC
 from giantstep.format.data_file import ChunkLayout, DataFilePlan, chunk_entry, object_entry, plan_data_files
 from giantstep.held_memory import Held, hold
 from giantstep.mapping.describe import Described, StoredObject
+from giantstep.planning.contents import ContentReport
 from giantstep.planning.description import COPY, Description
 from giantstep.planning.index_plan import WriteReport
 from giantstep.planning.write_part import WritePart, cut_regions
@@ -22,6 +23,7 @@ from giantstep.shards.dtypes import DType
 from giantstep.shards.object_keys import COMMON_KEY
 from giantstep.shards.region import Region
 from giantstep.staging.host import host_pieces
+from giantstep.writing.contents import heads_of
 from giantstep.writing.write import Sources, Written
 
 
@@ -172,3 +174,10 @@ def write_report(written: Written, sources: Sources, objects: Sequence[str]) -> 
         object_start=written.start[chunks:],
         object_bytes=sources.bytes[chunks:],
     )
+
+
+def content_report(content: Content, digests: NDArray[np.uint64]) -> ContentReport:
+    """Digests of all that a rank is to write, and of the heads of its chunks."""
+    chunks, sources = content.chunks, content.sources
+    heads, objects = heads_of(sources)[:chunks], list(content.chosen.objects)
+    return ContentReport(heads, digests[:chunks], objects, sources.bytes[chunks:], digests[chunks:])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import itertools
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from giantstep.commit.link import Links, link_files, unlink_files
 from giantstep.format.record import FileEntry
 from giantstep.storage.base import Store, read_all
+from giantstep.storage.local import LocalStore
 from giantstep.storage.memory import MemoryStore
 
 NAMES = [f"data/20260101T000000-0123456789abcdef-r00000-{number}.safetensors" for number in range(3)]
@@ -94,3 +97,40 @@ def test_what_else_fails_is_raised_and_what_was_made_is_known(monkeypatch: pytes
     assert links.made == NAMES[:2]
     unlink_files(new, links)
     assert list(new.names("data")) == []
+
+
+# Data files that somebody has moved elsewhere, and left symbolic links in their place.
+
+
+@pytest.mark.parametrize("depth", ["new", "deeper/new"])
+def test_of_a_symbolic_link_what_it_points_to_is_linked(tmp_path: Path, depth: str) -> None:
+    old, new = LocalStore(tmp_path / "old"), LocalStore(tmp_path / depth)
+    for store in (old, new):
+        store.prepare("data")
+    for name in NAMES:
+        (tmp_path / "old" / name).write_bytes(b"moved")
+    (tmp_path / "old" / "data").rename(tmp_path / "far")
+    (tmp_path / "old" / "data").mkdir()
+    for name in NAMES[1:]:
+        (tmp_path / "old" / name).symlink_to(Path("../../far") / Path(name).name)
+    (tmp_path / "far" / Path(NAMES[2]).name).unlink()
+    links = Links()
+    link_files(new, old, ENTRIES, links)
+    assert (links.there, links.made) == ({NAMES[1]}, [NAMES[1]])
+    assert "is gone" in links.problem
+    shutil.rmtree(tmp_path / "far")
+    assert not (tmp_path / depth / NAMES[1]).is_symlink()
+    assert read_all(new, NAMES[1], 5) == b"moved"
+
+
+def test_a_name_that_is_taken_by_a_symbolic_link_to_nowhere_is_left_out(tmp_path: Path) -> None:
+    old, new = LocalStore(tmp_path / "old"), LocalStore(tmp_path / "new")
+    for store in (old, new):
+        store.prepare("data")
+    for name in NAMES:
+        (tmp_path / "old" / name).write_bytes(b"12345")
+    (tmp_path / "new" / NAMES[0]).symlink_to("nowhere")
+    links = Links()
+    link_files(new, old, ENTRIES, links)
+    assert (links.there, links.made) == (set(NAMES[1:]), NAMES[1:])
+    assert "cannot be had" in links.problem

@@ -29,9 +29,11 @@ def begin(store: Any, incremental: bool) -> None:
 
 
 def save_and_remove(store: Any, incremental: bool) -> None:
-    """A further job's step, pinned, and the removal of the step before, in this thread: a crash ends it all."""
+    """A further step, pinned, and the removal of the step before, in this thread: a crash ends it all."""
     manager = manager_of(store, incremental)
-    manager._saves._since_full = 1
+    # As if it had saved the step before.
+    manager._saves._chain.previous(1, [])
+    manager._saves._chain.saved(1)
     retention = manager._job.retention
     retention.ask = lambda *_: None  # type: ignore[method-assign]
     manager.save(2, state_of(2.0))

@@ -151,6 +151,25 @@ def test_of_a_root_the_newest_committed_step_is_looked_at(tmp_path: Path) -> Non
     assert found.loads_instead == str(tmp_path / step_name(1))
 
 
+def test_a_step_that_shares_the_damaged_file_does_not_load_instead(tmp_path: Path) -> None:
+    frozen = torch.arange(20_000.0)
+    for step in range(1, 5):
+        previous = tmp_path / step_name(step - 1) if step in (3, 4) else None
+        options = gs.SaveOptions(digests=True, previous=previous)
+        gs.save({"frozen": frozen, "w": torch.tensor(step)}, tmp_path / step_name(step), options=options)
+    newest = tmp_path / step_name(4)
+    shared = max((newest / "data").iterdir(), key=lambda file: file.stat().st_size)
+    flip(shared)
+    for found in (diagnose(newest, full=True), diagnose(tmp_path, full=True)):
+        assert found.damaged_files == [f"data/{shared.name}"]
+        assert found.loads_instead == str(tmp_path / step_name(1))
+    # A name of it that is gone is that of one step alone.
+    flip(shared)
+    shared.unlink()
+    found = diagnose(newest, full=True)
+    assert (found.damaged_files, found.loads_instead) == ([], str(tmp_path / step_name(3)))
+
+
 def test_a_damaged_newest_step_is_a_problem_of_the_root(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     flip(tmp_path / step_name(2) / "checkpoint.json")

@@ -16,6 +16,7 @@ from giantstep.commit.remove import remove_leftovers
 from giantstep.errors import BadArgumentError, CheckpointNotFoundError, CorruptionError, NotACheckpointError, StoreError
 from giantstep.format.digests import anchor_digest
 from giantstep.format.names import data_file_name, index_file_name, new_save_id
+from giantstep.materializing import materialize
 from giantstep.recovery import Finding, FindingKind, begun_at, clean, inspect
 from giantstep.steps import scan_steps, step_name
 from giantstep.storage.base import Store
@@ -131,6 +132,21 @@ def test_files_of_a_replaced_checkpoint_go_and_the_one_in_force_stays(tmp_path: 
     assert gs.open_checkpoint(place).verify() == before
     assert before.ok
     assert len(all_files(place)) == 3
+
+
+def test_the_temporary_record_of_the_checkpoint_itself_is_told_from_a_save_that_never_committed(tmp_path: Path) -> None:
+    """A loss of power may bring back the name that the record had before it was renamed."""
+    save(tmp_path, 1)
+    materialize(tmp_path / step_name(1), tmp_path / step_name(2))
+    place = tmp_path / step_name(2)
+    name = f"checkpoint.json.{gs.open_checkpoint(place).record.save_id}.tmp"
+    (place / name).write_bytes((place / "checkpoint.json").read_bytes())
+    (finding,) = inspect(tmp_path, now=LATER)
+    assert (finding.kind, finding.removable, finding.files) == (FindingKind.LEFTOVER, True, (name,))
+    assert "of the commit of this checkpoint" in finding.words
+    assert clean([finding]) == [f"{place}/{name}"]
+    assert committed_values(LocalStore(tmp_path)) == {1: [1.0] * 4, 2: [1.0] * 4}
+    assert inspect(tmp_path, now=LATER) == []
 
 
 def test_beside_a_checkpoint_nothing_goes_while_a_newer_save_may_run(tmp_path: Path) -> None:

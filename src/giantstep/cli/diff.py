@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -75,14 +76,10 @@ def _norms_as_json(one: ValueDifference) -> dict[str, object]:
     norms = one.norms
     if norms is None:
         return {}
-    finite = norms.relative if norms.relative != float("inf") else None
-    return {
-        "elements": norms.elements,
-        "not_finite": norms.not_finite,
-        "l2": norms.l2,
-        "max_abs": norms.max_abs,
-        "relative": finite,
-    }
+    found = {"l2": norms.l2, "max_abs": norms.max_abs, "relative": norms.relative}
+    # JSON has no infinity.
+    finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
+    return {"elements": norms.elements, "not_finite": norms.not_finite, **finite}
 
 
 def _print(found: Difference) -> None:

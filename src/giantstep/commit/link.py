@@ -60,7 +60,12 @@ def link_files(store: Store, source: Store, files: Sequence[FileEntry], links: L
             if error.errno == errno.EMLINK:
                 continue
             break
-        found = store.size(entry.name)
+        try:
+            found = store.size(entry.name)
+        except FileNotFoundError:
+            # A symbolic link to nowhere has the name, or somebody deletes what lies here.
+            links.problem = f"{entry.name} cannot be had in {store.location}"
+            continue
         if found == entry.bytes:
             links.there.add(entry.name)
         else:

@@ -32,6 +32,11 @@ class Flight:
     began: float
     blocked_secs: float
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is known by now that it came to nothing; tells nobody of it."""
+        return self.pending.done() and self.pending.outcome()[1] is not None
+
     def told(self, group: Group) -> dict[str, Any]:
         """What this rank of the group knows of it, now that it is finished; tells nobody of a failure."""
         report, error, finished = self.pending.outcome()

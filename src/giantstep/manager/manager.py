@@ -16,6 +16,7 @@ from giantstep.format.record import Json
 from giantstep.group.base import Parts, consult, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.manager.arguments import Arguments, nothing_if_same
+from giantstep.manager.chain import Chain
 from giantstep.manager.choosing import newest_committed
 from giantstep.manager.flights import packed, unpacked
 from giantstep.manager.metrics import ManagerCallback, Teller
@@ -23,7 +24,7 @@ from giantstep.manager.pins import pin, unpin
 from giantstep.manager.policies import EverySteps, Keep, SaveWhen
 from giantstep.manager.restores import Restored, restore_step
 from giantstep.manager.retention import Retention
-from giantstep.manager.saves import Job, Linking, Saves
+from giantstep.manager.saves import Job, Saves
 from giantstep.manager.signals import Notice
 from giantstep.manager.speed import raw_bytes_per_sec
 from giantstep.manager.timing import Expectation, Timing
@@ -57,10 +58,10 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         keep: which steps stay: a `Keep`, or how many of the newest; None: all of them. The newest one always does.
         process_group: as for `save`.
         asynchronous: whether `save` goes on in the background.
-        incremental: whether what has not changed since the newest step is linked instead of written; see
-            `SaveOptions.previous`.
-        full_every: of incremental saves, every so many write everything: damage of a shared file is damage of all steps
-            that share it.
+        incremental: whether what has not changed since the step that this manager saved last is linked instead of written;
+            see `SaveOptions.previous`.
+        full_every: of incremental saves, every so many write everything, and so do the first one, the first one after a
+            `restore` and one that replaces its step: damage of a shared file is damage of all steps that share it.
         save_options, load_options: of all saves and loads.
         signals: upon which `should_save` is true once more and `stopping` is set, on all ranks, though only one of them
             heard it; such as `signal.SIGTERM`. With any, the manager must be made in the main thread.
@@ -120,7 +121,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         teller = Teller(tuple(callbacks), group.rank)
         began = new_save_id(dt.datetime.now(dt.UTC), secrets.token_hex(8))
         self._job = Job(place, group, process_group, Retention(place, self._given.rules, began, teller.tell), teller)
-        self._saves = Saves(self._job, options, Linking(incremental, full_every), self._timing, raw)
+        self._saves = Saves(self._job, options, Chain(on=incremental, full_every=full_every), self._timing, raw)
         self._talk_at = self._asked_step = 0
         self._saved_step: int | None = None
         self._closed = False

@@ -10,7 +10,8 @@ from typing import Any
 from giantstep.async_saving import async_save
 from giantstep.errors import BadArgumentError, DisagreementError, GiantstepError, PhaseTimeoutError
 from giantstep.group.base import Group, consult
-from giantstep.manager.choosing import check_may_save, newest_committed
+from giantstep.manager.chain import Chain
+from giantstep.manager.choosing import check_may_save
 from giantstep.manager.flights import Flight, gathered, owed, packed, record_of, told_of, unpacked
 from giantstep.manager.metrics import Teller
 from giantstep.manager.retention import Retention
@@ -40,21 +41,13 @@ class Job:
     teller: Teller
 
 
-@dataclass(frozen=True, slots=True)
-class Linking:
-    """Whether saves are incremental, and how many there are from one that writes everything to the next."""
-
-    on: bool
-    full_every: int
-
-
 class Saves:
     """See the module. Methods that say so are collective.
 
     Args:
         job: whose they are.
         options: of all saves.
-        linking: of all saves.
+        chain: of incremental saves.
         timing: is told what saves cost.
         raw_bytes_per_sec: speed of the medium, or None.
 
@@ -62,12 +55,9 @@ class Saves:
         stop_heard: whether some rank said, when a save was prepared, that the job is to end.
     """
 
-    def __init__(
-        self, job: Job, options: SaveOptions, linking: Linking, timing: Timing, raw_bytes_per_sec: float | None
-    ) -> None:
-        self._job, self._options, self._linking, self._timing, self._raw = job, options, linking, timing, raw_bytes_per_sec
+    def __init__(self, job: Job, options: SaveOptions, chain: Chain, timing: Timing, raw_bytes_per_sec: float | None) -> None:
+        self._job, self._options, self._chain, self._timing, self._raw = job, options, chain, timing, raw_bytes_per_sec
         self._flights: list[Flight] = []
-        self._since_full = 0
         self._owed: GiantstepError | None = None
         self.stop_heard = False
 
@@ -110,6 +100,7 @@ class Saves:
             for number in used:
                 retention.release(number)
             secs = time.monotonic() - began
+            self._chain.failed(step)
             self._tell([told_of(step, None, error, secs, secs)], 0, asynchronous=background)
             raise
         blocked = time.monotonic() - began
@@ -118,6 +109,7 @@ class Saves:
             if self._job.group.rank == 0:
                 retention.ask(pending, used)
             return pending
+        self._chain.saved(step)
         try:
             # Retention hears of it.
             self._share([told_of(step, report, None, blocked, blocked)], asynchronous=False, left_secs=answer["left_secs"])
@@ -196,14 +188,11 @@ class Saves:
 
     def _previous_of(self, step: int) -> int | None:
         """Which step an incremental save is compared with. Rank 0's."""
-        if not self._linking.on:
-            return None
-        full, self._since_full = self._since_full == 0, (self._since_full + 1) % self._linking.full_every
-        return None if full else newest_committed(self._job.root, but={step, *(flight.step for flight in self._flights)})
+        return self._chain.previous(step, [flight.step for flight in self._flights if not flight.has_failed])
 
     def _options_for(self, previous: int | None, left_secs: float | None) -> SaveOptions:
         options = self._options
-        if self._linking.on:
+        if self._chain.on:
             place = None if previous is None else self._job.root.folder(step_name(previous))
             options = replace(options, digests=True, previous=place)
         if left_secs is not None:
@@ -222,6 +211,10 @@ class Saves:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not flight.pending.wait(left):
                 late = late or flight
+            elif flight.has_failed:
+                self._chain.failed(flight.step)
+            else:
+                self._chain.saved(flight.step)
         return flights, late
 
     def _share(self, told: list[dict[str, Any]], *, asynchronous: bool, left_secs: float | None) -> None:
@@ -274,7 +267,9 @@ class Saves:
             raise error
 
     def settle(self) -> None:
-        """Wait until nothing is in flight, and leave it to the next call to tell what became of it."""
+        """Before a restore: wait until nothing is in flight, and leave it to the next call to tell what became of it."""
+        # What is there now may be damaged, which is why the job goes back.
+        self._chain.begin_anew()
         for flight in self._flights:
             flight.pending.wait()
 

@@ -13,7 +13,7 @@ from giantstep.planning.description import Parts
 from giantstep.planning.previous import Digests
 from giantstep.shards.region import Int64s
 
-_REPORT_PARTS = 6
+REPORT_PARTS = 6
 _VERDICT_PARTS = 4
 
 
@@ -40,8 +40,8 @@ class ContentReport:
     @classmethod
     def decode(cls, parts: Parts) -> ContentReport:
         """Inverse of `encode`."""
-        if len(parts) != _REPORT_PARTS:
-            raise PeerFailureError(f"a rank reported its contents in {len(parts)} parts, expected {_REPORT_PARTS}")
+        if len(parts) != REPORT_PARTS:
+            raise PeerFailureError(f"a rank reported its contents in {len(parts)} parts, expected {REPORT_PARTS}")
         keys, sizes = unpack_texts(*parts[:2]), unpack_column(parts[2])
         heads = unpack_column(parts[3], np.uint64).reshape(-1, 1)
         chunks, objects = (unpack_column(part, np.uint64, 2) for part in parts[4:])

@@ -91,15 +91,21 @@ class IndexReader:
         try:
             found = where if isinstance(where, int) else where.size(self._record.index.name)
         except FileNotFoundError as error:
-            raise IncompleteError(f"index {self._what} is missing. Restore it from a copy, or load another step.") from error
+            raise self._missing() from error
         if found != self._record.index.bytes:
             raise CorruptionError(f"index {self._what} has {found} bytes, expected {self._record.index.bytes}")
+
+    def _missing(self) -> IncompleteError:
+        return IncompleteError(f"index {self._what} is missing. Restore it from a copy, or load another step.")
 
     def _read(self, start: int, stop: int) -> None:
         if self._filled:
             return
-        with reading(self._store, self._record.index.name) as handle:
-            handle.read_into(start, self._data[start:stop].data)
+        try:
+            with reading(self._store, self._record.index.name) as handle:
+                handle.read_into(start, self._data[start:stop].data)
+        except FileNotFoundError as error:
+            raise self._missing() from error
 
     def _bytes(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Verified bytes [start, stop) of the file."""

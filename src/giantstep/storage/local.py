@@ -122,7 +122,8 @@ class LocalStore:
     def link(self, name: str, source: Store, source_name: str) -> None:
         if not isinstance(source, LocalStore):
             raise OSError(errno.EXDEV, f"{self.location} cannot share files with {source.location}")
-        os.link(source._path(source_name), self._path(name), follow_symlinks=False)
+        # A name of what a symbolic link points to: a name of the link itself would depend on that staying, and on places.
+        os.link(source._path(source_name).resolve(), self._path(name), follow_symlinks=False)
 
     def free_bytes(self) -> int | None:
         there = next(path for path in (self._root, *self._root.parents) if path.exists())

@@ -23,6 +23,7 @@ from giantstep.format.digests import Checksums
 from giantstep.storage.base import WriteHandle
 from giantstep.storage.buffers import device_buffer
 from giantstep.writing.memory import Memory
+from giantstep.writing.running import RunningDigests
 from giantstep.writing.stretch import write_stretch
 
 Bytes = NDArray[np.uint8]
@@ -90,12 +91,19 @@ class BlockStream:
         pool: buffers and threads.
         block_bytes: size of the checksummed blocks.
         check: called before each stretch; raises if nothing more is to be written.
+        digests: of what the file holds; are told of all bytes.
     """
 
     def __init__(
-        self, handle: WriteHandle, pool: BufferPool, block_bytes: int, check: Callable[[], None] = lambda: None
+        self,
+        handle: WriteHandle,
+        pool: BufferPool,
+        block_bytes: int,
+        check: Callable[[], None] = lambda: None,
+        digests: RunningDigests | None = None,
     ) -> None:
         self._check = check
+        self._digests = digests
         self._handle = handle
         self._pool = pool
         self._block_bytes = block_bytes
@@ -138,8 +146,10 @@ class BlockStream:
         # An earlier failure ends the stream here, not after the last byte.
         while self._writes and self._writes[0].done():
             self._checksums.append(self._writes.popleft().result())
-        handle, block_bytes = self._handle, self._block_bytes
-        self._writes.append(self._pool.submit(lambda buffer: write_stretch(handle, offset, _views(parts), buffer, block_bytes)))
+        handle, block_bytes, digests = self._handle, self._block_bytes, self._digests
+        self._writes.append(
+            self._pool.submit(lambda buffer: write_stretch(handle, offset, _views(parts), buffer, block_bytes, digests))
+        )
 
     def finish(self) -> Checksums:
         """Wait until all bytes are written; return the checksums of all blocks. Raises the first failure."""

@@ -16,6 +16,7 @@ from giantstep.options import SaveOptions, Threads
 from giantstep.shards.region import Int64s
 from giantstep.storage.base import Store, WriteHandle
 from giantstep.writing.memory import Memory
+from giantstep.writing.running import RunningDigests
 from giantstep.writing.stream import BlockStream, BufferPool
 
 # Below this a file is not worth bypassing the page cache.
@@ -57,11 +58,13 @@ class Written:
     Attributes:
         files: its data files.
         file, start: per source, row in `files` and first byte.
+        digest: [sources, 2] as of `contents.digests_of`; zeros if none were asked for.
     """
 
     files: list[WrittenFile]
     file: Int64s
     start: Int64s
+    digest: NDArray[np.uint64]
 
 
 def write(
@@ -73,7 +76,9 @@ def write(
     options: SaveOptions,
     threads: Threads,
     check: Callable[[], None] = lambda: None,
+    *,
     numbers: Sequence[int] | None = None,
+    digests: bool = False,
 ) -> Written:
     """Write a rank's data files and flush them.
 
@@ -87,13 +92,15 @@ def write(
         options, threads: how.
         check: called now and then; raises if nothing more is to be written.
         numbers: in the names of the files; None: from 0 on.
+        digests: take digests of the entries as they are written. What `pieces` gives may then be held until the end.
 
     Raises:
         OSError: a storage operation failed.
         Exception: what `check` raises.
     """
     entries = len(sources.bytes)
-    written = Written([], np.zeros(entries, dtype=np.int64), np.zeros(entries, dtype=np.int64))
+    digest = np.zeros((entries, 2), dtype=np.uint64)
+    written = Written([], np.zeros(entries, dtype=np.int64), np.zeros(entries, dtype=np.int64), digest)
     if not plans:
         return written
     with ExitStack() as stack:
@@ -107,11 +114,14 @@ def write(
         for row, plan in enumerate(plans):
             name = data_file_name(save_id, rank, row if numbers is None else numbers[row])
             direct = options.direct_io == "auto" and plan.bytes >= _DIRECT_FROM_BYTES
+            running = RunningDigests(len(plan.header), sources.bytes[plan.order]) if digests else None
             with closing(store.create(name, plan.bytes, direct=direct)) as handle:
                 pool = pool_of(threads.device if handle.direct_bytes or not handle.nearby else threads.memory)
-                checksums = _write_file(handle, plan, sources, pool, options.block_bytes, check)
+                checksums = _write_file(handle, plan, sources, pool, options.block_bytes, check, running)
             written.files.append(WrittenFile(name, plan.bytes, checksums))
             written.file[plan.order], written.start[plan.order] = row, plan.starts
+            if running is not None:
+                digest[plan.order] = running.finish()
     store.sync_names(DATA_DIR)
     return written
 
@@ -123,8 +133,9 @@ def _write_file(
     pool: BufferPool,
     block_bytes: int,
     check: Callable[[], None],
+    digests: RunningDigests | None,
 ) -> Checksums:
-    with BlockStream(handle, pool, block_bytes, check) as stream:
+    with BlockStream(handle, pool, block_bytes, check, digests) as stream:
         stream.append([np.frombuffer(plan.header, dtype=np.uint8)])
         for rows in _runs(plan.order, sources.address):
             if sources.address[rows[0]]:
