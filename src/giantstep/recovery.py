@@ -16,7 +16,7 @@ from giantstep.commit.remove import remove_leftovers
 from giantstep.errors import BadArgumentError, CheckpointNotFoundError, GiantstepError, NotACheckpointError, StoreError
 from giantstep.format.names import DATA_DIR, RECORD_NAME, is_index_file, save_id_of
 from giantstep.steps import PIN_NAME, StepEntry, StepState, look_at_place, scan_steps, step_of
-from giantstep.storage.base import Store
+from giantstep.storage.base import NotAFileError, Store
 from giantstep.storage.locate import StoreLike, is_file_at, parent_at, store_at
 from giantstep.storage.record_file import files_of_ours
 
@@ -41,6 +41,8 @@ class FindingKind(enum.Enum):
     """A checkpoint of a newer major version of the format."""
     FOREIGN = "foreign"
     """Files or directories that giantstep has not written."""
+    UNREADABLE = "unreadable"
+    """What the system does not let this process look at: it may be anything, also a good checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def inspect(
 
     Raises:
         CheckpointNotFoundError, NotACheckpointError: nothing is there, or a file.
-        StoreError: a directory cannot be read.
+        StoreError: the path itself cannot be looked through. A step under it that cannot is a finding.
     """
     if isinstance(older_than_secs, bool) or not isinstance(older_than_secs, int | float) or not older_than_secs >= 0:
         raise BadArgumentError(f"older_than_secs={older_than_secs!r} cannot be: expected a number of seconds, 0 or more")
@@ -100,7 +102,7 @@ def inspect(
         if inside:
             look = _Look(moment, older_than_secs, inside)
             # A root may hold a checkpoint of its own beside the steps.
-            found = look.at(store, here, None) if here.save_ids else []
+            found = look.at(store, here, None) if here.save_ids or here.error is not None else []
             return found + [one for entry in inside for one in look.at(store.folder(entry.name), entry, entry.step)]
         parent = parent_at(path)
         step = None if parent is None else step_of(parent[1])
@@ -114,13 +116,22 @@ def clean(findings: Iterable[Finding]) -> list[str]:
     Each place is looked at once more: where a commit or another save came between, nothing is removed.
 
     Raises:
-        StoreError: a storage operation failed. A further `inspect` finds what is left.
+        StoreError: a storage operation failed; the other places were cleaned all the same. A further `inspect` finds what is
+            left.
     """
     removed: list[str] = []
+    failures: list[GiantstepError] = []
     for finding in findings:
         if finding.removable and finding.store is not None:
-            with _storage(finding.store):
-                removed += _remove(finding, finding.store)
+            try:
+                with _storage(finding.store):
+                    removed += _remove(finding, finding.store)
+            except GiantstepError as error:
+                failures.append(error)
+    if failures:
+        first, others = failures[0], f"; so failed {len(failures) - 1} more" if len(failures) > 1 else ""
+        first.add_note(f"{len(removed)} files and directories were removed{others}.")
+        raise first
     return removed
 
 
@@ -178,9 +189,16 @@ class _Look:
         records = [entry.record for entry in committed if entry.record is not None]
         self._newest_id = max((record.save_id for record in records), default="")
         self._named = {file.name for record in records for file in record.files}
+        self._unreadable = [entry.name for entry in steps if entry.state is StepState.UNREADABLE]
 
     def at(self, store: Store, entry: StepEntry, step: int | None) -> list[Finding]:
         """What is found in one place."""
+        try:
+            return [_unreadable(store, entry.error)] if entry.error is not None else self._at(store, entry, step)
+        except OSError as error:
+            return [_unreadable(store, error)]
+
+    def _at(self, store: Store, entry: StepEntry, step: int | None) -> list[Finding]:
         names = files_of_ours(store)
         ours = [name for name in names if save_id_of(name) is not None]
         found: list[Finding] = []
@@ -219,6 +237,7 @@ class _Look:
             why = running
             if not why and set(files) <= self._named:
                 why = "they are files of another step, linked and without room of their own: an incremental save may have begun"
+            why = why or self._unknown_links()
             words += f"; the checkpoint here, of save {record.save_id}, does not need them"
             found.append(self._finding(store, kind, files, words, why, in_force=record.save_id))
         return found
@@ -243,7 +262,14 @@ class _Look:
             why = (
                 "it holds only files of earlier saves and is newer than all committed steps: an incremental save may have begun"
             )
+        if not why and not overtaken:
+            why = self._unknown_links()
         return self._finding(store, kind, ours, words, why)
+
+    def _unknown_links(self) -> str:
+        """Why files must be taken for links of an incremental save that begins; "" if all records are known."""
+        some = ", ".join(self._unreadable[:_NAMED])
+        return f"{some} cannot be read: these may be links to its files, and an incremental save may have begun" if some else ""
 
     def _kept(self, store: Store, entry: StepEntry, files: list[str]) -> Finding:
         if entry.state is StepState.NEWER:
@@ -289,6 +315,21 @@ class _Look:
         )
 
 
+def _unreadable(store: Store, error: OSError) -> Finding:
+    return Finding(
+        path=store.location,
+        kind=FindingKind.UNREADABLE,
+        save_id="",
+        begun=None,
+        bytes=0,
+        words=f"it cannot be read: {type(error).__name__}: {error}",
+        removable=False,
+        why="it may be a good checkpoint",
+        files=(),
+        store=store,
+    )
+
+
 def _foreign(store: Store, files: list[str], folders: list[str]) -> Finding:
     names = [*files, *(f"{name}/" for name in folders)]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
@@ -310,6 +351,6 @@ def _foreign(store: Store, files: list[str], folders: list[str]) -> Finding:
 def _size(store: Store, name: str) -> int:
     try:
         return store.size(name)
-    except FileNotFoundError:
-        # Deleted since it was listed, or a link to nowhere.
+    except (FileNotFoundError, NotAFileError):
+        # Deleted since it was listed, a link to nowhere, or a pipe.
         return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from giantstep.format.names import DATA_DIR
 from giantstep.format.record import FileEntry
-from giantstep.storage.base import Store
+from giantstep.storage.base import NotAFileError, Store
 
 # What file systems say that have no further names for files, not between these places, or none for this user or file.
 _CANNOT = frozenset({errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EMLINK})
@@ -60,7 +60,12 @@ def link_files(store: Store, source: Store, files: Sequence[FileEntry], links: L
             if error.errno == errno.EMLINK:
                 continue
             break
-        found = store.size(entry.name)
+        try:
+            found = store.size(entry.name)
+        except NotAFileError as error:
+            links.problem = f"{entry.name} in {source.location} is {error.strerror}"
+            _take_back(store, entry.name, links)
+            continue
         if found == entry.bytes:
             links.there.add(entry.name)
         else:

@@ -21,7 +21,7 @@ from giantstep.format.record import (
     looks_like_a_record,
 )
 from giantstep.format.versions import CURRENT
-from giantstep.storage.base import Store, read_all
+from giantstep.storage.base import NotAFileError, Store, read_all
 
 
 def library_name() -> str:
@@ -41,12 +41,17 @@ def current_record(store: Store) -> bytes | None:
     """The bytes of the commit record that is in force, damaged or not; None if there is none.
 
     Raises:
-        NotACheckpointError: a file of that name is there, but no commit record of ours.
+        NotACheckpointError: something of that name is there, but no commit record of ours.
     """
     try:
         found = read_all(store, RECORD_NAME, MAX_RECORD_BYTES)
     except FileNotFoundError:
         return None
+    except NotAFileError as error:
+        raise NotACheckpointError(
+            f"{store.location}/{RECORD_NAME} is {error.strerror}: giantstep has not made it, and does not replace it. "
+            "Remove it, or save elsewhere."
+        ) from error
     if not looks_like_a_record(found):
         raise NotACheckpointError(
             f"{store.location} holds a {RECORD_NAME} that giantstep has not written. It is not replaced: save elsewhere."

@@ -10,6 +10,7 @@ from giantstep.errors import (
     CheckpointNotFoundError,
     CorruptionError,
     NotACheckpointError,
+    StoreError,
     VersionError,
 )
 from giantstep.steps import StepEntry, StepState, look_at_step, newest_first, scan_steps, step_name
@@ -30,6 +31,7 @@ def check_may_save(root: Store, step: int, *, overwrite: bool) -> None:
     Raises:
         BadArgumentError: the step is there, or is damaged, and is not to be overwritten.
         NotACheckpointError, VersionError: it is somebody else's.
+        StoreError: it cannot be read, so that nobody knows what it is.
     """
     entry = look_at_step(root, step)
     place = f"{root.location}/{entry.name}"
@@ -37,6 +39,8 @@ def check_may_save(root: Store, step: int, *, overwrite: bool) -> None:
         raise NotACheckpointError(f"{place} holds files of somebody else: {entry.problem} Save to another root.")
     if entry.state is StepState.NEWER:
         raise VersionError(f"{place} is not overwritten: {entry.problem}")
+    if entry.state is StepState.UNREADABLE:
+        raise StoreError(f"step {step} is not overwritten: {entry.problem}") from entry.error
     if entry.state in (StepState.COMMITTED, StepState.DAMAGED) and not overwrite:
         raise BadArgumentError(
             f"step {step} is in {root.location} already ({entry.state.value}): save(..., overwrite=True) replaces it"
@@ -59,6 +63,7 @@ def choose(root: Store, wanted: int | None, skipped: Collection[int]) -> tuple[i
     Raises:
         CheckpointNotFoundError: the one that is asked for is not there.
         CorruptionError, VersionError, NotACheckpointError: it is there and cannot be read.
+        StoreError: the one that is asked for cannot be read; or no step can be restored, and one cannot be read.
         VersionError: the newest is of a newer version. To go on from an older one would be to lose what it holds.
     """
     if wanted is not None:
@@ -66,13 +71,18 @@ def choose(root: Store, wanted: int | None, skipped: Collection[int]) -> tuple[i
         _check(entry, root)
         return wanted, []
     passed: list[Skipped] = []
+    unreadable: StepEntry | None = None
     for entry in newest_first(root):
         if entry.state is StepState.NEWER:
             raise VersionError(f"the newest step of {root.location} is {entry.step}: {entry.problem}")
-        if entry.state is StepState.DAMAGED:
+        if entry.state in (StepState.DAMAGED, StepState.UNREADABLE):
             passed.append(Skipped(entry.step, entry.problem))
+            unreadable = unreadable or (entry if entry.error is not None else None)
         if entry.record is not None and entry.step not in skipped:
             return entry.step, passed
+    if unreadable is not None and not skipped:
+        # Nothing is known to be lost: to begin anew, or to call it damaged, would be wrong.
+        raise StoreError(f"no step of {root.location} can be restored: {unreadable.problem}") from unreadable.error
     return None, passed
 
 
@@ -80,6 +90,8 @@ def _check(entry: StepEntry, root: Store) -> None:
     place = f"step {entry.step} of {root.location}"
     if entry.state is StepState.NEWER:
         raise VersionError(f"{place}: {entry.problem}")
+    if entry.state is StepState.UNREADABLE:
+        raise StoreError(f"{place}: {entry.problem}") from entry.error
     if entry.state is StepState.DAMAGED:
         raise CorruptionError(f"{place}: {entry.problem}")
     if entry.state is StepState.FOREIGN:

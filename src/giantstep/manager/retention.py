@@ -2,7 +2,7 @@
 
 Never removed: the newest good step, and the one that this manager saved last; what is pinned; what is being saved or read
 here; anything that is not a step of giantstep's, or of a newer version, or has a damaged commit record; leftovers of saves
-that began after this manager did.
+that began after this manager did. A step that cannot be read is neither removed nor counted as a good one.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Retention:
         self._held = 0
         self._bad: set[int] = set()
         self._own: set[int] = set()
+        self._told_unreadable: set[int] = set()
         self._last_saved: int | None = None
         self._doomed: int | None = None
         self._asked = self._missed = self._warned = self._closed = False
@@ -191,6 +192,7 @@ class Retention:
         committed = {one.step: one for one in steps if one.state is StepState.COMMITTED}
         with self._lock:
             bad, last_saved = set(self._bad), self._last_saved
+        self._warn_of_unreadable([one for one in steps if one.state is StepState.UNREADABLE])
         newest = self._newest_good(committed, bad)
         if newest is None:
             return None, []
@@ -198,7 +200,7 @@ class Retention:
         found = [one for one in steps if self._is_leftover(one, newest.step)]
         if self._keep is not None:
             rated = [SavedStep(one.step, one.committed, one.metrics) for one in committed.values() if one.step not in bad]
-            pinned = {step for step in committed if is_pinned(self._root, step)}
+            pinned = {step for step in committed if self._may_be_pinned(step)}
             kept = self._keep.kept(rated, self._wall()) | pinned | {newest.step, last_saved}
             # A bad step newer than the newest good one may be somebody's last hope.
             found += [one for one in committed.values() if one.step not in kept and one.step < newest.step]
@@ -217,10 +219,24 @@ class Retention:
         try:
             with uncollected():
                 check_data_files(place, read_record(place))
-        except (OpenError, CorruptionError) as error:
+        except (OpenError, CorruptionError, OSError) as error:
             _LOG.warning("%s: step %d is not taken for a good one: %s", self._root.location, step, error)
             return False
         return True
+
+    def _may_be_pinned(self, step: int) -> bool:
+        try:
+            return is_pinned(self._root, step)
+        except OSError as error:
+            _LOG.warning("%s: step %d stays, since nobody knows whether it is pinned: %s", self._root.location, step, error)
+            return True
+
+    def _warn_of_unreadable(self, found: list[Known]) -> None:
+        """Say so once of each."""
+        for one in found:
+            if one.step not in self._told_unreadable:
+                _LOG.warning("%s: step %d stays, and is not counted: %s", self._root.location, one.step, one.problem)
+        self._told_unreadable = {one.step for one in found}
 
     def _warn_of_newer(self, newest: int, last_saved: int | None) -> None:
         """Say so once if somebody else's step is newer than the one that was saved last."""

@@ -13,7 +13,7 @@ from giantstep.format.index import Index, decode_texts
 from giantstep.format.record import CommitRecord
 from giantstep.reading.data_files import DataFiles
 from giantstep.reading.index_reader import IndexReader
-from giantstep.storage.base import Store
+from giantstep.storage.base import NotAFileError, Store
 
 Progress = Callable[[int], None]
 
@@ -68,6 +68,8 @@ def look_at_files(store: Store, record: CommitRecord, index: Index | None) -> li
             problem = "" if size == entry.bytes else f"has {size} bytes, expected {entry.bytes}"
         except FileNotFoundError:
             problem = "is missing"
+        except NotAFileError as error:
+            problem = f"is {error.strerror}"
         if problem:
             keys = () if names is None else names.within(number, 0, entry.bytes)
             damages.append(Damage(entry.name, None, None, entry.rank, keys, problem))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from giantstep.format.digests import cut_parts
-from giantstep.storage.base import Access, Buffer, ReadHandle, Store, WriteHandle
+from giantstep.storage.base import Access, Buffer, NotAFileError, ReadHandle, Store, WriteHandle
 from giantstep.storage.buffers import address_of
 from giantstep.storage.medium import is_memory_backed
 
@@ -98,13 +99,17 @@ class LocalStore:
 
     def open_read(self, name: str, *, direct: bool = False) -> LocalReadHandle:
         path = self._path(name)
-        handle = LocalReadHandle(os.open(path, os.O_RDONLY | os.O_CLOEXEC), name)
+        handle = LocalReadHandle(_open_file(path), name)
         if direct and not self._in_memory(path):
             handle.open_direct(path)
         return handle
 
     def size(self, name: str) -> int:
-        return self._path(name).stat().st_size
+        path = self._path(name)
+        with _circles_are_no_files(path):
+            found = path.stat()
+        _check_regular(found, path)
+        return found.st_size
 
     def names(self, folder: str) -> Iterator[str]:
         try:
@@ -113,7 +118,7 @@ class LocalStore:
             return
         with entries:
             for entry in entries:
-                if not entry.is_dir():
+                if not _is_directory(entry):
                     yield f"{folder}/{entry.name}" if folder else entry.name
 
     def delete(self, name: str) -> None:
@@ -140,7 +145,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return
         with entries:
-            yield from [entry.name for entry in entries if entry.is_dir()]
+            yield from [entry.name for entry in entries if _is_directory(entry)]
 
     def remove_empty(self, folder: str) -> None:
         path = self._root / folder
@@ -152,6 +157,49 @@ class LocalStore:
             # Some systems say so of a directory that is not empty.
             raise OSError(errno.ENOTEMPTY, f"{path} is not empty") from error
         _sync_directory(path.parent)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, or a link to one. Whoever looks into what cannot be told will hear of it."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        return error.errno != errno.ELOOP
+
+
+@contextlib.contextmanager
+def _circles_are_no_files(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise NotAFileError(error.errno, "not a file, but a link that leads in a circle", str(path)) from error
+
+
+def _check_regular(found: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise NotAFileError(errno.EINVAL, f"not a file, but {kind}", str(path))
+
+
+def _open_file(path: Path) -> int:
+    """A descriptor for reading. Whatever is no file is not waited for, as a pipe without a writer would be."""
+    with _circles_are_no_files(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            # A file that another machine has on lease is waited for; a socket cannot be opened at all.
+            if error.errno not in (errno.EAGAIN, errno.ENXIO):
+                raise
+            _check_regular(path.stat(), path)
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _sync_directory(path: Path) -> None:

@@ -55,6 +55,7 @@ def parent_at(path: StoreLike) -> tuple[Store, str] | None:
 
 
 def is_file_at(path: StoreLike) -> bool:
-    """Whether a path leads to a file, where the place of a store is expected."""
+    """Whether a path leads to a file, a pipe or a device, where the place of a store is expected."""
     store = store_at(path)
-    return isinstance(store, LocalStore) and Path(store.location).is_file()
+    place = Path(store.location)
+    return isinstance(store, LocalStore) and place.exists() and not place.is_dir()
