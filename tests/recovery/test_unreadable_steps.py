@@ -20,7 +20,7 @@ from giantstep.cli.main import cli
 from giantstep.diagnosis import diagnose
 from giantstep.errors import BadArgumentError, StoreError
 from giantstep.format.names import RECORD_NAME, data_file_name, new_save_id
-from giantstep.group.threads import ThreadGroup
+from giantstep.group.threads import ThreadGroup, ThreadGroups
 from giantstep.manager import CheckpointManager, Keep
 from giantstep.manager.ledger import Ledger
 from giantstep.recovery import FindingKind, clean, inspect
@@ -195,36 +195,41 @@ def test_diagnose_of_a_root_goes_on_and_says_so_of_a_newer_one(root: Path, troub
     assert diagnose(root / step_name(2)).loads_instead == str(root / step_name(1))
 
 
-def test_a_load_falls_back_past_it_and_does_not_take_it_for_damaged(root: Path, trouble: Trouble) -> None:
-    (root / step_name(4) / RECORD_NAME).write_text("{}")
-    trouble.codes[f"{step_name(3)}/{RECORD_NAME}"] = errno.EIO
-
+def test_a_fallback_passes_older_ones_by_and_does_not_take_one_for_damaged(root: Path, trouble: Trouble) -> None:
     def load(group: ThreadGroup) -> Any:
         state = {"w": torch.zeros(4)}
         return gs.load(state, root / step_name(4), process_group=group, on_corrupt="fallback")["w"].tolist()
 
-    assert run_ranks(2, load) == [[2.0] * 4] * 2
-    trouble.codes[f"{step_name(4)}/{RECORD_NAME}"] = errno.EIO
-    with pytest.raises(RanksFailedError) as caught:
-        run_ranks(2, load)
-    assert [type(error) for error in caught.value.errors] == [StoreError] * 2
+    (root / step_name(4) / RECORD_NAME).write_text("{}")
+    trouble.codes[f"{step_name(2)}/{RECORD_NAME}"] = errno.EIO
+    assert run_ranks(2, load) == [[3.0] * 4] * 2
+    for step in (3, 4):
+        trouble.codes[f"{step_name(step)}/{RECORD_NAME}"] = errno.EIO
+        with pytest.raises(RanksFailedError) as caught:
+            run_ranks(2, load)
+        assert [type(error) for error in caught.value.errors] == [StoreError] * 2
+        assert len({str(error) for error in caught.value.errors}) == 1
+        assert step_name(step) in str(caught.value.errors[0])
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_manager_restores_an_older_one_and_says_what_it_passed_over(
-    root: Path, trouble: Trouble, part: str, caplog: pytest.LogCaptureFixture
+def test_a_manager_restores_past_older_ones_and_never_goes_back_for_one_that_may_be_good(
+    root: Path, trouble: Trouble, part: str
 ) -> None:
-    trouble.codes[step_name(4) + part] = errno.EACCES
-
     def restore(group: ThreadGroup) -> Any:
         with CheckpointManager(root, process_group=group) as manager:
-            assert manager.latest() == 3
+            trouble.codes[step_name(2) + part] = errno.EACCES
             found = manager.restore({"w": torch.zeros(4)})
             assert found is not None
-            return found.step, [(one.step, "Permission denied" in one.reason) for one in found.skipped]
+            first, latest = found.step, manager.latest()
+            trouble.codes[step_name(4) + part] = errno.EACCES
+            with pytest.raises(StoreError, match=r"step 4 may be the newest good one: .*Permission denied"):
+                manager.restore({"w": torch.zeros(4)})
+            found = manager.restore({"w": torch.zeros(4)}, 3)
+            assert found is not None
+            return first, latest, found.step, manager.latest()
 
-    assert run_ranks(2, restore) == [(3, [(4, True)])] * 2
-    assert "step 3 is restored, since newer ones do not load: step 4" in caplog.text
+    assert restore(ThreadGroups(1).rank(0)) == (4, 4, 3, 3)
 
 
 def test_a_manager_does_not_begin_anew_where_all_it_finds_cannot_be_read(root: Path, trouble: Trouble) -> None:
@@ -232,7 +237,7 @@ def test_a_manager_does_not_begin_anew_where_all_it_finds_cannot_be_read(root: P
 
     def restore(group: ThreadGroup) -> None:
         with CheckpointManager(root, process_group=group) as manager:
-            with pytest.raises(StoreError, match=r"no step of .* can be restored: .*step_00000004 cannot be read"):
+            with pytest.raises(StoreError, match=r"no step of .* is restored, .*step_00000004 cannot be read"):
                 manager.restore({"w": torch.zeros(4)})
             with pytest.raises(StoreError, match="Permission denied"):
                 manager.restore({"w": torch.zeros(4)}, 2)

@@ -62,27 +62,27 @@ def choose(root: Store, wanted: int | None, skipped: Collection[int]) -> tuple[i
 
     Raises:
         CheckpointNotFoundError: the one that is asked for is not there.
-        CorruptionError, VersionError, NotACheckpointError: it is there and cannot be read.
-        StoreError: the one that is asked for cannot be read; or no step can be restored, and one cannot be read.
-        VersionError: the newest is of a newer version. To go on from an older one would be to lose what it holds.
+        CorruptionError, NotACheckpointError: it is there, damaged or somebody else's.
+        StoreError, VersionError: the one that is asked for, or one newer than all that can be restored, cannot be read for
+            now, or is of a newer version. To go on from an older one would be to lose what it holds.
     """
     if wanted is not None:
         entry = look_at_step(root, wanted)
         _check(entry, root)
         return wanted, []
     passed: list[Skipped] = []
-    unreadable: StepEntry | None = None
     for entry in newest_first(root):
         if entry.state is StepState.NEWER:
             raise VersionError(f"the newest step of {root.location} is {entry.step}: {entry.problem}")
-        if entry.state in (StepState.DAMAGED, StepState.UNREADABLE):
+        if entry.state is StepState.UNREADABLE:
+            raise StoreError(
+                f"no step of {root.location} is restored, for step {entry.step} may be the newest good one: {entry.problem}. "
+                "Have it read, restore an older one by its number, or move the directory elsewhere"
+            ) from entry.error
+        if entry.state is StepState.DAMAGED:
             passed.append(Skipped(entry.step, entry.problem))
-            unreadable = unreadable or (entry if entry.error is not None else None)
         if entry.record is not None and entry.step not in skipped:
             return entry.step, passed
-    if unreadable is not None and not skipped:
-        # Nothing is known to be lost: to begin anew, or to call it damaged, would be wrong.
-        raise StoreError(f"no step of {root.location} can be restored: {unreadable.problem}") from unreadable.error
     return None, passed
 
 
