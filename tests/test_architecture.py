@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"metadata", "async_saving", "difference", "zero", "optimizer", "training_state"},
     {"opening", "saving", "loading", "removal", "materializing", "saver", "recovery", "examining"},
     {"planned_save", "planned_load", "comparison", "rewriting"},
-    {"filling", "unwrapping", "kept_index", "kept_outlines", "older_steps"},
+    {"filling", "unwrapping", "kept_index", "kept_outlines", "older_steps", "findings"},
     {"reusing", "describing", "requesting", "conditions", "restoring", "sources", "pending", "sharing"},
     {"stored_view"},
     {"codecs", "reports", "phases", "writers", "stored_plans", "targets", "stored_state"},
