@@ -20,6 +20,9 @@ from giantstep.storage.record_file import files_of_ours
 
 __all__ = ["Diagnosis", "Problem", "diagnose"]
 
+# While a job saves and removes steps, a look may come too late this often.
+_MOST_LOOKS = 4
+
 
 def diagnose(path: StoreLike, *, full: bool = False) -> Diagnosis:
     """Say what is wrong with a checkpoint, a root of steps, or whatever is at a path.
@@ -35,17 +38,35 @@ def diagnose(path: StoreLike, *, full: bool = False) -> Diagnosis:
         BadArgumentError: the path can never be one.
     """
     store = store_at(path)
-    found = Diagnosis(store.location)
-    try:
-        _look(path, store, found, full)
-    except OSError as error:
-        _unreadable(found.location, error, found)
+    for _ in range(_MOST_LOOKS):
+        found = Diagnosis(store.location)
+        try:
+            _look(path, store, found, full)
+            break
+        except _ChangedError as changed:
+            # Saved anew or removed while its files were looked at: what they seemed to lack says nothing.
+            found = changed.found
+        except OSError as error:
+            _unreadable(found.location, error, found)
+            break
     if found.problems and not found.loads_instead:
         # Help, if there is any; what is wrong has been said.
         with contextlib.suppress(OSError):
             found.loads_instead = _beside(path)
     found.looked_at = found.looked_at or "it could not be read"
     return found
+
+
+class _ChangedError(Exception):
+    """A checkpoint is not the one any more that was found broken.
+
+    Attributes:
+        found: what was found all the same.
+    """
+
+    def __init__(self, found: Diagnosis) -> None:
+        super().__init__(found.location)
+        self.found = found
 
 
 def _unreadable(location: str, error: OSError, found: Diagnosis) -> None:
@@ -117,6 +138,7 @@ def _missing(store: Store, found: Diagnosis) -> None:
     near = difflib.get_close_matches(missing, there, n=3)
     remedy = f"Did you mean {' or '.join(f'{place.location}/{name}' for name in near)}?" if near else "Look at the path."
     why = f"{place.location} holds no {missing!r}, but {some_of(there)}" if there else f"{place.location} is empty"
+    why = f"{place.location} is a file" if is_file_at(place) else why
     found.problem(f"{found.location} does not exist", why, remedy)
     found.loads_instead = _another(place, scan_steps(place), step_of(missing))
 
@@ -159,7 +181,10 @@ def _place(store: Store, entry: StepEntry, found: Diagnosis, full: bool) -> None
     """One directory that is no root."""
     location = store.location
     if entry.record is not None:
+        before = len(found.problems)
         examine(store, entry.record, found, full)
+        if len(found.problems) > before and look_at_place(store).record != entry.record:
+            raise _ChangedError(found)
         return
     if entry.error is not None:
         _unreadable(location, entry.error, found)

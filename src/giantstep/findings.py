@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from giantstep.format.names import DATA_DIR, RECORD_NAME, is_index_file, save_id_of
 from giantstep.steps import PIN_NAME, StepEntry, StepState, step_of
 from giantstep.storage.base import NotAFileError, Store
+from giantstep.storage.locate import lies_elsewhere
 from giantstep.storage.record_file import files_of_ours
 
 _NAMED = 5
@@ -199,6 +200,8 @@ class Look:
         self, store: Store, kind: FindingKind, files: list[str], words: str, why: str, *, good: str = "", in_force: str = ""
     ) -> Finding:
         """A finding that is removable unless `why` says why not."""
+        if not why and lies_elsewhere(store):
+            why = "it is a link to a directory elsewhere, which may be in use there: name that directory"
         save_id = max((save_id_of(name) or "" for name in files), default="")
         good = good or f"no commit record needs it, and the save began more than {self._secs:g} seconds ago"
         return Finding(

@@ -16,7 +16,7 @@ from giantstep.findings import Finding, FindingKind, Look, begun_at
 from giantstep.format.names import save_id_of
 from giantstep.steps import StepState, look_at_place, scan_steps, step_of
 from giantstep.storage.base import Store
-from giantstep.storage.locate import StoreLike, is_file_at, parent_at, store_at
+from giantstep.storage.locate import StoreLike, is_file_at, lies_elsewhere, parent_at, store_at
 from giantstep.storage.record_file import files_of_ours
 
 __all__ = ["DEFAULT_OLDER_THAN_SECS", "Finding", "FindingKind", "begun_at", "clean", "inspect"]
@@ -53,6 +53,9 @@ def inspect(
             found = look.at(store, here, None) if here.save_ids or here.error is not None else []
             return found + [one for entry in inside for one in look.at(store.folder(entry.name), entry, entry.step)]
         parent = parent_at(path)
+        if parent is not None and lies_elsewhere(store):
+            # The link is followed: what is judged is the directory, by those beside it.
+            store = parent[0].folder(parent[1])
         step = None if parent is None else step_of(parent[1])
         beside = scan_steps(parent[0]) if parent is not None and step is not None else []
         return Look(moment, older_than_secs, beside).at(store, here, step)

@@ -1,8 +1,9 @@
 """`Retention`: removes steps that no rule wants, in a thread of its own, on rank 0.
 
 Never removed: the newest good step, and the one that this manager saved last; what is pinned; what is being saved or read
-here; anything that is not a step of giantstep's, or of a newer version, or has a damaged commit record; leftovers of saves
-that began after this manager did. A step that cannot be read is neither removed nor counted as a good one.
+here; a link to a directory elsewhere; anything that is not a step of giantstep's, or of a newer version, or has a damaged
+commit record; leftovers of saves that began after this manager did. A step that cannot be read is neither removed nor
+counted as a good one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from giantstep.pending import PendingSave
 from giantstep.reading.data_files import check_data_files
 from giantstep.steps import StepState, step_name
 from giantstep.storage.base import Store
+from giantstep.storage.locate import lies_elsewhere
 from giantstep.storage.record_file import read_record
 
 _LOG = logging.getLogger("giantstep")
@@ -267,6 +269,8 @@ class Retention:
             self._doomed = one.step
         store = self._root.folder(step_name(one.step))
         try:
+            if lies_elsewhere(store):
+                return False
             # Since the scan the step may have been pinned or saved anew, and the newest may be gone.
             if is_pinned(self._root, one.step) and one.state is StepState.COMMITTED:
                 return False

@@ -156,7 +156,9 @@ class LocalStore:
         except FileExistsError as error:
             # Some systems say so of a directory that is not empty.
             raise OSError(errno.ENOTEMPTY, f"{path} is not empty") from error
-        _sync_directory(path.parent)
+        # Where the parent is gone too, whoever removed it has made that durable.
+        with contextlib.suppress(FileNotFoundError):
+            _sync_directory(path.parent)
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:
