@@ -90,37 +90,36 @@ def load(
             was changed.
         StoreError, PeerError: reading failed, or a rank did; the state must not be used.
     """
-    if on_corrupt not in get_args(OnCorrupt):
-        raise BadArgumentError(f"on_corrupt={on_corrupt!r} cannot be: expected one of {get_args(OnCorrupt)}")
     # Thousands of objects are made, and gone when the load is through.
     with uncollected():
         if on_corrupt == "fallback":
             return _load_or_older(state_dict, path, strict, process_group, options)
-        return _load(_Load(state_dict, path, strict, process_group, options))
+        return _load(_Load(state_dict, path, strict, process_group, options, on_corrupt))
 
 
 def _load_or_older(
     state_dict: dict[Any, Any], path: StoreLike, strict: StrictHandling, process_group: Any, options: LoadOptions | None
 ) -> LoadedState:
-    root, asked = root_of(path)
     settings = options if isinstance(options, LoadOptions) else LoadOptions()
     if isinstance(strict, StrictHandling) and not strict.raises_unexpected:
         # A step that need not fill everything must not come after one that has filled some of it before it was seen to be bad.
         settings = replace(settings, verify="before")
-    step, place = asked, path
+        options = settings if isinstance(options, LoadOptions | None) else options
+    place = path
     passed: dict[int, str] = {}
     first: GiantstepError | None = None
     while True:
         try:
-            state = _load(_Load(state_dict, place, strict, process_group, settings))
+            state = _load(_Load(state_dict, place, strict, process_group, options, "fallback"))
         except PASSED_OVER as error:
             first = first or error
+            root, step = root_of(place)
             passed[step] = reason_of(step, error)
-            older = older_step(group_of(process_group), root, asked, passed, settings.timeout_secs)
+            older = older_step(group_of(process_group), root, max(passed), passed, settings.timeout_secs)
             if older is None:
                 first.add_note(f"No older step of {root.location} loads. Passed over: {'; '.join(passed.values())}")
                 raise first from None
-            step, place = older, root.folder(step_name(older))
+            place = root.folder(step_name(older))
             continue
         state.report = replace(state.report, passed_over=tuple(passed.values()))
         if passed:
@@ -149,10 +148,12 @@ class _Load:
         strict: StrictHandling,
         process_group: Any,
         options: LoadOptions | None,
+        on_corrupt: OnCorrupt,
     ) -> None:
         self.watch = Stopwatch()
         self._state_dict = state_dict
         self._path = path
+        self._on_corrupt = on_corrupt
         self._strict = strict
         self._asked = options
         self._options = options if isinstance(options, LoadOptions) else LoadOptions()
@@ -178,6 +179,11 @@ class _Load:
             raise BadArgumentError(f"strict must be a StrictHandling, not {self._strict!r}")
         if not isinstance(self._asked, LoadOptions | None):
             raise BadArgumentError(f"options must be LoadOptions, not {type(self._asked).__name__}")
+        if self._on_corrupt not in get_args(OnCorrupt):
+            raise BadArgumentError(f"on_corrupt={self._on_corrupt!r} cannot be: expected one of {get_args(OnCorrupt)}")
+        if self._on_corrupt == "fallback":
+            # Raises where there is nothing to fall back to.
+            root_of(self._path)
         asked, group = self._options.exchange, self._group
         named = asked in ("auto", "none")
         self._cell: Cell = asked if named else ranks_within(asked, self._process_group, group.rank, group.size, "exchange")
@@ -190,6 +196,7 @@ class _Load:
             "call": "load",
             "path": self._store.location,
             "strict": self._strict.value,
+            "on_corrupt": self._on_corrupt,
             "options": {**settings(self._options), "exchange": self._cell if isinstance(self._cell, str) else "a group"},
         }
         cache = self._options.plan_cache

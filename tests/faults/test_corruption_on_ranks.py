@@ -82,6 +82,10 @@ def data_at(place: Path) -> Path:
     return max((place / "data").iterdir())
 
 
+def folder_at(place: Path) -> Path:
+    return place / "data"
+
+
 class Harm(NamedTuple):
     """What happens to a file.
 
@@ -159,6 +163,16 @@ def bound_socket(path: Path) -> None:
             made.bind(path.name)
     finally:
         os.chdir(here)
+
+
+def file_for_folder(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_bytes(b"x")
+
+
+def loop_for_folder(path: Path) -> None:
+    shutil.rmtree(path)
+    path.symlink_to(path.name)
 
 
 def zero_page(path: Path) -> None:
@@ -242,6 +256,9 @@ HARMS = {
             ("a socket", bound_socket),
         )
     },
+    "no folder of data": Harm(folder_at, shutil.rmtree, IncompleteError),
+    "a file in place of the folder of data": Harm(folder_at, file_for_folder, IncompleteError),
+    "a link in a circle in place of the folder of data": Harm(folder_at, loop_for_folder),
     "a link to nowhere in place of a data file": Harm(data_at, nowhere, IncompleteError),
     "a link to nowhere in place of the index": Harm(index_at, nowhere, OpenError),
     "a link to nowhere in place of the record": Harm(record_at, nowhere, IncompleteError),
@@ -253,7 +270,7 @@ def damaged_by(root: Path, harm: Harm) -> tuple[Path, list[str]]:
     place = root / step_name(NEW)
     path = harm.which(place)
     harm.do(path)
-    names = [path.name, *(other.name for other in (place / "data").iterdir() if harm.do is swap)]
+    names = [path.name, *(other.name for other in (place / "data").iterdir())] if harm.do is swap else [path.name]
     return place, names
 
 

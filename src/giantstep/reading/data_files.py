@@ -22,7 +22,7 @@ def check_data_files(store: Store, record: CommitRecord) -> None:
     for entry in record.files:
         try:
             size = store.size(entry.name)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise _missing(store, entry) from error
         except NotAFileError as error:
             raise _no_file(store, entry, error) from error
@@ -73,7 +73,7 @@ class DataFiles:
         entry = self._record.files[file]
         try:
             handle = self._store.open_read(entry.name, direct=self._direct)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise _missing(self._store, entry) from error
         except NotAFileError as error:
             raise _no_file(self._store, entry, error) from error

@@ -66,7 +66,7 @@ def look_at_files(store: Store, record: CommitRecord, index: Index | None) -> li
         try:
             size = store.size(entry.name)
             problem = "" if size == entry.bytes else f"has {size} bytes, expected {entry.bytes}"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             problem = "is missing"
         except NotAFileError as error:
             problem = f"is {error.strerror}"

@@ -29,6 +29,9 @@ _MOST_PARTS = 1024
 # Errors by which file systems say that they have no such operation.
 _NOT_SUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
 
+# There is none: nothing at all, something else, or a link that leads in a circle.
+_NO_DIRECTORY = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+
 
 class LocalStore:
     """Files under `root`. Makes nothing until `prepare`."""
@@ -114,7 +117,9 @@ class LocalStore:
     def names(self, folder: str) -> Iterator[str]:
         try:
             entries = os.scandir(self._root / folder)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY:
+                raise
             return
         with entries:
             for entry in entries:
@@ -142,7 +147,9 @@ class LocalStore:
     def folders(self) -> Iterator[str]:
         try:
             entries = os.scandir(self._root)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY:
+                raise
             return
         with entries:
             yield from [entry.name for entry in entries if _is_directory(entry)]
