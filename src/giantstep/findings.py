@@ -192,7 +192,7 @@ class Look:
         begun = begun_at(save_id) if save_id else None
         if begun is None:
             return "when the save began cannot be told" if save_id else ""
-        if begun > self._now - dt.timedelta(seconds=self._secs):
+        if (self._now - begun).total_seconds() < self._secs:
             return f"the save began at {begun:%Y-%m-%d %H:%M:%S} UTC, less than {self._secs:g} seconds ago: it may be running"
         return ""
 

@@ -33,7 +33,7 @@ def inspect(
         path: a step's directory, or the root of steps.
         older_than_secs: what a save left that began later than so many seconds ago may be of a save that runs, and is
             not removable. Must be more than the longest save takes.
-        now: the time; None: that of the system's clock.
+        now: the time, with its zone; None: that of the system's clock.
 
     Raises:
         CheckpointNotFoundError, NotACheckpointError: nothing is there, or a file.
@@ -41,6 +41,8 @@ def inspect(
     """
     if isinstance(older_than_secs, bool) or not isinstance(older_than_secs, int | float) or not older_than_secs >= 0:
         raise BadArgumentError(f"older_than_secs={older_than_secs!r} cannot be: expected a number of seconds, 0 or more")
+    if now is not None and (not isinstance(now, dt.datetime) or now.utcoffset() is None):
+        raise BadArgumentError(f"now={now!r} cannot be: expected a datetime with a time zone, or None")
     store = store_at(path)
     moment = dt.datetime.now(dt.UTC) if now is None else now
     with _storage(store):
