@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import torch
 import giantstep as gs
 from giantstep.commit.remove import remove_checkpoint
 from giantstep.diagnosis import diagnose
-from giantstep.errors import BadArgumentError
+from giantstep.errors import BadArgumentError, IncompleteError
 from giantstep.format.names import data_file_name, index_file_name, new_save_id
 from giantstep.manager import CheckpointManager, Keep
 from giantstep.recovery import FindingKind, clean, inspect
@@ -205,3 +206,51 @@ def test_a_step_that_changes_all_the_time_is_diagnosed_all_the_same(tmp_path: Pa
     monkeypatch.setattr(LocalStore, "size", late)
     assert not diagnose(tmp_path / "c").healthy
     assert 1 < len(looks) < 10
+
+
+def test_a_save_whose_index_is_taken_away_before_it_commits_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever recovers without regard for saves that run."""
+    gs.save({"w": torch.ones(4)}, tmp_path / "c")
+    sync = LocalStore.sync_names
+
+    def recover(self: LocalStore, folder: str) -> None:
+        sync(self, folder)
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalStore, "sync_names", sync)
+            for path in tmp_path.glob("c/*.index.safetensors"):
+                if path.name != gs.open_checkpoint(tmp_path / "c").record.index.name:
+                    path.unlink()
+
+    monkeypatch.setattr(LocalStore, "sync_names", recover)
+    with pytest.raises(IncompleteError, match=r"index .* is gone"):
+        gs.save({"w": torch.zeros(4)}, tmp_path / "c")
+    monkeypatch.setattr(LocalStore, "sync_names", sync)
+    assert gs.open_checkpoint(tmp_path / "c")["w"][...].tolist() == [1.0] * 4
+    gs.save({"w": torch.zeros(4)}, tmp_path / "c")
+    assert gs.open_checkpoint(tmp_path / "c").verify().ok
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_cleaning_ends_where_a_save_commits_meanwhile(tmp_path: Path, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it deletes the first of the files that it found, the save to which the others belong commits."""
+    gs.save({"w": torch.ones(4)}, tmp_path / step_name(9))
+    place, delete = tmp_path / step_name(1), LocalStore.delete
+    if there:
+        gs.save({"w": torch.ones(4)}, place)
+        (place / data_file_name(YESTERDAY, 0, 0)).write_bytes(b"left")
+    else:
+        litter(place)
+    (place / f"checkpoint.json.{YESTERDAY}.tmp").write_bytes(b"left")
+    findings = inspect(tmp_path)
+    assert [found.removable for found in findings] == [True]
+
+    def late(self: LocalStore, name: str) -> None:
+        monkeypatch.setattr(LocalStore, "delete", delete)
+        delete(self, name)
+        # What the save had written until it was looked at, and what it wrote since.
+        shutil.copytree(tmp_path / step_name(9), place, dirs_exist_ok=True)
+
+    monkeypatch.setattr(LocalStore, "delete", late)
+    assert clean(findings) == [str(place / f"checkpoint.json.{YESTERDAY}.tmp")]
+    assert (place / data_file_name(YESTERDAY, 0, 0)).exists()
+    assert gs.open_checkpoint(place).verify().ok

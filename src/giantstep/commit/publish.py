@@ -79,7 +79,7 @@ def publish(
         before: what `current_record` returned when the save began.
 
     Raises:
-        IncompleteError: a data file is not visible here or has another size. Nothing was published.
+        IncompleteError: a data file, or the index, is not visible here or has another size. Nothing was published.
         StoreError: another save was committed to this place meanwhile. Nothing was published.
         OSError: a storage operation failed: if it was the last one, the new checkpoint may or may not be
             there after a power loss; either way the one in force is complete.
@@ -115,8 +115,22 @@ def publish(
     )
     # Again, as late as can be: what happens between this look and the rename is not noticed.
     _check_place(store, files, before)
+    _check_index(store, record.index)
     store.publish(RECORD_NAME, encode_record(record), temporary_record_name(save_id))
     return record
+
+
+def _check_index(store: Store, index: IndexEntry) -> None:
+    """Nobody has taken it for what a crashed save left, and deleted it."""
+    try:
+        found = store.size(index.name)
+    except FileNotFoundError as error:
+        raise IncompleteError(
+            f"index {index.name} is gone from {store.location}: somebody deleted it while this save was committing. Leave "
+            "files of running saves alone, and save again."
+        ) from error
+    if found != index.bytes:
+        raise IncompleteError(f"index {index.name} in {store.location} has {found} bytes, expected {index.bytes}")
 
 
 def _check_place(store: Store, files: tuple[FileEntry, ...], before: bytes | None) -> None:

@@ -10,7 +10,7 @@ from giantstep.commit.publish import current_record
 from giantstep.format.names import DATA_DIR, RECORD_NAME, is_data_file, save_id_of
 from giantstep.format.record import decode_record
 from giantstep.storage.base import Store
-from giantstep.storage.record_file import files_of_ours
+from giantstep.storage.record_file import files_of_ours, record_seal
 
 
 def remove_checkpoint(store: Store) -> list[str]:
@@ -51,7 +51,7 @@ def remove_leftovers(store: Store, names: Iterable[str]) -> list[str]:
             was deleted.
         OSError: a storage operation failed.
     """
-    found = current_record(store)
+    seal, found = record_seal(store), current_record(store)
     needed = set[str]()
     if found is not None:
         record = decode_record(found, f"{store.location}/{RECORD_NAME}")
@@ -60,7 +60,11 @@ def remove_leftovers(store: Store, names: Iterable[str]) -> list[str]:
     wanted = set(names) - needed
     doomed = [name for name in files_of_ours(store) if name in wanted and save_id_of(name) is not None]
     doomed.sort(key=lambda name: (is_data_file(name), name))
-    for name in doomed:
+    for number, name in enumerate(doomed):
+        # A save may have committed since: what its record names must stay, and that is for the next call to see.
+        if record_seal(store) != seal:
+            del doomed[number:]
+            break
         store.delete(name)
     for folder in sorted({DATA_DIR if is_data_file(name) else "" for name in doomed}):
         _sync(store, folder)
