@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import giantstep as gs
-from giantstep.errors import BadArgumentError, CorruptionError, IncompleteError, KeyMismatchError
+from giantstep.errors import BadArgumentError, CorruptionError, DisagreementError, IncompleteError, KeyMismatchError
 from giantstep.group.threads import ThreadGroup
 from giantstep.steps import step_name
 from giantstep.storage.memory import MemoryStore
@@ -154,6 +154,31 @@ def test_paths_that_are_no_steps_and_other_policies_are_refused(root: Path) -> N
         gs.load({}, root, on_corrupt="fallback")
     with pytest.raises(BadArgumentError, match="on_corrupt='retry'"):
         gs.load({}, root / step_name(4), on_corrupt="retry")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "on_corrupt", "error"),
+    [
+        (step_name(4), "raise", DisagreementError),
+        (step_name(4), "retry", BadArgumentError),
+        (".", "fallback", BadArgumentError),
+        ("", "fallback", BadArgumentError),
+    ],
+)
+@pytest.mark.parametrize("odd", range(RANKS))
+def test_one_rank_that_asks_for_something_else_is_the_same_error_on_all(
+    root: Path, odd: int, path: str, on_corrupt: Any, error: type[Exception]
+) -> None:
+    def rank(group: ThreadGroup) -> None:
+        mine = group.rank == odd
+        place, policy = (str(root / path) if path else "", on_corrupt) if mine else (str(root / step_name(4)), "fallback")
+        gs.load(state_of(group.rank, group.size, -1.0, False), place, process_group=group, on_corrupt=policy)
+
+    flip(root / step_name(4))
+    with pytest.raises(RanksFailedError) as caught:
+        run_ranks(RANKS, rank)
+    assert [type(found) for found in caught.value.errors] == [error] * RANKS
+    assert len({str(found) for found in caught.value.errors}) == 1
 
 
 def test_steps_in_memory_fall_back_too() -> None:

@@ -5,6 +5,7 @@ Not here: looking for leftovers of crashed saves (`recovery`). Called by users a
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Collection, Sequence
 
@@ -18,6 +19,9 @@ from giantstep.storage.locate import StoreLike, is_file_at, parent_at, store_at
 from giantstep.storage.record_file import files_of_ours
 
 __all__ = ["Diagnosis", "Problem", "diagnose"]
+
+# While a job saves and removes steps, a look may come too late this often.
+_MOST_LOOKS = 4
 
 
 def diagnose(path: StoreLike, *, full: bool = False) -> Diagnosis:
@@ -34,17 +38,51 @@ def diagnose(path: StoreLike, *, full: bool = False) -> Diagnosis:
         BadArgumentError: the path can never be one.
     """
     store = store_at(path)
-    found = Diagnosis(store.location)
-    try:
-        _look(path, store, found, full)
-    except PermissionError as error:
-        remedy = "Run as the user who saved it, or have the rights to read given (files: r, directories: r and x)."
-        found.problem(f"permission to read all of {found.location} is denied", str(error), remedy)
-    except OSError as error:
-        remedy = "Look at the disk or the network, and try again: this says nothing about the bytes that are stored."
-        found.problem(f"{found.location} cannot be read", f"{type(error).__name__}: {error}", remedy)
+    for _ in range(_MOST_LOOKS):
+        found = Diagnosis(store.location)
+        try:
+            _look(path, store, found, full)
+            break
+        except _ChangedError as changed:
+            # Saved anew or removed while its files were looked at: what they seemed to lack says nothing.
+            found = changed.found
+        except OSError as error:
+            _unreadable(found.location, error, found)
+            break
+    if found.problems and not found.loads_instead:
+        # Help, if there is any; what is wrong has been said.
+        with contextlib.suppress(OSError):
+            found.loads_instead = _beside(path, found.damaged_files)
     found.looked_at = found.looked_at or "it could not be read"
     return found
+
+
+class _ChangedError(Exception):
+    """A checkpoint is not the one any more that was found broken.
+
+    Attributes:
+        found: what was found all the same.
+    """
+
+    def __init__(self, found: Diagnosis) -> None:
+        super().__init__(found.location)
+        self.found = found
+
+
+def _unreadable(location: str, error: OSError, found: Diagnosis) -> None:
+    if isinstance(error, PermissionError):
+        remedy = "Run as the user who saved it, or have the rights to read given (files: r, directories: r and x)."
+        found.problem(f"permission to read all of {location} is denied", str(error), remedy)
+    else:
+        remedy = "Look at the disk or the network, and try again: this says nothing about the bytes that are stored."
+        found.problem(f"{location} cannot be read", f"{type(error).__name__}: {error}", remedy)
+
+
+def _beside(path: StoreLike, damaged: Collection[str]) -> str:
+    """Path of another step beside a step; "" if there is none, or the path is no step's."""
+    parent = parent_at(path)
+    step = None if parent is None else step_of(parent[1])
+    return "" if parent is None or step is None else _another(parent[0], scan_steps(parent[0]), step, damaged)
 
 
 def _look(path: StoreLike, store: Store, found: Diagnosis, full: bool) -> None:
@@ -59,10 +97,6 @@ def _look(path: StoreLike, store: Store, found: Diagnosis, full: bool) -> None:
         _root(store, inside, found, full)
         return
     _place(store, entry, found, full)
-    parent = parent_at(path)
-    step = None if parent is None else step_of(parent[1])
-    if found.problems and parent is not None and step is not None:
-        found.loads_instead = _another(parent[0], scan_steps(parent[0]), step, found.damaged_files)
 
 
 def _file(path: StoreLike, found: Diagnosis) -> None:
@@ -104,6 +138,7 @@ def _missing(store: Store, found: Diagnosis) -> None:
     near = difflib.get_close_matches(missing, there, n=3)
     remedy = f"Did you mean {' or '.join(f'{place.location}/{name}' for name in near)}?" if near else "Look at the path."
     why = f"{place.location} holds no {missing!r}, but {some_of(there)}" if there else f"{place.location} is empty"
+    why = f"{place.location} is a file" if is_file_at(place) else why
     found.problem(f"{found.location} does not exist", why, remedy)
     found.loads_instead = _another(place, scan_steps(place), step_of(missing), [])
 
@@ -121,7 +156,9 @@ def _root(store: Store, entries: Sequence[StepEntry], found: Diagnosis, full: bo
     for entry in entries:
         if newest is not None and entry.step < newest.step:
             continue
-        if entry.state in (StepState.DAMAGED, StepState.NEWER):
+        if entry.error is not None:
+            _unreadable(store.folder(entry.name).location, entry.error, found)
+        elif entry.state in (StepState.DAMAGED, StepState.NEWER):
             _place(store.folder(entry.name), entry, found, full)
         elif entry.state is StepState.UNFINISHED and newest is not None:
             found.note(f"step {entry.step} is newer and not committed", entry.problem)
@@ -131,7 +168,10 @@ def _root(store: Store, entries: Sequence[StepEntry], found: Diagnosis, full: bo
         found.note(f"{root} is a root of steps, of which the newest committed one was looked at", f"steps: {listed}", remedy)
         found.location = place.location
         newer = bool(found.problems)
-        _place(place, newest, found, full)
+        try:
+            _place(place, newest, found, full)
+        except OSError as error:
+            _unreadable(place.location, error, found)
         if found.problems:
             broken = len(found.problems) > newer
             found.loads_instead = _another(store, entries, newest.step if broken else None, found.damaged_files)
@@ -141,7 +181,13 @@ def _place(store: Store, entry: StepEntry, found: Diagnosis, full: bool) -> None
     """One directory that is no root."""
     location = store.location
     if entry.record is not None:
+        before = len(found.problems)
         examine(store, entry.record, found, full)
+        if len(found.problems) > before and look_at_place(store).record != entry.record:
+            raise _ChangedError(found)
+        return
+    if entry.error is not None:
+        _unreadable(location, entry.error, found)
         return
     found.looked_at = found.looked_at or f"no checkpoint: {entry.state.value}"
     if entry.state is StepState.DAMAGED:

@@ -16,7 +16,7 @@ from giantstep.format.record import CommitRecord
 from giantstep.reading.checkpoint import Checkpoint
 from giantstep.reading.data_files import check_data_files
 from giantstep.reading.verify import Damage, look_at_files, verify_files
-from giantstep.storage.base import Store, reading
+from giantstep.storage.base import NotAFileError, Store, reading
 from giantstep.storage.record_file import files_of_ours
 
 RESTORE_A_COPY = "Restore the file from a copy, or load another step."
@@ -107,7 +107,7 @@ def _index_words(store: Store, record: CommitRecord, error: GiantstepError) -> s
         with reading(store, record.index.name) as handle:
             head = bytearray(min(_HEAD_BYTES, handle.size))
             handle.read_into(0, memoryview(head))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotAFileError):
         return error.message
     match = re.search(rb'"save_id": ?"([^"]*)"', head)
     save_id = match[1].decode("ascii", "replace") if match else ""

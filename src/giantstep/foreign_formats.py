@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
-from giantstep.storage.base import Store, read_all, reading
+from giantstep.storage.base import NotAFileError, Store, read_all, reading
 
 _MAX_JSON_BYTES = 1 << 20
 # In a directory, so many files are looked into.
@@ -38,10 +38,14 @@ def foreign_format(store: Store, names: Collection[str]) -> str:
 
 def foreign_file(store: Store, name: str) -> str:
     """What one file is, in words; "" if it is not recognised; raises as `foreign_format`."""
-    with reading(store, name) as handle:
-        size = handle.size
-        first = bytearray(min(16, size))
-        handle.read_into(0, memoryview(first))
+    try:
+        with reading(store, name) as handle:
+            size = handle.size
+            first = bytearray(min(16, size))
+            handle.read_into(0, memoryview(first))
+    except (FileNotFoundError, NotAFileError):
+        # A link to nowhere or in a circle, a pipe, or gone by now.
+        return ""
     head = bytes(first)
     if head[:4] == b"PK\x03\x04":
         return "a zip archive, as torch writes its files"
@@ -55,11 +59,11 @@ def foreign_file(store: Store, name: str) -> str:
 
 
 def _torch_dist_backend(store: Store) -> str:
-    if store.size("metadata.json") > _MAX_JSON_BYTES:
-        return ""
     try:
+        if store.size("metadata.json") > _MAX_JSON_BYTES:
+            return ""
         fields = json.loads(read_all(store, "metadata.json", _MAX_JSON_BYTES))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, FileNotFoundError, NotAFileError):
         return ""
     found = fields.get("sharded_backend") if isinstance(fields, dict) else None
     return found if isinstance(found, str) else ""

@@ -25,7 +25,7 @@ from giantstep.group.torch_group import group_of
 from giantstep.kept_index import KeptIndex, keep_index, kept_index
 from giantstep.kept_outlines import keep_outline, kept_outlines
 from giantstep.mapping.describe import Described, describe
-from giantstep.node_load import NodeLoad, check_cell, passing_over_damage
+from giantstep.node_load import NodeLoad, check_request, passing_over_damage
 from giantstep.older_steps import PASSED_OVER, older_step, reason_of, root_of
 from giantstep.options import LoadOptions, OnCorrupt, StrictHandling, Threads, threads_for
 from giantstep.phases import Stopwatch, same_call, settings, with_call
@@ -93,8 +93,6 @@ def load(
             was changed.
         StoreError, PeerError: reading failed, or a rank did; the state must not be used.
     """
-    if on_corrupt not in get_args(OnCorrupt):
-        raise BadArgumentError(f"on_corrupt={on_corrupt!r} cannot be: expected one of {get_args(OnCorrupt)}")
     # Thousands of objects are made, and gone when the load is through.
     with uncollected():
         if isinstance(path, NodeStore):
@@ -103,36 +101,36 @@ def load(
                 group_of(process_group),
                 path,
                 settings.timeout_secs,
-                on_corrupt,
-                lambda damaged: _load(_Load(state_dict, path, strict, process_group, options, damaged)),
+                lambda damaged: _load(_Load(state_dict, path, strict, process_group, options, on_corrupt, damaged)),
             )
         if on_corrupt == "fallback":
             return _load_or_older(state_dict, path, strict, process_group, options)
-        return _load(_Load(state_dict, path, strict, process_group, options))
+        return _load(_Load(state_dict, path, strict, process_group, options, on_corrupt))
 
 
 def _load_or_older(
     state_dict: dict[Any, Any], path: StoreLike, strict: StrictHandling, process_group: Any, options: LoadOptions | None
 ) -> LoadedState:
-    root, asked = root_of(path)
     settings = options if isinstance(options, LoadOptions) else LoadOptions()
     if isinstance(strict, StrictHandling) and not strict.raises_unexpected:
         # A step that need not fill everything must not come after one that has filled some of it before it was seen to be bad.
         settings = replace(settings, verify="before")
-    step, place = asked, path
+        options = settings if isinstance(options, LoadOptions | None) else options
+    place = path
     passed: dict[int, str] = {}
     first: GiantstepError | None = None
     while True:
         try:
-            state = _load(_Load(state_dict, place, strict, process_group, settings))
+            state = _load(_Load(state_dict, place, strict, process_group, options, "fallback"))
         except PASSED_OVER as error:
             first = first or error
+            root, step = root_of(place)
             passed[step] = reason_of(step, error)
-            older = older_step(group_of(process_group), root, asked, passed, settings.timeout_secs)
+            older = older_step(group_of(process_group), root, max(passed), passed, settings.timeout_secs)
             if older is None:
                 first.add_note(f"No older step of {root.location} loads. Passed over: {'; '.join(passed.values())}")
                 raise first from None
-            step, place = older, root.folder(step_name(older))
+            place = root.folder(step_name(older))
             continue
         state.report = replace(state.report, passed_over=tuple(passed.values()))
         if passed:
@@ -161,11 +159,13 @@ class _Load:
         strict: StrictHandling,
         process_group: Any,
         options: LoadOptions | None,
+        on_corrupt: OnCorrupt,
         damaged: Collection[str] = (),
     ) -> None:
         self.watch = Stopwatch()
         self._state_dict = state_dict
         self._path = path
+        self._on_corrupt = on_corrupt
         self._strict = strict
         self._asked = options
         self._options = options if isinstance(options, LoadOptions) else LoadOptions()
@@ -198,12 +198,17 @@ class _Load:
             raise BadArgumentError(f"strict must be a StrictHandling, not {self._strict!r}")
         if not isinstance(self._asked, LoadOptions | None):
             raise BadArgumentError(f"options must be LoadOptions, not {type(self._asked).__name__}")
+        if self._on_corrupt not in get_args(OnCorrupt):
+            raise BadArgumentError(f"on_corrupt={self._on_corrupt!r} cannot be: expected one of {get_args(OnCorrupt)}")
+        if self._on_corrupt == "fallback":
+            # Raises where there is nothing to fall back to.
+            root_of(self._path)
         asked, group = self._options.exchange, self._group
         named = asked in ("auto", "none")
         self._cell: Cell = asked if named else ranks_within(asked, self._process_group, group.rank, group.size, "exchange")
         self._store: Store = store_at(self._path)
         if self._nodes is not None:
-            check_cell(self._cell)
+            check_request(self._cell, self._on_corrupt)
         # Who keeps plans loads again; others are spared the making of an outline.
         known = None if self._options.plan_cache is None else kept_outlines(group)
         self._described: Described = describe(self._state_dict, for_load=True, known=known)
@@ -212,6 +217,7 @@ class _Load:
             "call": "load",
             "path": self._store.location,
             "strict": self._strict.value,
+            "on_corrupt": self._on_corrupt,
             "options": {**settings(self._options), "exchange": self._cell if isinstance(self._cell, str) else "a group"},
         }
         cache = self._options.plan_cache

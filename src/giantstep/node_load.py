@@ -83,27 +83,27 @@ class NodeLoad:
         self.access = self._gathering.fetch(ask)
 
 
-def check_cell(cell: Cell) -> None:
-    """Raise `BadArgumentError` for an exchange in groups, which may not hold all that their ranks want."""
-    if not isinstance(cell, str):
-        raise BadArgumentError("exchange must be 'auto' or 'none' for a node-local checkpoint, not a group")
-
-
-def passing_over_damage(
-    group: Group, store: NodeStore, timeout_secs: float, on_corrupt: str, attempt: Callable[[set[str]], LoadedState]
-) -> LoadedState:
-    """Load, and again without the copies that were found to be damaged, as long as there are more of these.
-
-    Args:
-        group, store, timeout_secs: as for `NodeLoad`.
-        on_corrupt: what the caller of `load` has asked for.
-        attempt: loads; is given the names of this host's files that are known to be damaged.
-    """
+def check_request(cell: Cell, on_corrupt: str) -> None:
+    """Raise `BadArgumentError` for what a load from the hosts' own places cannot do."""
     if on_corrupt != "raise":
         raise BadArgumentError(
             f"on_corrupt={on_corrupt!r} cannot be for one node-local step: damaged copies are passed over in any case, and "
             "LocalTier.restore falls back to older steps"
         )
+    # Groups may not hold all that their ranks want.
+    if not isinstance(cell, str):
+        raise BadArgumentError("exchange must be 'auto' or 'none' for a node-local checkpoint, not a group")
+
+
+def passing_over_damage(
+    group: Group, store: NodeStore, timeout_secs: float, attempt: Callable[[set[str]], LoadedState]
+) -> LoadedState:
+    """Load, and again without the copies that were found to be damaged, as long as there are more of these.
+
+    Args:
+        group, store, timeout_secs: as for `NodeLoad`.
+        attempt: loads; is given the names of this host's files that are known to be damaged.
+    """
     damaged: set[str] = set()
     while True:
         try:

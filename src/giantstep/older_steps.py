@@ -12,9 +12,10 @@ from giantstep.errors import (
     GiantstepError,
     IncompleteError,
     NotACheckpointError,
+    StoreError,
 )
 from giantstep.group.base import Group, consult
-from giantstep.steps import scan_steps, step_name, step_of
+from giantstep.steps import newest_first, step_name, step_of
 from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, parent_at
 
@@ -39,11 +40,25 @@ def root_of(path: StoreLike) -> tuple[Store, int]:
 
 
 def older_step(group: Group, root: Store, below: int, tried: Collection[int], timeout_secs: float) -> int | None:
-    """Collective. The newest committed step older than `below` that was not tried yet, as rank 0 sees it, or None."""
+    """Collective. The newest committed step older than `below` that was not tried yet, as rank 0 sees it, or None.
+
+    Raises (the same on all ranks):
+        StoreError: one that may be it cannot be read. What cannot be read for now is not passed over.
+    """
 
     def decide(reports: Sequence[bytes]) -> list[bytes]:
-        steps = [entry.step for entry in scan_steps(root) if entry.record is not None]
-        found = max((step for step in steps if step < below and step not in tried), default=None)
+        found = None
+        for entry in newest_first(root):
+            if entry.step >= below or entry.step in tried:
+                continue
+            if entry.error is not None:
+                raise StoreError(
+                    f"step {entry.step} may be the newest older one that loads: {entry.problem}. Have it read, load another "
+                    "step by its path, or move the directory elsewhere"
+                ) from entry.error
+            if entry.record is not None:
+                found = entry.step
+                break
         return [json.dumps(found).encode("ascii")] * len(reports)
 
     found: int | None = json.loads(consult(group, "open", timeout_secs, lambda: b"", decide))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from giantstep.errors import BadArgumentError, CorruptionError, OpenError, VersionError
 from giantstep.format.names import save_id_of
@@ -51,6 +51,8 @@ class StepState(enum.Enum):
     """A checkpoint of a newer major version of the format."""
     FOREIGN = "foreign"
     """Files, none of which giantstep has written."""
+    UNREADABLE = "unreadable"
+    """The system does not let this process look: it may be anything, also a good checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,9 @@ class StepEntry:
         step: its number.
         state: what it holds.
         record: the commit record, if `state` is COMMITTED.
-        save_ids: of all files of saves in it, sorted.
+        save_ids: of all files of saves in it, sorted; of an UNREADABLE one, as far as they are known.
         problem: in words why it is not committed; "" if it is.
+        error: what the system said, if `state` is UNREADABLE.
     """
 
     step: int
@@ -70,6 +73,7 @@ class StepEntry:
     record: CommitRecord | None
     save_ids: tuple[str, ...]
     problem: str = ""
+    error: OSError | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -80,10 +84,11 @@ class StepEntry:
 def scan_steps(root: Store) -> list[StepEntry]:
     """All directories with names of steps under a root, by step; empty if there is no such root.
 
-    Reads commit records, nothing else. Directories with other names are not looked into.
+    Reads commit records, nothing else. Directories with other names are not looked into. Where a directory or record
+    cannot be read, the step is UNREADABLE, and the others are looked at all the same.
 
     Raises:
-        OSError: a directory or record cannot be read.
+        OSError: the root cannot be read.
     """
     steps = sorted(step for step in map(step_of, root.folders()) if step is not None)
     return [look_at_step(root, step) for step in steps]
@@ -96,15 +101,17 @@ def newest_first(root: Store) -> Iterator[StepEntry]:
 
 
 def look_at_step(root: Store, step: int) -> StepEntry:
-    """One of them; raises as `scan_steps`. A directory that is not there is UNFINISHED and holds nothing."""
+    """One of them; never raises `OSError`. A directory that is not there is UNFINISHED and holds nothing."""
     return look_at_place(root.folder(step_name(step)), step)
 
 
 def look_at_place(store: Store, step: int = 0) -> StepEntry:
-    """What a place holds, whatever its name is; raises as `scan_steps`."""
-    names = files_of_ours(store)
-    save_ids = tuple(sorted({found for found in map(save_id_of, names) if found}))
+    """What a place holds, whatever its name is; never raises `OSError`."""
+    names: list[str] = []
+    save_ids: tuple[str, ...] = ()
     try:
+        names = files_of_ours(store)
+        save_ids = tuple(sorted({found for found in map(save_id_of, names) if found}))
         data = read_record_bytes(store)
         record = decode_record(data, f"{store.location}/checkpoint.json")
     except VersionError as error:
@@ -115,4 +122,7 @@ def look_at_place(store: Store, step: int = 0) -> StepEntry:
     except OpenError as error:
         state = StepState.UNFINISHED if save_ids or not names else StepState.FOREIGN
         return StepEntry(step, state, None, save_ids, error.message)
+    except OSError as error:
+        problem = f"{store.location} cannot be read: {type(error).__name__}: {error}"
+        return StepEntry(step, StepState.UNREADABLE, None, save_ids, problem, error)
     return StepEntry(step, StepState.COMMITTED, record, save_ids)

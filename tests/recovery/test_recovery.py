@@ -377,3 +377,15 @@ def test_failures_of_storage_and_wrong_arguments_are_errors_of_ours(tmp_path: Pa
     for bad in (-1, float("nan"), True, "1"):
         with pytest.raises(BadArgumentError, match="older_than_secs"):
             inspect(tmp_path, older_than_secs=bad)  # type: ignore[arg-type]
+    for wrong in (NOW.replace(tzinfo=None), 3, "now"):
+        with pytest.raises(BadArgumentError, match="now="):
+            inspect(tmp_path, now=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("secs", [1e12, 1e300, float("inf")])
+def test_of_saves_that_may_run_for_ever_nothing_goes(tmp_path: Path, secs: float) -> None:
+    save(tmp_path, 9)
+    for step, save_id in enumerate((YESTERDAY, "00010101T000000-" + "0" * 16, "99991231T235959-" + "f" * 16)):
+        put(tmp_path / step_name(step), data_file_name(save_id, 0, 0))
+    for now in (NOW, dt.datetime.min.replace(tzinfo=dt.UTC), dt.datetime.max.replace(tzinfo=dt.UTC)):
+        assert kinds(inspect(tmp_path, older_than_secs=secs, now=now)) == [(FindingKind.LEFTOVER, False)] * 3

@@ -13,6 +13,7 @@ import giantstep as gs
 import giantstep.saving
 from giantstep.commit.clean import _named_by
 from giantstep.commit.remove import remove_checkpoint
+from giantstep.errors import BadArgumentError
 from giantstep.format.names import DATA_DIR, RECORD_NAME, save_id_of
 from giantstep.format.record import save_id_in
 from giantstep.storage.base import read_all
@@ -398,3 +399,14 @@ def test_contents_tells_bits_apart_and_leftovers_names_what_nobody_needs() -> No
     assert len(unneeded_files(store)) == 1
     store.delete(RECORD_NAME)
     assert len(unneeded_files(store)) == 3
+
+
+def test_an_exploration_of_nothing_is_refused() -> None:
+    """It would find no mistake, whatever there is."""
+    elsewhere = JournalStore(Journal())
+    for operations in ((), (lambda _: None,), (lambda _: save(1.0)(elsewhere),)):
+        with pytest.raises(BadArgumentError, match="nothing can crash"):
+            explore(*operations)
+    for bad in (0, -1, True, 1.5, "3"):
+        with pytest.raises(BadArgumentError, match="states_per_point="):
+            explore(save(1.0), states_per_point=bad)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from giantstep.format.names import DATA_DIR
 from giantstep.format.record import FileEntry
-from giantstep.storage.base import Store
+from giantstep.storage.base import NotAFileError, Store
 
 # What file systems say that have no further names for files, not between these places, or none for this user or file.
 _CANNOT = frozenset({errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EMLINK})
@@ -60,20 +60,29 @@ def link_files(store: Store, source: Store, files: Sequence[FileEntry], links: L
             if error.errno == errno.EMLINK:
                 continue
             break
-        try:
-            found = store.size(entry.name)
-        except FileNotFoundError:
-            # A symbolic link to nowhere has the name, or somebody deletes what lies here.
-            links.problem = f"{entry.name} cannot be had in {store.location}"
-            continue
-        if found == entry.bytes:
-            links.there.add(entry.name)
-        else:
-            links.problem = f"{entry.name} in {source.location} has {found} bytes, expected {entry.bytes}"
-            _take_back(store, entry.name, links)
+        _look_at(store, source, entry, links)
     # Invariant: names are durable before anything refers to them.
     if links.there:
         store.sync_names(DATA_DIR)
+
+
+def _look_at(store: Store, source: Store, entry: FileEntry, links: Links) -> None:
+    """Note a name that was made, or was there, if it is the file."""
+    try:
+        found = store.size(entry.name)
+    except FileNotFoundError:
+        # A symbolic link to nowhere has the name, or somebody deletes what lies here.
+        links.problem = f"{entry.name} cannot be had in {store.location}"
+        return
+    except NotAFileError as error:
+        links.problem = f"{entry.name} in {source.location} is {error.strerror}"
+        _take_back(store, entry.name, links)
+        return
+    if found == entry.bytes:
+        links.there.add(entry.name)
+    else:
+        links.problem = f"{entry.name} in {source.location} has {found} bytes, expected {entry.bytes}"
+        _take_back(store, entry.name, links)
 
 
 def _take_back(store: Store, name: str, links: Links) -> None:

@@ -23,7 +23,7 @@ from giantstep.format.record import (
     looks_like_a_record,
 )
 from giantstep.format.versions import WITH_DIGESTS, WITH_NODES
-from giantstep.storage.base import Store, read_all
+from giantstep.storage.base import NotAFileError, Store, read_all
 
 
 def library_name() -> str:
@@ -43,12 +43,17 @@ def current_record(store: Store) -> bytes | None:
     """The bytes of the commit record that is in force, damaged or not; None if there is none.
 
     Raises:
-        NotACheckpointError: a file of that name is there, but no commit record of ours.
+        NotACheckpointError: something of that name is there, but no commit record of ours.
     """
     try:
         found = read_all(store, RECORD_NAME, MAX_RECORD_BYTES)
     except FileNotFoundError:
         return None
+    except NotAFileError as error:
+        raise NotACheckpointError(
+            f"{store.location}/{RECORD_NAME} is {error.strerror}: giantstep has not made it, and does not replace it. "
+            "Remove it, or save elsewhere."
+        ) from error
     if not looks_like_a_record(found):
         raise NotACheckpointError(
             f"{store.location} holds a {RECORD_NAME} that giantstep has not written. It is not replaced: save elsewhere."
@@ -76,7 +81,7 @@ def publish(
         before: what `current_record` returned when the save began.
 
     Raises:
-        IncompleteError: a data file is not visible here or has another size. Nothing was published.
+        IncompleteError: a data file, or the index, is not visible here or has another size. Nothing was published.
         StoreError: another save was committed to this place meanwhile. Nothing was published.
         OSError: a storage operation failed: if it was the last one, the new checkpoint may or may not be
             there after a power loss; either way the one in force is complete.
@@ -96,6 +101,7 @@ def publish(
     )
     # Again, as late as can be: what happens between this look and the rename is not noticed.
     _check_place(store, files, before)
+    _check_index(store, record.index)
     store.publish(RECORD_NAME, encode_record(record), temporary_record_name(save_id))
     return record
 
@@ -162,6 +168,19 @@ def publish_here(store: Store, save_id: str, index: bytes, record: bytes, files:
         store.delete(name)
     put_index(store, save_id, index)
     store.publish(RECORD_NAME, record, temporary_record_name(save_id))
+
+
+def _check_index(store: Store, index: IndexEntry) -> None:
+    """Nobody has taken it for what a crashed save left, and deleted it."""
+    try:
+        found = store.size(index.name)
+    except FileNotFoundError as error:
+        raise IncompleteError(
+            f"index {index.name} is gone from {store.location}: somebody deleted it while this save was committing. Leave "
+            "files of running saves alone, and save again."
+        ) from error
+    if found != index.bytes:
+        raise IncompleteError(f"index {index.name} in {store.location} has {found} bytes, expected {index.bytes}")
 
 
 def _check_place(store: Store, files: tuple[FileEntry, ...], before: bytes | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterable
 
@@ -9,7 +10,7 @@ from giantstep.commit.publish import current_record
 from giantstep.format.names import DATA_DIR, RECORD_NAME, is_data_file, save_id_of
 from giantstep.format.record import decode_record
 from giantstep.storage.base import Store
-from giantstep.storage.record_file import files_of_ours
+from giantstep.storage.record_file import files_of_ours, record_seal
 
 
 def remove_checkpoint(store: Store) -> list[str]:
@@ -18,7 +19,7 @@ def remove_checkpoint(store: Store) -> list[str]:
     The commit record goes first, durably: after a crash the checkpoint is there, whole, or it is not, and a further call
     removes the rest. Then go index and data files, then the directories, unless they hold foreign files.
 
-    Must not be called while the place is being saved to.
+    Must not be called while the place is being saved to. Several processes may do this at once.
 
     Raises:
         NotACheckpointError: a `checkpoint.json` is there that giantstep has not written. Nothing was deleted.
@@ -29,7 +30,7 @@ def remove_checkpoint(store: Store) -> list[str]:
     if current_record(store) is not None:
         store.delete(RECORD_NAME)
         # Invariant: nothing that a commit record names goes before the record is gone for good.
-        store.sync_names("")
+        _sync(store, "")
         doomed.insert(0, RECORD_NAME)
     for name in doomed:
         if name != RECORD_NAME:
@@ -50,7 +51,7 @@ def remove_leftovers(store: Store, names: Iterable[str]) -> list[str]:
             was deleted.
         OSError: a storage operation failed.
     """
-    found = current_record(store)
+    seal, found = record_seal(store), current_record(store)
     needed = set[str]()
     if found is not None:
         record = decode_record(found, f"{store.location}/{RECORD_NAME}")
@@ -59,10 +60,14 @@ def remove_leftovers(store: Store, names: Iterable[str]) -> list[str]:
     wanted = set(names) - needed
     doomed = [name for name in files_of_ours(store) if name in wanted and save_id_of(name) is not None]
     doomed.sort(key=lambda name: (is_data_file(name), name))
-    for name in doomed:
+    for number, name in enumerate(doomed):
+        # A save may have committed since: what its record names must stay, and that is for the next call to see.
+        if record_seal(store) != seal:
+            del doomed[number:]
+            break
         store.delete(name)
     for folder in sorted({DATA_DIR if is_data_file(name) else "" for name in doomed}):
-        store.sync_names(folder)
+        _sync(store, folder)
     if found is None and store.exists():
         for folder in (DATA_DIR, ""):
             _remove_folder(store, folder)
@@ -76,4 +81,10 @@ def _remove_folder(store: Store, folder: str) -> None:
         if error.errno != errno.ENOTEMPTY:
             raise
         # Somebody keeps files of their own there.
+        _sync(store, folder)
+
+
+def _sync(store: Store, folder: str) -> None:
+    """Make deletions durable; what another process has removed meanwhile needs no more."""
+    with contextlib.suppress(FileNotFoundError):
         store.sync_names(folder)

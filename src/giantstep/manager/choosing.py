@@ -10,6 +10,7 @@ from giantstep.errors import (
     CheckpointNotFoundError,
     CorruptionError,
     NotACheckpointError,
+    StoreError,
     VersionError,
 )
 from giantstep.steps import StepEntry, StepState, look_at_step, newest_first, scan_steps, step_name
@@ -30,6 +31,7 @@ def check_may_save(root: Store, step: int, *, overwrite: bool) -> None:
     Raises:
         BadArgumentError: the step is there, or is damaged, and is not to be overwritten.
         NotACheckpointError, VersionError: it is somebody else's.
+        StoreError: it cannot be read, so that nobody knows what it is.
     """
     entry = look_at_step(root, step)
     place = f"{root.location}/{entry.name}"
@@ -37,6 +39,8 @@ def check_may_save(root: Store, step: int, *, overwrite: bool) -> None:
         raise NotACheckpointError(f"{place} holds files of somebody else: {entry.problem} Save to another root.")
     if entry.state is StepState.NEWER:
         raise VersionError(f"{place} is not overwritten: {entry.problem}")
+    if entry.state is StepState.UNREADABLE:
+        raise StoreError(f"step {step} is not overwritten: {entry.problem}") from entry.error
     if entry.state in (StepState.COMMITTED, StepState.DAMAGED) and not overwrite:
         raise BadArgumentError(
             f"step {step} is in {root.location} already ({entry.state.value}): save(..., overwrite=True) replaces it"
@@ -58,8 +62,9 @@ def choose(root: Store, wanted: int | None, skipped: Collection[int]) -> tuple[i
 
     Raises:
         CheckpointNotFoundError: the one that is asked for is not there.
-        CorruptionError, VersionError, NotACheckpointError: it is there and cannot be read.
-        VersionError: the newest is of a newer version. To go on from an older one would be to lose what it holds.
+        CorruptionError, NotACheckpointError: it is there, damaged or somebody else's.
+        StoreError, VersionError: the one that is asked for, or one newer than all that can be restored, cannot be read for
+            now, or is of a newer version. To go on from an older one would be to lose what it holds.
     """
     if wanted is not None:
         entry = look_at_step(root, wanted)
@@ -69,6 +74,11 @@ def choose(root: Store, wanted: int | None, skipped: Collection[int]) -> tuple[i
     for entry in newest_first(root):
         if entry.state is StepState.NEWER:
             raise VersionError(f"the newest step of {root.location} is {entry.step}: {entry.problem}")
+        if entry.state is StepState.UNREADABLE:
+            raise StoreError(
+                f"no step of {root.location} is restored, for step {entry.step} may be the newest good one: {entry.problem}. "
+                "Have it read, restore an older one by its number, or move the directory elsewhere"
+            ) from entry.error
         if entry.state is StepState.DAMAGED:
             passed.append(Skipped(entry.step, entry.problem))
         if entry.record is not None and entry.step not in skipped:
@@ -80,6 +90,8 @@ def _check(entry: StepEntry, root: Store) -> None:
     place = f"step {entry.step} of {root.location}"
     if entry.state is StepState.NEWER:
         raise VersionError(f"{place}: {entry.problem}")
+    if entry.state is StepState.UNREADABLE:
+        raise StoreError(f"{place}: {entry.problem}") from entry.error
     if entry.state is StepState.DAMAGED:
         raise CorruptionError(f"{place}: {entry.problem}")
     if entry.state is StepState.FOREIGN:

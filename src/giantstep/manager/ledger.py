@@ -28,6 +28,7 @@ class Known:
         save_ids: of all files of saves in it; not asked for again where the step is committed.
         committed: when, in seconds since 1970.
         metrics: of the commit record.
+        problem: in words why it is not committed.
     """
 
     step: int
@@ -36,6 +37,7 @@ class Known:
     save_ids: tuple[str, ...] = ()
     committed: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    problem: str = ""
 
 
 class Ledger:
@@ -50,10 +52,10 @@ class Ledger:
         self._known: dict[int, Known] = {}
 
     def look(self) -> list[Known]:
-        """All directories with names of steps, by step.
+        """All directories with names of steps, by step; those that cannot be read are UNREADABLE.
 
         Raises:
-            OSError: a directory or record cannot be read.
+            OSError: the root cannot be read.
         """
         steps = sorted(step for step in map(step_of, self._root.folders()) if step is not None)
         found = [self.look_at(step) for step in steps]
@@ -62,7 +64,10 @@ class Ledger:
 
     def look_at(self, step: int) -> Known:
         """One of them."""
-        seal = record_seal(self._root.folder(step_name(step)))
+        try:
+            seal = record_seal(self._root.folder(step_name(step)))
+        except OSError as error:
+            return Known(step, StepState.UNREADABLE, None, problem=str(error))
         known = self._known.get(step)
         if known is not None and seal == known.seal:
             return known
@@ -71,7 +76,7 @@ class Ledger:
             entry = look_at_step(self._root, step)
             record = entry.record
             if record is None:
-                return Known(step, entry.state, seal, entry.save_ids)
+                return Known(step, entry.state, seal, entry.save_ids, problem=entry.problem)
             return Known(step, entry.state, seal, entry.save_ids, _committed_at(record), dict(record.metrics))
 
     def is_as_before(self, known: Known) -> bool:

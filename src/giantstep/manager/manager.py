@@ -251,7 +251,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
         Raises (the same on all ranks):
             CorruptionError, IncompleteError: the step that was asked for is damaged; or all are.
-            VersionError: it, or the newest one, is of a newer major version.
+            VersionError, StoreError: it, or one newer than all that load, is of a newer major version, or cannot be read.
             Others: as `giantstep.load`.
         """
         self._check_open()

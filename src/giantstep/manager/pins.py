@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from giantstep.errors import CheckpointNotFoundError
+from giantstep.errors import CheckpointNotFoundError, StoreError
 from giantstep.steps import PIN_NAME, look_at_step, step_name
-from giantstep.storage.base import Store
+from giantstep.storage.base import NotAFileError, Store
 
 
 def is_pinned(root: Store, step: int) -> bool:
@@ -13,6 +13,9 @@ def is_pinned(root: Store, step: int) -> bool:
         root.folder(step_name(step)).size(PIN_NAME)
     except FileNotFoundError:
         return False
+    except NotAFileError:
+        # Whatever it is, somebody has pinned the step.
+        return True
     return True
 
 
@@ -21,8 +24,11 @@ def pin(root: Store, step: int) -> None:
 
     Raises:
         CheckpointNotFoundError: the step is not committed.
+        StoreError: it cannot be read.
     """
     entry, place = look_at_step(root, step), root.folder(step_name(step))
+    if entry.error is not None:
+        raise StoreError(f"step {step} cannot be pinned: {entry.problem}") from entry.error
     if entry.record is None:
         raise CheckpointNotFoundError(f"step {step} of {root.location} is not committed ({entry.state.value}): nothing to pin")
     try:

@@ -1,8 +1,9 @@
 """`Retention`: removes steps that no rule wants, in a thread of its own, on rank 0.
 
 Never removed: the newest good step, and the one that this manager saved last; what is pinned; what is being saved or read
-here; anything that is not a step of giantstep's, or of a newer version, or has a damaged commit record; leftovers of saves
-that began after this manager did.
+here; a link to a directory elsewhere; anything that is not a step of giantstep's, or of a newer version, or has a damaged
+commit record; leftovers of saves that began after this manager did. A step that cannot be read is neither removed nor
+counted as a good one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from giantstep.pending import PendingSave
 from giantstep.reading.data_files import check_data_files
 from giantstep.steps import StepState, step_name
 from giantstep.storage.base import Store
+from giantstep.storage.locate import lies_elsewhere
 from giantstep.storage.record_file import read_record
 
 _LOG = logging.getLogger("giantstep")
@@ -57,6 +59,7 @@ class Retention:
         self._held = 0
         self._bad: set[int] = set()
         self._own: set[int] = set()
+        self._told_unreadable: set[int] = set()
         self._last_saved: int | None = None
         self._doomed: int | None = None
         self._asked = self._missed = self._warned = self._closed = False
@@ -191,6 +194,7 @@ class Retention:
         committed = {one.step: one for one in steps if one.state is StepState.COMMITTED}
         with self._lock:
             bad, last_saved = set(self._bad), self._last_saved
+        self._warn_of_unreadable([one for one in steps if one.state is StepState.UNREADABLE])
         newest = self._newest_good(committed, bad)
         if newest is None:
             return None, []
@@ -198,7 +202,7 @@ class Retention:
         found = [one for one in steps if self._is_leftover(one, newest.step)]
         if self._keep is not None:
             rated = [SavedStep(one.step, one.committed, one.metrics) for one in committed.values() if one.step not in bad]
-            pinned = {step for step in committed if is_pinned(self._root, step)}
+            pinned = {step for step in committed if self._may_be_pinned(step)}
             kept = self._keep.kept(rated, self._wall()) | pinned | {newest.step, last_saved}
             # A bad step newer than the newest good one may be somebody's last hope.
             found += [one for one in committed.values() if one.step not in kept and one.step < newest.step]
@@ -217,10 +221,24 @@ class Retention:
         try:
             with uncollected():
                 check_data_files(place, read_record(place))
-        except (OpenError, CorruptionError) as error:
+        except (OpenError, CorruptionError, OSError) as error:
             _LOG.warning("%s: step %d is not taken for a good one: %s", self._root.location, step, error)
             return False
         return True
+
+    def _may_be_pinned(self, step: int) -> bool:
+        try:
+            return is_pinned(self._root, step)
+        except OSError as error:
+            _LOG.warning("%s: step %d stays, since nobody knows whether it is pinned: %s", self._root.location, step, error)
+            return True
+
+    def _warn_of_unreadable(self, found: list[Known]) -> None:
+        """Say so once of each."""
+        for one in found:
+            if one.step not in self._told_unreadable:
+                _LOG.warning("%s: step %d stays, and is not counted: %s", self._root.location, one.step, one.problem)
+        self._told_unreadable = {one.step for one in found}
 
     def _warn_of_newer(self, newest: int, last_saved: int | None) -> None:
         """Say so once if somebody else's step is newer than the one that was saved last."""
@@ -251,6 +269,8 @@ class Retention:
             self._doomed = one.step
         store = self._root.folder(step_name(one.step))
         try:
+            if lies_elsewhere(store):
+                return False
             # Since the scan the step may have been pinned or saved anew, and the newest may be gone.
             if is_pinned(self._root, one.step) and one.state is StepState.COMMITTED:
                 return False

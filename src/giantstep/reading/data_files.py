@@ -7,7 +7,7 @@ from typing import Self
 
 from giantstep.errors import CorruptionError, IncompleteError
 from giantstep.format.record import CommitRecord, FileEntry
-from giantstep.storage.base import ReadHandle, Store
+from giantstep.storage.base import NotAFileError, ReadHandle, Store
 
 _REMEDY = "Restore it from a copy, or load another step."
 
@@ -17,15 +17,17 @@ def check_data_files(store: Store, record: CommitRecord) -> None:
 
     Raises:
         IncompleteError: a file is missing.
-        CorruptionError: a file is shorter or longer than it was written.
+        CorruptionError: a file is shorter or longer than it was written, or is none.
     """
     for entry in record.files:
         try:
             size = store.size(entry.name)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             if record.nodes is not None:
                 raise _elsewhere(store, record, entry) from error
             raise _missing(store, entry) from error
+        except NotAFileError as error:
+            raise _no_file(store, entry, error) from error
         _check_size(store, entry, size)
 
 
@@ -40,6 +42,12 @@ def _elsewhere(store: Store, record: CommitRecord, entry: FileEntry) -> Incomple
 
 def _missing(store: Store, entry: FileEntry) -> IncompleteError:
     return IncompleteError(f"data file {entry.name}, written by rank {entry.rank}, is missing in {store.location}. {_REMEDY}")
+
+
+def _no_file(store: Store, entry: FileEntry, error: NotAFileError) -> CorruptionError:
+    return CorruptionError(
+        f"data file {entry.name} in {store.location}, written by rank {entry.rank}, is {error.strerror}. {_REMEDY}"
+    )
 
 
 def _check_size(store: Store, entry: FileEntry, size: int) -> None:
@@ -76,8 +84,10 @@ class DataFiles:
         entry = self._record.files[file]
         try:
             handle = self._store.open_read(entry.name, direct=self._direct)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise _missing(self._store, entry) from error
+        except NotAFileError as error:
+            raise _no_file(self._store, entry, error) from error
         try:
             _check_size(self._store, entry, handle.size)
         except CorruptionError:

@@ -19,7 +19,7 @@ from giantstep.format.record import CommitRecord
 from giantstep.shards.dtypes import BY_CODE, DType
 from giantstep.shards.partition import partitioned
 from giantstep.shards.region import MAX_DIMS, MAX_ELEMENTS, Region
-from giantstep.storage.base import Store, reading
+from giantstep.storage.base import NotAFileError, Store, reading
 
 # A search for one key costs about as much as this many rows of a table of all.
 _SEARCH_STEPS = 100
@@ -92,6 +92,10 @@ class IndexReader:
             found = where if isinstance(where, int) else where.size(self._record.index.name)
         except FileNotFoundError as error:
             raise self._missing() from error
+        except NotAFileError as error:
+            raise CorruptionError(
+                f"index {self._what} is {error.strerror}. Restore it from a copy, or load another step."
+            ) from error
         if found != self._record.index.bytes:
             raise CorruptionError(f"index {self._what} has {found} bytes, expected {self._record.index.bytes}")
 

@@ -13,7 +13,7 @@ from giantstep.format.index import Index, decode_texts
 from giantstep.format.record import CommitRecord
 from giantstep.reading.data_files import DataFiles
 from giantstep.reading.index_reader import IndexReader
-from giantstep.storage.base import Store
+from giantstep.storage.base import NotAFileError, Store
 
 Progress = Callable[[int], None]
 
@@ -66,8 +66,10 @@ def look_at_files(store: Store, record: CommitRecord, index: Index | None) -> li
         try:
             size = store.size(entry.name)
             problem = "" if size == entry.bytes else f"has {size} bytes, expected {entry.bytes}"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             problem = "is missing"
+        except NotAFileError as error:
+            problem = f"is {error.strerror}"
         if problem:
             keys = () if names is None else names.within(number, 0, entry.bytes)
             damages.append(Damage(entry.name, None, None, entry.rank, keys, problem))

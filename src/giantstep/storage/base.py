@@ -24,6 +24,10 @@ from typing import Protocol
 Buffer = bytes | bytearray | memoryview
 
 
+class NotAFileError(OSError):
+    """Something else than a file has the name: a directory, a pipe, a device, or a link that leads in a circle."""
+
+
 class WriteHandle(Protocol):
     """A new file being written by one rank, at any offsets, by several threads.
 
@@ -147,14 +151,14 @@ class Store(Protocol):
         ...
 
     def open_read(self, name: str, *, direct: bool = False) -> ReadHandle:
-        """Open for reading; raises `FileNotFoundError`.
+        """Open for reading; raises `FileNotFoundError`, and `NotAFileError` without waiting for anybody.
 
         `direct` asks that large aligned reads of what is not in the page cache go past it, where the store can.
         """
         ...
 
     def size(self, name: str) -> int:
-        """Bytes of a file; raises `FileNotFoundError`."""
+        """Bytes of a file; raises `FileNotFoundError` and `NotAFileError`."""
         ...
 
     def names(self, folder: str) -> Iterator[str]:

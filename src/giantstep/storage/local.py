@@ -1,4 +1,4 @@
-"""A directory of a local or shared POSIX file system as a store. The only module that touches files.
+"""A directory of a local or shared POSIX file system as a store. Only this module and `local_handles` touch files.
 
 Durability is by `fsync` of the file, then of the directory that names it; publication by `rename` after the
 bytes are durable, as POSIX allows no other order to be relied upon after a power loss.
@@ -9,24 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from giantstep.format.digests import cut_parts
-from giantstep.storage.base import Access, Buffer, ReadHandle, Store, WriteHandle
-from giantstep.storage.buffers import address_of
+from giantstep.storage.base import NotAFileError, Store
+from giantstep.storage.local_handles import NOT_SUPPORTED, LocalReadHandle, LocalWriteHandle
 from giantstep.storage.medium import is_memory_backed
 
-# Alignment that O_DIRECT needs on every file system in use (logical block size is 512 or 4096).
-_DIRECT_ALIGNMENT = 4096
-# Smaller reads are not worth a look at the page cache.
-_DIRECT_FROM_BYTES = 256 << 10
-# How many parts one system call takes (IOV_MAX of Linux).
-_MOST_PARTS = 1024
-# Errors by which file systems say that they have no such operation.
-_NOT_SUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
+# There is none: nothing at all, something else, or a link that leads in a circle.
+_NO_DIRECTORY = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
 class LocalStore:
@@ -98,22 +90,28 @@ class LocalStore:
 
     def open_read(self, name: str, *, direct: bool = False) -> LocalReadHandle:
         path = self._path(name)
-        handle = LocalReadHandle(os.open(path, os.O_RDONLY | os.O_CLOEXEC), name)
+        handle = LocalReadHandle(_open_file(path), name)
         if direct and not self._in_memory(path):
             handle.open_direct(path)
         return handle
 
     def size(self, name: str) -> int:
-        return self._path(name).stat().st_size
+        path = self._path(name)
+        with _circles_are_no_files(path):
+            found = path.stat()
+        _check_regular(found, path)
+        return found.st_size
 
     def names(self, folder: str) -> Iterator[str]:
         try:
             entries = os.scandir(self._root / folder)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY:
+                raise
             return
         with entries:
             for entry in entries:
-                if not entry.is_dir():
+                if not _is_directory(entry):
                     yield f"{folder}/{entry.name}" if folder else entry.name
 
     def delete(self, name: str) -> None:
@@ -138,10 +136,12 @@ class LocalStore:
     def folders(self) -> Iterator[str]:
         try:
             entries = os.scandir(self._root)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY:
+                raise
             return
         with entries:
-            yield from [entry.name for entry in entries if entry.is_dir()]
+            yield from [entry.name for entry in entries if _is_directory(entry)]
 
     def remove_empty(self, folder: str) -> None:
         path = self._root / folder
@@ -152,7 +152,52 @@ class LocalStore:
         except FileExistsError as error:
             # Some systems say so of a directory that is not empty.
             raise OSError(errno.ENOTEMPTY, f"{path} is not empty") from error
-        _sync_directory(path.parent)
+        # Where the parent is gone too, whoever removed it has made that durable.
+        with contextlib.suppress(FileNotFoundError):
+            _sync_directory(path.parent)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, or a link to one. Whoever looks into what cannot be told will hear of it."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        return error.errno != errno.ELOOP
+
+
+@contextlib.contextmanager
+def _circles_are_no_files(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise NotAFileError(error.errno, "not a file, but a link that leads in a circle", str(path)) from error
+
+
+def _check_regular(found: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise NotAFileError(errno.EINVAL, f"not a file, but {kind}", str(path))
+
+
+def _open_file(path: Path) -> int:
+    """A descriptor for reading. Whatever is no file is not waited for, as a pipe without a writer would be."""
+    with _circles_are_no_files(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            # A file that another machine has on lease is waited for; a socket cannot be opened at all.
+            if error.errno not in (errno.EAGAIN, errno.ENXIO):
+                raise
+            _check_regular(path.stat(), path)
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _sync_directory(path: Path) -> None:
@@ -161,188 +206,7 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         # Some network file systems have no directory flush: their servers make names durable themselves.
-        if error.errno not in _NOT_SUPPORTED:
+        if error.errno not in NOT_SUPPORTED:
             raise
     finally:
         os.close(descriptor)
-
-
-class LocalWriteHandle(WriteHandle):
-    """A file open for writing, through the page cache and, once `open_direct` was called, past it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._direct: int | None = None
-
-    @property
-    def direct_bytes(self) -> int:
-        return 0 if self._direct is None else _DIRECT_ALIGNMENT
-
-    @property
-    def nearby(self) -> bool:
-        return True
-
-    def reserve(self, size: int) -> None:
-        """Allocate the blocks now: a full disk is noticed before the first byte, and writes need no allocation."""
-        if size:
-            try:
-                os.posix_fallocate(self._descriptor, 0, size)
-            except OSError as error:
-                if error.errno not in _NOT_SUPPORTED:
-                    raise
-                self.set_size(size)
-
-    def set_size(self, size: int) -> None:
-        """Make the file this long, without allocating anything."""
-        os.ftruncate(self._descriptor, size)
-
-    def open_direct(self, path: Path) -> None:
-        """Open a second descriptor past the page cache, if the file system knows that."""
-        self._direct = _open_direct(path, os.O_WRONLY)
-
-    def write_at(self, offset: int, data: Buffer) -> None:
-        self.write_parts(offset, [memoryview(data)])
-
-    def write_parts(self, offset: int, parts: Sequence[memoryview]) -> None:
-        left = [part.cast("B") for part in parts if part.nbytes]
-        # Whatever wants another alignment than we know of, or is continued after a short write, takes the page cache.
-        direct = self._direct
-        if direct is not None and _aligned_bytes(offset, left) < sum(map(len, left)):
-            direct = None
-        while left:
-            batch = left[:_MOST_PARTS]
-            try:
-                written = os.pwritev(self._descriptor if direct is None else direct, batch, offset)
-            except OSError as error:
-                if direct is None or error.errno != errno.EINVAL:
-                    raise
-                direct = None
-                continue
-            if written == 0:
-                raise OSError(errno.EIO, f"nothing of {sum(map(len, left))} bytes was written at byte {offset}")
-            offset += written
-            left = _after(left, written)
-            if written % _DIRECT_ALIGNMENT:
-                direct = None
-
-    def sync(self) -> None:
-        os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        _close_all(self._direct, self._descriptor)
-        self._direct, self._descriptor = None, -1
-
-
-def _open_direct(path: Path, mode: int) -> int | None:
-    try:
-        return os.open(path, mode | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
-            raise
-        return None
-
-
-def _close_all(*descriptors: int | None) -> None:
-    for descriptor in descriptors:
-        if descriptor is not None and descriptor >= 0:
-            # Bytes were made durable before, or do not matter; there is nothing to do about a failing close.
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-
-
-def _aligned_bytes(offset: int, parts: Sequence[memoryview]) -> int:
-    """How many leading bytes of the parts may pass the page cache: up to an end, or a part's end, that is not aligned."""
-    total = 0
-    for part in parts:
-        if (offset + total | address_of(np.frombuffer(part, dtype=np.uint8))) % _DIRECT_ALIGNMENT:
-            break
-        whole = len(part) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
-        total += whole
-        if whole < len(part):
-            break
-    return total
-
-
-def _before(parts: Sequence[memoryview], count: int) -> Sequence[memoryview]:
-    """The first `count` bytes of all parts."""
-    return next(cut_parts(parts, count))
-
-
-def _after(parts: Sequence[memoryview], count: int) -> list[memoryview]:
-    """The parts without their first `count` bytes."""
-    for number, part in enumerate(parts):
-        if count < len(part):
-            return [part[count:], *parts[number + 1 :]]
-        count -= len(part)
-    return []
-
-
-class LocalReadHandle(ReadHandle):
-    """A file open for reading, through the page cache and, once `open_direct` was called, past it."""
-
-    def __init__(self, descriptor: int, name: str) -> None:
-        self._descriptor = descriptor
-        self._direct: int | None = None
-        self._name = name
-        self._size = os.fstat(descriptor).st_size
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    def open_direct(self, path: Path) -> None:
-        """Open a second descriptor past the page cache, if the file system knows that."""
-        self._direct = _open_direct(path, os.O_RDONLY)
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        self.read_parts(offset, [target], self.access_at(offset))
-
-    def read_parts(self, offset: int, targets: Sequence[memoryview], access: Access) -> None:
-        direct = self._direct if access.alignment_bytes > 1 else None
-        # Mostly one call is enough, and then nothing is to be done part by part.
-        done = os.preadv(self._descriptor, targets, offset) if direct is None and 0 < len(targets) <= _MOST_PARTS else 0
-        if done and done == sum([target.nbytes for target in targets]):
-            return
-        left = _after([target.cast("B") for target in targets if target.nbytes], done)
-        offset += done
-        while left:
-            batch = left[:_MOST_PARTS]
-            aligned = _aligned_bytes(offset, batch) if direct is not None else 0
-            if direct is not None and aligned >= _DIRECT_FROM_BYTES:
-                count = os.preadv(direct, _before(batch, aligned), offset)
-                self._forget_look(offset)
-            else:
-                count = os.preadv(self._descriptor, batch, offset)
-            if count == 0:
-                missing = sum(map(len, left))
-                raise OSError(errno.EIO, f"{self._name} ends at byte {offset}, {missing} bytes too early")
-            offset += count
-            left = _after(left, count)
-
-    def access_at(self, offset: int) -> Access:
-        # Without a way past the page cache everything goes through this machine's memory, and is read ahead.
-        return Access(nearby=True) if self._is_cached(offset) else Access(_DIRECT_ALIGNMENT)
-
-    def _forget_look(self, offset: int) -> None:
-        """Drop the page that `_is_cached` had the system read: it would let the bytes look cached next time."""
-        with contextlib.suppress(OSError):
-            # Only a hint, which may be refused.
-            os.posix_fadvise(self._descriptor, offset, _DIRECT_ALIGNMENT, os.POSIX_FADV_DONTNEED)
-
-    def _is_cached(self, offset: int) -> bool:
-        """Whether the byte at `offset` is in the page cache: bytes behind it are then likely to be, too."""
-        if self._direct is None:
-            return True
-        try:
-            # Reads a byte only if it is there. If not, the system begins to read its page, in the background.
-            return os.preadv(self._descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-            return True
-
-    def close(self) -> None:
-        _close_all(self._direct, self._descriptor)
-        self._direct, self._descriptor = None, -1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from giantstep.errors import CheckpointNotFoundError, IncompleteError, NotACheckpointError
+import errno
+
+from giantstep.errors import CheckpointNotFoundError, CorruptionError, IncompleteError, NotACheckpointError
 from giantstep.format.names import DATA_DIR, RECORD_NAME, save_id_of
 from giantstep.format.record import MAX_RECORD_BYTES, CommitRecord, decode_record
-from giantstep.storage.base import Store, read_all, reading
+from giantstep.storage.base import NotAFileError, Store, read_all, reading
 
 # More than a digest and what surrounds it.
 _SEAL_BYTES = 128
@@ -21,6 +23,7 @@ def read_record_bytes(store: Store) -> bytes:
 
     Raises:
         CheckpointNotFoundError, NotACheckpointError, IncompleteError: there is no record; says what there is.
+        CorruptionError: what bears its name is no file, or larger than any record.
         OSError: reading failed.
     """
     try:
@@ -32,6 +35,13 @@ def read_record_bytes(store: Store) -> bytes:
     except FileNotFoundError as error:
         if not store.exists():
             raise CheckpointNotFoundError(f"{store.location} does not exist") from error
+    except OSError as error:
+        if not isinstance(error, NotAFileError) and error.errno != errno.EFBIG:
+            raise
+        raise CorruptionError(
+            f"{store.location}/{RECORD_NAME} is no commit record: {error.strerror}. "
+            "Restore it from a copy, or load another step."
+        ) from error
     saves = sorted({found for found in map(save_id_of, files_of_ours(store)) if found})
     if saves:
         raise IncompleteError(
@@ -54,7 +64,7 @@ def record_seal(store: Store) -> bytes | None:
             end = bytearray(min(_SEAL_BYTES, handle.size))
             handle.read_into(handle.size - len(end), memoryview(end))
             return b"%d %b" % (handle.size, bytes(end))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, NotAFileError):
         return None
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from giantstep.codecs import OBJECT_CODEC
-from giantstep.errors import CheckpointNotFoundError, IncompleteError, NotACheckpointError, OpenError
+from giantstep.errors import BadArgumentError, CheckpointNotFoundError, IncompleteError, NotACheckpointError, OpenError
 from giantstep.format.names import RECORD_NAME
 from giantstep.opening import open_checkpoint
 from giantstep.steps import step_name, step_of
@@ -144,9 +144,12 @@ def explore(
     latter: it is durable.
 
     Raises:
+        BadArgumentError: no operation does anything to the store, or `states_per_point` is no int of at least 1.
         CrashPointError: that is not so. The cause is what `check` or `again` raised, if anything.
         Exception: what an operation raises by itself.
     """
+    if isinstance(states_per_point, bool) or not isinstance(states_per_point, int) or states_per_point < 1:
+        raise BadArgumentError(f"states_per_point={states_per_point!r} cannot be: expected an int of at least 1")
     journal = Journal()
     store = store_type(journal)
     if before is not None:
@@ -163,6 +166,9 @@ def explore(
         operation(store)
         ends.append(len(journal.calls))
         expected.append(seen())
+    if not journal.calls:
+        # Without a crash point everything would seem well.
+        raise BadArgumentError("nothing can crash: no operation was given, or none has changed the store that it was given")
     return _Exploration(journal, ends, expected, also, check, again).run(states_per_point, seed)
 
 
