@@ -262,8 +262,41 @@ class LocalTier(AbstractContextManager["LocalTier"]):
         found = self._all_steps()
         chosen = [one for one in found if step is None or one.step == step]
         if step is not None and not chosen:
-            known = ", ".join(str(one.step) for one in found[:20]) or "none"
-            raise IncompleteError(f"no host has step {step} of the run {self._root.protection.run!r}; steps: {known}")
+            raise self._none_of(f"step {step}", found)
+        return self._restore(state_dict, chosen, strict, found)
+
+    def rewind(
+        self, state_dict: dict[Any, Any], *, before: int | None = None, strict: StrictHandling = StrictHandling.RAISE_ALL
+    ) -> RestoredStep:
+        """Go back to the newest step that loads, in the same job: when the loss has spiked, or a check has failed.
+
+        Steps from `before` on stay until they are pruned, but come after all that is saved from now on: a job that starts
+        again does not go on from them.
+
+        Args:
+            state_dict, strict: as for `giantstep.load`.
+            before: only to steps before this one.
+
+        Raises (the same on all ranks):
+            IncompleteError: there is no such step, or none that is all there.
+            Others: as `restore`.
+        """
+        self._check_open()
+        self.settle()
+        found = self._all_steps()
+        chosen = [one for one in found if before is None or one.step < before]
+        restored = self._restore(state_dict, chosen, strict, found)
+        if restored is None:
+            raise self._none_of("a step" if before is None else f"a step before {before}", found)
+        return restored
+
+    def _none_of(self, what: str, found: Sequence[HeldStep]) -> IncompleteError:
+        known = ", ".join(str(one.step) for one in found[:20]) or "none"
+        return IncompleteError(f"no host has {what} of the run {self._root.protection.run!r}; steps: {known}")
+
+    def _restore(
+        self, state_dict: dict[Any, Any], chosen: Sequence[HeldStep], strict: StrictHandling, found: Sequence[HeldStep]
+    ) -> RestoredStep | None:
         options = self._load_options
         if not strict.raises_unexpected:
             options = replace(options, verify="before")
