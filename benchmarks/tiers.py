@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,16 +32,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tiers_rank import BLOCKED, COMMITTED, MEMCPY, PLAIN_SAVE, RECOVER, RESTORE, SAVE, SEND, WRITE, Found, Job
+from tiers_rank import BLOCKED, COMMITTED, MEMCPY, PLAIN_SAVE, RECOVER, RESTORE, SAVE, SEND, WRITE, Found, Job, run_rank
 
 _MIB = 1 << 20
 _MEMORY_FOLDER = "/dev/shm"  # noqa: S108 - the file system that is measured
 _PROCESS_MIB = 80
 _LEGEND = (
     "Seconds from the first rank's begin to the last one's end, medians over the rounds. / copy: of the seconds of one copy of "
-    "the state in memory (memcpy); / plain: of a save without protection; / send+write: of a plain send and a plain write of the "
-    "state, one after the other; / restore: of a restore with everything there. sent, stored: bytes that a rank sends, and that "
-    "lie on a host, of the bytes of its state, mean and largest. extra MiB: peak resident memory of a rank beyond that at the "
+    "the state in memory (memcpy); / plain: of a save without protection; / send+write: of a plain send and write of the "
+    "state, one after the other; / restore: of a restore with everything there. sent, stored: bytes that a rank sends, and "
+    "that lie on a host, per byte of its state, mean and largest. extra MiB: peak resident memory of a rank beyond that at the "
     "start, largest, of a background save and of a blocking one. GiB/s: state of the lost hosts over the seconds to recover."
 )
 
@@ -150,35 +150,32 @@ def measure(case: Case, arguments: argparse.Namespace) -> tuple[Results, list[di
             arguments.rounds,
             peer,
         )
-        job.write(Path(notes) / "job.json")
-        _run_ranks(Path(notes) / "job.json", case.hosts)
+        _run_ranks(job)
         told = [json.loads((Path(notes) / f"{rank}.json").read_text()) for rank in range(case.hosts)]
     return Results(case, arguments.mib, [[Found(**one) for one in rank["found"]] for rank in told]), told[0]["peer"]
 
 
-def _run_ranks(job: Path, ranks: int) -> None:
+def _run_ranks(job: Job) -> None:
     """Start the ranks and wait for them; if one fails, end the others and raise."""
-    command = [sys.executable, str(Path(__file__).parent / "tiers_rank.py"), str(job)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(ranks)]
+    # Forked: torch is imported once, and not by each of ten processes.
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=run_rank, args=(job, rank)) for rank in range(job.hosts)]
+    for process in running:
+        process.start()
     try:
-        while any(process.poll() is None for process in running):
-            if any(process.poll() for process in running):
-                break
-            time.sleep(0.2)
+        while any(process.exitcode is None for process in running) and not any(process.exitcode for process in running):
+            multiprocessing.connection.wait([process.sentinel for process in running if process.exitcode is None])
         for rank, process in enumerate(running):
-            if process.poll():
-                raise RuntimeError(f"rank {rank} ended with status {process.returncode}")
+            if process.exitcode:
+                raise RuntimeError(f"rank {rank} ended with status {process.exitcode}")
     finally:
         for process in running:
             # Rank 0 ends a peer that it has started.
             process.terminate()
         for process in running:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.join(20)
+            process.kill()
+            process.join()
 
 
 def _peer_results(case: Case, lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -286,8 +283,9 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     arguments = _arguments()
+    os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    console = Console(width=190)
+    console = Console(width=200)
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores"
     console.print(f"{versions}, load {load} at the start")

@@ -1,4 +1,4 @@
-"""One host of `tiers.py`, with one rank: `python tiers_rank.py JOB RANK`, where JOB is a JSON file that `tiers.py` wrote.
+"""One host of `tiers.py`, with one rank, in a process of its own.
 
 A host is a directory. What is measured takes turns, in another order in every round, on all ranks at once between barriers.
 """
@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -68,17 +67,6 @@ class Job:
     lost: tuple[int, ...]
     rounds: int
     peer: str
-
-    @classmethod
-    def read(cls, path: Path) -> Job:
-        """Inverse of `write`."""
-        fields = json.loads(path.read_text())
-        parity = tuple(fields["parity"]) if fields["parity"] else None
-        return cls(**{**fields, "parity": parity, "lost": tuple(fields["lost"])})
-
-    def write(self, path: Path) -> None:
-        """As a JSON file."""
-        path.write_text(json.dumps(asdict(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,21 +247,15 @@ def _run_peer(job: Job) -> list[dict[str, Any]]:
     return [json.loads(line) for line in told.splitlines() if line.startswith("{")]
 
 
-def main() -> None:
-    """Run one rank and write down what it measured."""
-    job, rank = Job.read(Path(sys.argv[1])), int(sys.argv[2])
+def run_rank(job: Job, rank: int) -> None:
+    """Run one rank and write down what it measured. The target of a process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     warnings.filterwarnings("ignore", module="torch")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{job.meeting}", rank=rank, world_size=job.hosts)
-    begin = time.monotonic()
     found, peer = Rank(job, rank).run()
-    told = {"found": [asdict(one) for one in found], "peer": peer, "secs": time.monotonic() - begin}
+    told = {"found": [asdict(one) for one in found], "peer": peer}
     (Path(job.results) / f"{rank}.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
