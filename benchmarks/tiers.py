@@ -39,8 +39,8 @@ _MEMORY_FOLDER = "/dev/shm"  # noqa: S108 - the file system that is measured
 _PROCESS_MIB = 80
 _LEGEND = (
     "Seconds from the first rank's begin to the last one's end, medians over the rounds. / copy: of the seconds of one copy of "
-    "the state in memory (memcpy); / plain: of a save without protection; / send+write: of a plain send and write of the "
-    "state, one after the other; / restore: of a restore with everything there. sent, stored: bytes that a rank sends, and "
+    "the state in memory (memcpy); / plain: of a save without protection; / plain calls: of such a save, a plain send "
+    "and a plain write of the state one after the other; / restore: of a restore with everything there. sent, stored: bytes that a rank sends, and "
     "that lie on a host, per byte of its state, mean and largest. extra MiB: peak resident memory of a rank beyond that at the "
     "start, largest, of a background save and of a blocking one. GiB/s: state of the lost hosts over the seconds to recover."
 )
@@ -125,7 +125,7 @@ class Results:
             "recovered_gib_per_sec": lost / recover if recover else None,
             "blocked_of_copy": self.ratio(BLOCKED, MEMCPY),
             "save_of_plain": self.ratio(SAVE, PLAIN_SAVE),
-            "save_of_send_and_write": self.ratio(SAVE, SEND, WRITE),
+            "save_of_plain_calls": self.ratio(SAVE, PLAIN_SAVE, SEND, WRITE),
             "recover_of_restore": self.ratio(RECOVER, RESTORE),
         }
 
@@ -163,8 +163,10 @@ def _run_ranks(job: Job) -> None:
     for process in running:
         process.start()
     try:
-        while any(process.exitcode is None for process in running) and not any(process.exitcode for process in running):
-            multiprocessing.connection.wait([process.sentinel for process in running if process.exitcode is None])
+        while (alive := [process for process in running if process.exitcode is None]) and not any(
+            process.exitcode for process in running
+        ):
+            multiprocessing.connection.wait([process.sentinel for process in alive])
         for rank, process in enumerate(running):
             if process.exitcode:
                 raise RuntimeError(f"rank {rank} ended with status {process.exitcode}")
@@ -204,7 +206,7 @@ def _pair(values: Sequence[float]) -> str:
 
 
 _COLUMNS = (
-    *("case", "hosts", "blocked s", "/ copy", "committed s", "blocking s", "/ plain", "/ send+write", "sent", "stored"),
+    *("case", "hosts", "blocked s", "/ copy", "committed s", "blocking s", "/ plain", "/ plain calls", "sent", "stored"),
     *("extra MiB", "blocking", "restore s", "recover s", "/ restore", "GiB/s"),
 )
 
@@ -227,7 +229,7 @@ def _add_row(table: Table, case: Case, results: Results) -> None:
         _text(results.median(COMMITTED)),
         _text(results.median(SAVE)),
         _text(figures["save_of_plain"], 2),
-        _text(figures["save_of_send_and_write"], 2),
+        _text(figures["save_of_plain_calls"], 2),
         _pair(figures["sent"]),
         _pair(figures["stored"]),
         f"{extra[COMMITTED]:.0f}",
