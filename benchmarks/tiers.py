@@ -40,7 +40,7 @@ _PROCESS_MIB = 80
 _LEGEND = (
     "Seconds from the first rank's begin to the last one's end, medians over the rounds. / copy: of the seconds of one copy of "
     "the state in memory (memcpy); / plain: of a save without protection; / plain calls: of such a save, a plain send and a "
-    "plain write of the state one after the other; / restore: of a restore with everything there. sent, stored: bytes that a rank "
+    "plain write of the state; / restore: of a restore with everything there. sent, stored: bytes that a rank "
     "sends, and that lie on a host, per byte of its state, mean and largest. extra MiB: peak resident memory of a rank beyond "
     "that at the start, largest, of a background save and of a blocking one. GiB/s: state of the lost hosts over the seconds "
     "to recover."
