@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import giantstep as gs
 from giantstep.format.digests import block_checksums
 from giantstep.group.base import Group
 from giantstep.storage.local import LocalStore
-from giantstep.testing.ranks import run_ranks
-from giantstep.tiers import courier
+from giantstep.testing.ranks import run_ranks, run_ranks_collecting
+from giantstep.tiers import courier, parity_rounds
 from giantstep.tiers.courier import Move, carry
 from giantstep.tiers.hosts import Standing
 from giantstep.tiers.node_store import NodeStore, Protection
@@ -132,3 +133,32 @@ def test_parity_of_many_rounds_rebuilds_what_was_lost(
     for host in lost:
         shutil.rmtree(tmp_path / f"h{host}")
     run_ranks(hosts, restore)
+
+
+@pytest.mark.parametrize("call", ["read", "encode", "write"])
+def test_what_fails_in_the_background_of_parity_fails_the_save_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr("giantstep.tiers.parity_rounds.piece_bytes_for", lambda _layout: 192)
+    original = getattr(parity_rounds._Making, f"_{call}")
+    calls: list[int] = []
+
+    def fail(self: Any, *arguments: Any) -> Any:
+        if self._how.group.rank == 2:
+            calls.append(1)
+            if len(calls) == 4:
+                raise OSError(errno.EIO, "the device is broken")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(parity_rounds._Making, f"_{call}", fail)
+
+    def save(group: Group) -> None:
+        state = state_of(group.rank, 5, filled=True)
+        gs.save(state, store_of(tmp_path, group.rank, (4, 1)), process_group=group)
+
+    _, errors = run_ranks_collecting(5, save)
+    for error in errors:
+        assert isinstance(error, gs.errors.GiantstepError)
+        assert error.rank == 2
+        assert "the device is broken" in str(error)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
