@@ -31,6 +31,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bytes_read.py
 	$(BIN)/python benchmarks/incremental.py
 	$(BIN)/python benchmarks/zero_forms.py
+	$(BIN)/python benchmarks/tiers.py
 
 # Rounds of each kind of kill.
 ROUNDS ?= 8

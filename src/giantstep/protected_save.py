@@ -38,8 +38,9 @@ from giantstep.tiers.hosts import HostMap, Standing
 from giantstep.tiers.messages import moves_from, moves_to
 from giantstep.tiers.node_store import NodeStore
 from giantstep.tiers.parity_layout import ParityLayout
-from giantstep.tiers.parity_rounds import Circumstances, make_parity
+from giantstep.tiers.parity_rounds import make_parity
 from giantstep.tiers.room import needed_bytes
+from giantstep.tiers.rounds import Circumstances
 from giantstep.writing.write import Written, WrittenFile, write
 
 _LOG = logging.getLogger("giantstep")

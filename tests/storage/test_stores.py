@@ -138,10 +138,11 @@ def test_file_systems_in_memory_are_known_and_not_allocated_beforehand(monkeypat
         store = LocalStore(tmp_path / kind)
         store.prepare("")
         if known:
-            handle = store.create("f", 5000, direct=True)
-            assert handle.direct_bytes == 0
-            handle.close()
-            assert store.size("f") == 5000
+            for name, direct in (("f", True), ("g", False)):
+                handle = store.create(name, 5000, direct=direct)
+                assert handle.direct_bytes == 0
+                handle.close()
+                assert store.size(name) == 5000
             assert store.open_read("f", direct=True).access_at(0) == Access(nearby=True)
         else:
             with pytest.raises(OSError, match="posix_fallocate was called"):

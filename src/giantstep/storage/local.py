@@ -63,7 +63,7 @@ class LocalStore:
         handle = LocalWriteHandle(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
         try:
             # Files in memory have nothing to bypass, and allocating their pages beforehand doubles the work.
-            if direct and self._in_memory(path):
+            if self._in_memory(path):
                 handle.set_size(size)
                 return handle
             handle.reserve(size)

@@ -20,8 +20,8 @@ from giantstep.errors import GiantstepError, located
 from giantstep.format.digests import Checksums, block_checksums
 from giantstep.format.names import DATA_DIR
 from giantstep.group.base import Group, Parcel
+from giantstep.storage.arenas import Arena, Arenas
 from giantstep.storage.base import ReadHandle, Store, WriteHandle
-from giantstep.storage.buffers import device_buffer
 
 Wire = NDArray[np.uint8]
 
@@ -113,6 +113,10 @@ def _rounds(lines: dict[int, list[_Piece]]) -> Iterator[list[_Piece]]:
     yield from ([piece for piece in found if piece] for found in itertools.zip_longest(*lines.values()))
 
 
+def _parcels(pieces: Sequence[_Piece], arenas: Sequence[Arena]) -> list[Parcel]:
+    return [Parcel(piece.move.peer, arena[: piece.bytes]) for piece, arena in zip(pieces, arenas, strict=True)]
+
+
 class _Rounds:
     def __init__(
         self,
@@ -131,6 +135,10 @@ class _Rounds:
         self._targets: dict[int, tuple[Move, WriteHandle]] = {}
         self._bad: dict[str, None] = {}
         self._done = Carried()
+        # Buffers of pieces that are through are used for the next ones. All are as long as the longest piece, so that any fits.
+        self._arenas = Arenas()
+        lines = (*self._out.values(), *self._in.values())
+        self._arena_bytes = max((piece.bytes for line in lines for piece in line), default=0)
         stack.callback(self._close)
         # One thread each: pieces of a line are to be read and written in their order.
         self._reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="giantstep-send"))
@@ -145,20 +153,22 @@ class _Rounds:
         count = max(len(outgoing), len(incoming))
         outgoing += [[]] * (count - len(outgoing))
         incoming += [[]] * (count - len(incoming))
-        reading: list[Future[list[Wire]]] = [self._reader.submit(self._read, pieces) for pieces in outgoing[:1]]
+        reading: list[Future[list[Arena]]] = [self._reader.submit(self._read, pieces) for pieces in outgoing[:1]]
         writing: Future[None] | None = None
         for number in range(count):
             check()
             packed = reading.pop().result()
             if number + 1 < count:
                 reading.append(self._reader.submit(self._read, outgoing[number + 1]))
-            rooms = [device_buffer(piece.bytes)[: piece.bytes] for piece in incoming[number]]
-            parcels = [Parcel(piece.move.peer, data) for piece, data in zip(outgoing[number], packed, strict=True)]
-            arrivals = [Parcel(piece.move.peer, room) for piece, room in zip(incoming[number], rooms, strict=True)]
+            rooms = [self._arenas.take(self._arena_bytes) for _ in incoming[number]]
+            parcels, arrivals = _parcels(outgoing[number], packed), _parcels(incoming[number], rooms)
             for found in (parcels, arrivals):
                 found.sort(key=lambda parcel: (parcel.peer - rank) % size)
             if parcels or arrivals:
+                # If it fails, what gloo may still read and write is not used again.
                 self._group.transfer(parcels, arrivals, phase, timeout_secs)
+            for arena in packed:
+                self._arenas.give(arena)
             self._done.bytes_sent += sum(piece.bytes for piece in outgoing[number])
             self._done.bytes_received += sum(piece.bytes for piece in incoming[number])
             if writing is not None:
@@ -171,11 +181,15 @@ class _Rounds:
 
     # In the thread that reads.
 
-    def _read(self, pieces: list[_Piece]) -> list[Wire]:
-        return [self._piece(piece) for piece in pieces]
+    def _read(self, pieces: list[_Piece]) -> list[Arena]:
+        found = []
+        for piece in pieces:
+            arena = self._arenas.take(self._arena_bytes)
+            self._fill(arena[: piece.bytes], piece)
+            found.append(arena)
+        return found
 
-    def _piece(self, piece: _Piece) -> Wire:
-        buffer: Wire = device_buffer(piece.bytes)[: piece.bytes]
+    def _fill(self, buffer: Wire, piece: _Piece) -> None:
         held = self._sources.get(piece.move.peer)
         if held is None or held[0] is not piece.move:
             if held is not None and held[1] is not None:
@@ -185,14 +199,13 @@ class _Rounds:
         if source is None:
             # The receiver sees that it is not the file, and says so.
             buffer[:] = 0
-            return buffer
+            return
         try:
             source.read_into(piece.start, buffer.data)
         except OSError:
             source.close()
             self._sources[piece.move.peer] = (piece.move, None)
             buffer[:] = 0
-        return buffer
 
     def _opened(self, move: Move) -> ReadHandle | None:
         try:
@@ -206,8 +219,9 @@ class _Rounds:
 
     # In the thread that writes.
 
-    def _write(self, pieces: list[_Piece], data: list[Wire]) -> None:
-        for piece, found in zip(pieces, data, strict=True):
+    def _write(self, pieces: list[_Piece], arenas: list[Arena]) -> None:
+        for piece, arena in zip(pieces, arenas, strict=True):
+            found = arena[: piece.bytes]
             if piece.move.name not in self._bad and not self._fits(piece, found):
                 self._bad[piece.move.name] = None
             if piece.start == 0:
@@ -217,6 +231,7 @@ class _Rounds:
             if piece.start + piece.bytes == move.bytes:
                 handle.sync()
                 handle.close()
+            self._arenas.give(arena)
 
     def _open_target(self, move: Move) -> None:
         # What a transfer left that was cut off is in the way.

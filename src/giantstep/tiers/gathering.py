@@ -33,7 +33,8 @@ from giantstep.tiers.hosts import HostMap
 from giantstep.tiers.messages import moves_from, moves_to
 from giantstep.tiers.node_store import NodeStore
 from giantstep.tiers.parity_layout import ParityLayout, rebuild_jobs
-from giantstep.tiers.parity_rounds import Circumstances, piece_bytes_for, rebuild_files
+from giantstep.tiers.parity_rebuilding import rebuild_files
+from giantstep.tiers.rounds import Circumstances, piece_bytes_for
 
 PHASE = "gather"
 

@@ -14,7 +14,7 @@ from giantstep.tiers.copying import FACTS_PARTS, FileFacts
 from giantstep.tiers.courier import Move
 
 # What a rank holds of files on their way, in all lines together; a line moves at least a block at a time.
-_IN_FLIGHT_BYTES = 16 << 20
+_IN_FLIGHT_BYTES = 8 << 20
 _MOVES_PARTS = FACTS_PARTS + 1
 
 
