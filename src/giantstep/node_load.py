@@ -109,8 +109,9 @@ def passing_over_damage(
         try:
             return attempt(damaged)
         except (CorruptionError, IncompleteError) as error:
-            # Which copies are bad is looked for once all ranks have given up. What is not all there, no look finds.
-            if not error.agreed or error.phase == PHASE:
+            # Which copies are bad is looked for once all ranks have given up, as they all do alike: whoever finds damage in a
+            # transfer withdraws, and others may be past it, in the exchange behind. What is not all there, no look finds.
+            if isinstance(error, IncompleteError) and error.phase == PHASE:
                 raise
             found = damaged_on_hosts(group, store, timeout_secs, damaged)
             if found is damaged:
