@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import giantstep as gs
-from clusters import Cluster, Layout, one_error
+from tiers.clusters import Cluster, Layout, one_error
 from giantstep.errors import BadArgumentError, DisagreementError
 from giantstep.testing.ranks import RanksFailedError, run_ranks
 from giantstep.tiers.hosts import HostMap, Ring, Standing

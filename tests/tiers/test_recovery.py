@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import giantstep as gs
-from clusters import Cluster, Layout, check_exact, flip, one_error
+from tiers.clusters import Cluster, Layout, check_exact, flip, one_error
 from giantstep.errors import IncompleteError
 from giantstep.tiers.node_store import Protection
 

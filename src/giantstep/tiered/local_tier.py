@@ -18,7 +18,7 @@ from giantstep.loading import load
 from giantstep.mapping.describe import describe
 from giantstep.options import LoadOptions, SaveOptions, StrictHandling, host_name
 from giantstep.pending import PendingSave
-from giantstep.phases import same_call, with_call
+from giantstep.phases import same_call, settings, with_call
 from giantstep.reports import LoadedState, SaveReport, size_text
 from giantstep.saving import save
 from giantstep.steps import step_name
@@ -29,6 +29,7 @@ from giantstep.tiered.pruning import Pruning
 from giantstep.tiered.step_lists import HeldStep, StepList, common_steps, own_steps
 from giantstep.tiers.hosts import HostMap, Standing
 from giantstep.tiers.node_store import NodeStore, Protection
+from giantstep.tiers.parity_layout import ParityLayout
 
 _LOG = logging.getLogger("giantstep")
 
@@ -108,17 +109,24 @@ class LocalTier(AbstractContextManager["LocalTier"]):
 
         def begin() -> Parts:
             here = store_at(path)
-            _check(every, keep)
+            _check(every, keep, asynchronous)
+            _check_options(save_options, load_options)
             protection = Protection(0 if parity is not None else replicas, parity, run)
             standing = _standing(here, host, domain, circle)
             self._root = NodeStore(here, "steps", standing, protection)
-            call = {"call": "LocalTier", "every": every, "keep": keep, "replicas": replicas, "parity": parity, "run": run}
+            call = {
+                **{"call": "LocalTier", "every": every, "keep": keep, "replicas": replicas, "parity": parity, "run": run},
+                **{"asynchronous": asynchronous, "save_options": settings(self._save_options)},
+                "load_options": settings(self._load_options),
+            }
             return with_call(call, standing.encode(), own_steps(self._root).encode())
 
         def decide(reports: Sequence[Parts]) -> list[Parts]:
             told = same_call(reports)
             hosts = HostMap.of([Standing.decode(report[0]) for report in told])
             hosts.check_copies(self._root.protection.replicas)
+            if parity is not None:
+                ParityLayout.of("", hosts, parity, [])
             found = common_steps([StepList.decode(report[1]) for report in told], run)
             latest = max((one.generation for one in found), default=-1)
             leads = set(hosts.leads)
@@ -158,22 +166,25 @@ class LocalTier(AbstractContextManager["LocalTier"]):
             The report; of an asynchronous save the handle.
         """
         self._check_open()
-        settings: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "process_group": self._process_group,
             "options": self._save_options,
             "content_metadata": content_metadata,
             "metrics": metrics,
         }
-        if self._asynchronous if asynchronous is None else asynchronous:
-            pending = async_save(state_dict, self.place_of(step), **settings)
+        place = self.place_of(step)
+        # Its files look like what a crashed save left until it is committed.
+        self.hold(step)
+        try:
+            if not (self._asynchronous if asynchronous is None else asynchronous):
+                return save(state_dict, place, **arguments)
+            pending = async_save(state_dict, place, **arguments)
             self._pending = [one for one in self._pending if not one.done()] + [pending]
             if self._pruning is not None:
                 self._pruning.after(pending, step)
             return pending
-        report = save(state_dict, self.place_of(step), **settings)
-        if self._pruning is not None:
-            self._pruning.saved(step)
-        return report
+        finally:
+            self.release(step)
 
     def check_space(self, state_dict: dict[Any, Any]) -> None:
         """Before training starts: raise unless every host has room for `keep` + 1 steps of states like this one.
@@ -346,11 +357,20 @@ class LocalTier(AbstractContextManager["LocalTier"]):
         self.close()
 
 
-def _check(every: int | None, keep: int) -> None:
+def _check(every: int | None, keep: int, asynchronous: bool) -> None:
+    if not isinstance(asynchronous, bool):
+        raise BadArgumentError(f"asynchronous={asynchronous!r} cannot be: expected True or False")
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise BadArgumentError(f"every={every!r} cannot be: expected None or a number of steps from 1 on")
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise BadArgumentError(f"keep={keep!r} cannot be: expected an int from 1 on")
+
+
+def _check_options(save_options: SaveOptions | None, load_options: LoadOptions | None) -> None:
+    if not isinstance(save_options, SaveOptions | None):
+        raise BadArgumentError(f"save_options must be SaveOptions, not {type(save_options).__name__}")
+    if not isinstance(load_options, LoadOptions | None):
+        raise BadArgumentError(f"load_options must be LoadOptions, not {type(load_options).__name__}")
 
 
 def _standing(here: Store, host: str | None, domain: str | None, circle: str) -> Standing:
