@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,8 @@ def test_a_held_step_stays_until_it_is_released(tmp_path: Path) -> None:
             tier.settle()
             return before, job.steps_of(name)
 
-    for before, after in (job.run(work)[rank] for rank in (0, 2, 3)):
+    found = job.run(work)
+    for before, after in (found[0], found[2], found[3]):
         assert before == names_of(5, 15)
         assert after == names_of(15)
 
@@ -91,50 +91,45 @@ def test_asynchronous_saves_overlap_and_each_is_committed(tmp_path: Path) -> Non
 
 
 def test_a_step_being_saved_is_not_removed_though_nothing_of_it_is_committed(tmp_path: Path) -> None:
-    reached, gate = threading.Event(), threading.Event()
+    tiers: list[gs.LocalTier] = []
 
     def hook(operation: str, name: str) -> None:
         if operation == "create" and "step_00000015/data" in name:
-            reached.set()
-            assert gate.wait(20)
+            # A removal is asked for, and looks at a directory with nothing in it.
+            tiers[0].hold(99)
+            tiers[0].release(99)
+            time.sleep(0.1)
 
     job = Job(tmp_path, ("a", "b"), {"keep": 1}, {"a": HookedStore(tmp_path / "a", hook)})
 
-    def work(group: Any) -> list[str]:
+    def work(group: Any) -> None:
         with job.tier(group) as tier:
-            for step in (5, 10):
+            if group.rank == 0:
+                tiers.append(tier)
+            for step in (5, 10, 15):
                 tier.save(step, state_of(group.rank, 2, LAYOUT, step), asynchronous=False)
-            pending = tier.save(15, state_of(group.rank, 2, LAYOUT, 15))
-            assert reached.wait(20)
-            # A removal is asked for, and looks at a directory without a commit record, or with nothing in it.
-            tier.hold(99)
-            tier.release(99)
-            for _ in range(100):
-                time.sleep(0.001)
-            found = job.steps_of("a")
-            gate.set()
-            pending.result()  # type: ignore[union-attr]
-            return found
 
-    assert job.run(work)[0] == names_of(10, 15)
+    job.run(work)
     assert job.steps_of("a") == job.steps_of("b") == names_of(15)
 
 
 def test_a_step_that_is_saved_while_a_removal_looks_stays(tmp_path: Path) -> None:
     job = Job(tmp_path, ("a", "b"))
     job.save(5, 10, 15, keep=9)
+    name = "step_00000015"
+    (tmp_path / "a" / name).rename(tmp_path / name)
     looks = []
 
     class Late(Pruning):
         def _leftovers(self, newest: str) -> list[int]:
-            found = super()._leftovers(newest)
             looks.append(newest)
             if len(looks) > 1:
-                return found
+                return []
             # It was unfinished when it was looked at, and is committed when its turn comes.
             self.hold(15)
+            (tmp_path / name).rename(tmp_path / "a" / name)
             self.release(15)
-            return [*found, 15]
+            return [15]
 
     def work(group: Any) -> None:
         with job.tier(group) as tier:
@@ -145,6 +140,7 @@ def test_a_step_that_is_saved_while_a_removal_looks_stays(tmp_path: Path) -> Non
                 pruning.close()
 
     job.run(work)
+    assert len(looks) > 1
     assert job.steps_of("a") == names_of(10, 15)
 
 
