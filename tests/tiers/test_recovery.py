@@ -126,3 +126,41 @@ def test_what_the_placement_promises_loads_exactly_and_all_else_fails_alike_on_a
             error = one_error(errors, IncompleteError)
             named = save_id in str(error) and any(before.names[host] in str(error) for host in hurt)
             assert named or "no commit record" in str(error) or "none of the" in str(error), str(error)
+
+
+@pytest.mark.parametrize("exchange", ["auto", "none"])
+@pytest.mark.parametrize("victim", range(3))
+def test_damage_found_while_files_are_rebuilt_is_passed_over_if_parity_suffices(
+    tmp_path: Path, victim: int, exchange: str
+) -> None:
+    cluster = Cluster(tmp_path, [1] * 4, protection=Protection(0, (2, 2)))
+    cluster.save(LAYOUTS[1])
+    cluster.lose(0)
+    # What is lost is rebuilt out of this host's files first, and is not what was written.
+    for path in (cluster.folder(1 + victim) / "data").iterdir():
+        flip(path, 0.99)
+    options = gs.LoadOptions(timeout_secs=20, exchange=exchange)  # type: ignore[arg-type]
+    cluster.check_load(LAYOUTS[1], options=options)
+
+
+@pytest.mark.parametrize("exchange", ["auto", "none"])
+def test_the_only_copy_is_rebuilt_out_of_parity_if_it_is_damaged_when_it_is_to_be_sent(tmp_path: Path, exchange: str) -> None:
+    cluster = Cluster(tmp_path, [1] * 3, protection=Protection(0, (2, 1)))
+    cluster.save(LAYOUTS[0])
+    for path in (cluster.folder(0) / "data").iterdir():
+        flip(path, 0.99)
+    then = Cluster(tmp_path, [2, 1, 1], ["x", "y", "z"], folders=["h2", "h0", "h1"], protection=cluster.protection)
+    options = gs.LoadOptions(timeout_secs=20, exchange=exchange)  # type: ignore[arg-type]
+    found = then.check_load(LAYOUTS[2], options=options)
+    assert any("damaged" in note and "host y" in note for note in found[0].report.notes)
+
+
+def test_blocks_that_only_ranks_without_the_file_want_are_read_by_one_that_has_it(tmp_path: Path) -> None:
+    before = Cluster(tmp_path, [1, 1])
+    before.save(Layout(2))
+    then = Cluster(tmp_path, [1, 1, 1], folders=["h0", "new1", "new2"])
+    found = then.check_load(Layout(1, (1, 2, 1)), options=gs.LoadOptions(timeout_secs=20, exchange="auto"))
+    # The files themselves are not sent besides.
+    stored = sum(file.bytes for file in before.record().files)
+    assert found[0].report.exchange == "all"
+    assert sum(state.report.bytes_fetched for state in found) < stored
