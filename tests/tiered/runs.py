@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import giantstep as gs
+from giantstep.steps import scan_steps
 from giantstep.storage.base import Store
 from giantstep.storage.local import LocalStore
 from giantstep.testing.ranks import run_ranks, run_ranks_collecting
@@ -110,3 +111,7 @@ def checked(found: Sequence[Any], layout: Layout = LAYOUT) -> Any:
 
 def names_of(*steps: int) -> list[str]:
     return [f"step_{step:08d}" for step in steps]
+
+
+def durable_steps(job: Job) -> list[int]:
+    return [entry.step for entry in scan_steps(LocalStore(job.root / "durable"))]

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import giantstep as gs
-from tiers.clusters import Cluster, Layout, one_error
 from giantstep.errors import BadArgumentError, DisagreementError
 from giantstep.testing.ranks import RanksFailedError, run_ranks
 from giantstep.tiers.hosts import HostMap, Ring, Standing
 from giantstep.tiers.node_store import NodeStore, Protection
+from tiers.clusters import Cluster, Layout, one_error
 
 
 def domains_of_files(cluster: Cluster) -> dict[str, set[str]]:

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import giantstep as gs
-from tiers.clusters import Cluster, Layout, check_exact, flip, one_error
 from giantstep.errors import IncompleteError
 from giantstep.tiers.node_store import Protection
+from tiers.clusters import Cluster, Layout, check_exact, flip, one_error
 
 LAYOUTS = [Layout(), Layout(2), Layout(3, (2, 0, 1)), Layout(2, (0, 3)), Layout(1, (5, 1))]
 

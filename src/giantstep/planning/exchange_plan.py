@@ -1,10 +1,10 @@
 """Who reads what, when ranks share the reading: each block has one reader, and goes to the ranks that want some of it.
 
-Made on rank 0, in two steps. First ranks report the blocks that they want; rank 0 decides whether to exchange, and tells
-each rank who reads its blocks. A block's reader is one of the ranks that want it, so nobody reads what it does not need
-(unless none of these has the file on its host), and readers have equally many bytes as far as that permits. Then ranks report their regions, and each reader is told those
-of the ranks that it serves. Ranks that want the same blocks form one *request*, and those of them that want the same
-regions one *client*; both are handled once.
+Made on rank 0, in two steps. First ranks report the blocks that they want; rank 0 decides whether to exchange, and
+tells each rank who reads its blocks. A block's reader is one of the ranks that want it, so nobody reads what it does
+not need (unless none of these has the file on its host), and readers have equally many bytes as far as that permits.
+Then ranks report their regions, and each reader is told those of the ranks that it serves. Ranks that want the same
+blocks form one *request*, and those of them that want the same regions one *client*; both are handled once.
 
 A reader's blocks in the order of the files are its *line*, which is cut into *units* of equal size: what is read and sent
 as a whole. Called by `loading`; what ranks make of the answers is `exchange_part`.

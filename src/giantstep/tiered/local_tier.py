@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -115,8 +116,14 @@ class LocalTier(AbstractContextManager["LocalTier"]):
             standing = _standing(here, host, domain, circle)
             self._root = NodeStore(here, "steps", standing, protection)
             call = {
-                **{"call": "LocalTier", "every": every, "keep": keep, "replicas": replicas, "parity": parity, "run": run},
-                **{"asynchronous": asynchronous, "save_options": settings(self._save_options)},
+                "call": "LocalTier",
+                "every": every,
+                "keep": keep,
+                "replicas": replicas,
+                "parity": parity,
+                "run": run,
+                "asynchronous": asynchronous,
+                "save_options": settings(self._save_options),
                 "load_options": settings(self._load_options),
             }
             return with_call(call, standing.encode(), own_steps(self._root).encode())
@@ -128,16 +135,16 @@ class LocalTier(AbstractContextManager["LocalTier"]):
             if parity is not None:
                 ParityLayout.of("", hosts, parity, [])
             found = common_steps([StepList.decode(report[1]) for report in told], run)
-            latest = max((one.generation for one in found), default=-1)
             leads = set(hosts.leads)
-            return [(str(latest).encode("ascii"), b"1" if rank in leads else b"") for rank in range(len(told))]
+            return [(_next_generation(found), b"1" if rank in leads else b"") for rank in range(len(told))]
 
-        latest, lead = consult_parts(self.group, "manage", self._save_options.timeout_secs, begin, decide)
-        self._set_generation(int(latest) + 1)
+        self._next, lead = consult_parts(self.group, "manage", self._save_options.timeout_secs, begin, decide)
+        self._begin_generation()
         self._pruning = Pruning(self._root, keep) if lead else None
 
-    def _set_generation(self, generation: int) -> None:
-        self._root = replace(self._root, protection=replace(self._root.protection, generation=generation))
+    def _begin_generation(self) -> None:
+        """As rank 0 has said last: what is saved from now on comes before all that hosts have."""
+        self._root = replace(self._root, protection=replace(self._root.protection, generation=int(self._next)))
 
     # Saving.
 
@@ -238,16 +245,11 @@ class LocalTier(AbstractContextManager["LocalTier"]):
     def _all_steps(self) -> list[HeldStep]:
         def decide(reports: Sequence[Parts]) -> list[Parts]:
             found = common_steps([StepList.decode(report[0]) for report in reports], self._root.protection.run)
-            return [(StepList(found).encode(),)] * len(reports)
+            return [(StepList(found).encode(), _next_generation(found))] * len(reports)
 
-        answer = consult_parts(
-            self.group,
-            "gather",
-            self._save_options.timeout_secs,
-            lambda: (own_steps(self._root).encode(),),
-            decide,
-        )
-        return StepList.decode(answer[0]).entries
+        secs = self._save_options.timeout_secs
+        steps, self._next = consult_parts(self.group, "gather", secs, lambda: (own_steps(self._root).encode(),), decide)
+        return StepList.decode(steps).entries
 
     def restore(
         self, state_dict: dict[Any, Any], step: int | None = None, *, strict: StrictHandling = StrictHandling.RAISE_ALL
@@ -293,7 +295,7 @@ class LocalTier(AbstractContextManager["LocalTier"]):
                 _LOG.warning(
                     "step %d is restored from the hosts, since newer ones do not load: %s", one.step, "; ".join(skipped)
                 )
-            self._set_generation(max(entry.generation for entry in found) + 1)
+            self._begin_generation()
             return RestoredStep(one.step, state, "hosts", tuple(skipped))
         if failure is not None:
             failure.__notes__ = [*getattr(failure, "__notes__", []), *skipped[1:]]
@@ -308,7 +310,8 @@ class LocalTier(AbstractContextManager["LocalTier"]):
 
     def go_on(self) -> None:
         """The run goes on from a step of another place: what is saved from now on comes before all that hosts have."""
-        self._set_generation(max((one.generation for one in self._all_steps()), default=-1) + 1)
+        self._all_steps()
+        self._begin_generation()
 
     @property
     def timeout_secs(self) -> float:
@@ -355,6 +358,11 @@ class LocalTier(AbstractContextManager["LocalTier"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _next_generation(found: Sequence[HeldStep]) -> bytes:
+    """After all those that hosts have; and, as far as clocks allow, after those of hosts that are away."""
+    return str(max([time.time_ns() // 1_000_000, *(one.generation + 1 for one in found)])).encode("ascii")
 
 
 def _check(every: int | None, keep: int, asynchronous: bool) -> None:
