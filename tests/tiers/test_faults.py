@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from tiers.hooked import HookedStore
 # Nothing may hang, whoever fails.
 pytestmark = pytest.mark.timeout(60)
 
-SECS = 1.0
+# How long ranks are waited for: where one is late on purpose, and otherwise.
+LATE_SECS, SECS = 1.5, 20.0
 LAYOUT = Layout(2, (1, 2))
 PROTECTIONS = {"copies": Protection(1), "parity": Protection(0, (2, 1))}
 
@@ -43,11 +44,13 @@ WHEN = {
     "copy": (("open", "new/data/", 1), "copy"),
     "commit": (("publish", "new/checkpoint.json", 1), "commit"),
 }
-KINDS = {
-    "raises": (lambda: raising(KeyError("lost")), UnexpectedError),
-    "has no room": (lambda: raising(OSError(errno.ENOSPC, "no space")), StoreError),
-    "dies": (lambda: raising(CrashError()), PeerFailureError),
-    "is late": (lambda: lambda: time.sleep(2 * SECS + 0.2), PhaseTimeoutError),
+Kind = tuple[Callable[[threading.Event], Raise], type[GiantstepError], float]
+# What it does, until the others have `heard` of it; what they raise; and how long they wait for it.
+KINDS: dict[str, Kind] = {
+    "raises": (lambda heard: raising(KeyError("lost")), UnexpectedError, SECS),
+    "has no room": (lambda heard: raising(OSError(errno.ENOSPC, "no space")), StoreError, SECS),
+    "dies": (lambda heard: raising(CrashError()), PeerFailureError, SECS),
+    "is late": (lambda heard: lambda: heard.wait(SECS) and None, PhaseTimeoutError, LATE_SECS),
 }
 
 
@@ -82,15 +85,29 @@ def in_step(cluster: Cluster, step: str) -> Cluster:
     return Cluster(cluster.root, cluster.ranks, cluster.names, folders=folders, protection=cluster.protection)
 
 
-def run_save(cluster: Cluster, seed: int) -> list[BaseException | None]:
-    options = gs.SaveOptions(timeout_secs=SECS, block_bytes=4096)
+def run(cluster: Cluster, work: Callable[[Any], Any], heard: threading.Event) -> list[BaseException | None]:
+    """What ranks raise; `heard` is set once one has."""
+
+    def told(group: Any) -> None:
+        try:
+            work(group)
+        except GiantstepError:
+            heard.set()
+            raise
+
+    return run_ranks_collecting(cluster.size, told)[1]
+
+
+def run_save(
+    cluster: Cluster, seed: int, secs: float = SECS, heard: threading.Event | None = None
+) -> list[BaseException | None]:
+    options = gs.SaveOptions(timeout_secs=secs, block_bytes=4096)
 
     def work(group: Any) -> None:
-        gs.save(
-            state_of(group.rank, cluster.size, LAYOUT, seed), cluster.store(group.rank), process_group=group, options=options
-        )
+        state = state_of(group.rank, cluster.size, LAYOUT, seed)
+        gs.save(state, cluster.store(group.rank), process_group=group, options=options)
 
-    return run_ranks_collecting(cluster.size, work)[1]
+    return run(cluster, work, heard or threading.Event())
 
 
 def hooked(cluster: Cluster, rank: int, hook: Any) -> None:
@@ -108,13 +125,14 @@ def check_told(errors: list[BaseException | None], rank: int, kind: type[Giantst
 def test_a_rank_that_fails_in_a_save_is_named_to_all_and_the_step_before_stays(
     tmp_path: Path, when: str, kind: str, protection: Protection
 ) -> None:
-    (operation, phase), (make, expected) = WHEN[when], KINDS[kind]
+    (operation, phase), (make, expected, secs) = WHEN[when], KINDS[kind]
     base = Cluster(tmp_path, [1, 1, 1], protection=protection)
     before, new = in_step(base, "old"), in_step(base, "new")
     before.save(LAYOUT, 1)
-    failing = Failing(*operation, make())
+    heard = threading.Event()
+    failing = Failing(*operation, make(heard))
     hooked(new, 1, failing)
-    errors = run_save(new, 2)
+    errors = run_save(new, 2, secs, heard)
     assert failing.reached
     if when == "copy" and protection.parity is None and kind in ("raises", "has no room"):
         # Whoever receives what cannot be read sees it.
@@ -163,15 +181,21 @@ GATHER_WHEN = {
 def test_a_rank_that_fails_in_gathering_is_named_to_all_and_the_next_load_works(
     tmp_path: Path, when: str, kind: str, protection: Protection
 ) -> None:
-    make, expected = KINDS[kind]
+    make, expected, secs = KINDS[kind]
     cluster = Cluster(tmp_path, [1, 1, 1], protection=protection)
     cluster.save(LAYOUT, 1)
     cluster.lose(1)
-    failing = Failing(*GATHER_WHEN[when], make())
+    heard = threading.Event()
+    failing = Failing(*GATHER_WHEN[when], make(heard))
     # Files that are rebuilt go to the first host, others to the one that lacks them.
     rank = 0 if when == "files" and protection.parity else 1
     hooked(cluster, rank, failing)
-    _, errors = cluster.load(LAYOUT, gs.LoadOptions(timeout_secs=SECS))
+    options = gs.LoadOptions(timeout_secs=secs)
+
+    def work(group: Any) -> None:
+        gs.load(state_of(group.rank, 3, LAYOUT, None), cluster.store(group.rank), process_group=group, options=options)
+
+    errors = run(cluster, work, heard)
     assert failing.reached
     check_told(errors, rank, expected, "gather")
     cluster.wrapped.clear()

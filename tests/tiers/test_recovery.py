@@ -104,7 +104,7 @@ def is_promised(case: Case, before: Cluster, hurt: set[int]) -> bool:
     return all(len(hurt & {*group}) <= m for group in before.parity_groups())
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(cases())
 def test_what_the_placement_promises_loads_exactly_and_all_else_fails_alike_on_all_ranks(case: Case) -> None:
     with tempfile.TemporaryDirectory() as root:
@@ -125,7 +125,7 @@ def test_what_the_placement_promises_loads_exactly_and_all_else_fails_alike_on_a
         else:
             error = one_error(errors, IncompleteError)
             named = save_id in str(error) and any(before.names[host] in str(error) for host in hurt)
-            assert named or "no commit record" in str(error) or "none of the" in str(error), str(error)
+            assert named or "none of the" in str(error), str(error)
 
 
 @pytest.mark.parametrize("exchange", ["auto", "none"])
