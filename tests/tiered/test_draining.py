@@ -24,7 +24,7 @@ def drain_with(job: Job, hook: Any, *steps: int) -> list[Any]:
 
     def work(group: Any) -> list[BaseException | None]:
         place = HookedStore(job.root / "durable", hook)
-        durable = gs.CheckpointManager(place, save_when=5, process_group=group, save_options=gs.SaveOptions(timeout_secs=5))
+        durable = gs.CheckpointManager(place, save_when=5, process_group=group, save_options=gs.SaveOptions(timeout_secs=20))
         tiers = gs.Tiers([job.tier(group, asynchronous=False), durable])
         found: list[BaseException | None] = []
         for step in steps:
@@ -148,7 +148,7 @@ def test_a_crash_in_the_middle_of_a_drain_leaves_nothing_committed_and_the_step_
     def work(group: Any) -> None:
         with job.tier(group) as tier:
             place = HookedStore(tmp_path / "durable" / "step_00000005", hook)
-            drain(group, tier.place_of(5), place, 5.0)
+            drain(group, tier.place_of(5), place, 20.0)
 
     errors = job.errors(work)
     assert all(isinstance(error, GiantstepError) for error in errors)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import giantstep as gs
-from giantstep.errors import IncompleteError
+from giantstep.errors import BadArgumentError, IncompleteError
 from giantstep.storage.memory import MemoryStore
+from giantstep.testing.ranks import RanksFailedError
 from giantstep.tiered.pruning import Pruning
 from tiered.runs import LAYOUT, Job, names_of
 from tiers.clusters import Layout, flip, one_error, state_of
@@ -249,6 +250,16 @@ def test_steps_of_another_run_are_not_restored(tmp_path: Path) -> None:
     assert job.restore() is None
     job.save(3)
     assert job.restore().step == 3
+
+
+def test_a_step_of_another_run_is_not_replaced(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.save(5, run="other")
+    with pytest.raises(RanksFailedError) as failed:
+        job.save(5)
+    one_error(failed.value.errors, BadArgumentError, "run 'other'", "host a")
+    other = Job(tmp_path, settings={"run": "other"})
+    assert other.restore().step == 5
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(3, (1, 0, 2))], ids=["plain", "thirds"])

@@ -70,7 +70,7 @@ class LocalTier(AbstractContextManager["LocalTier"]):
         keep: how many steps stay, at least 1. While a step is saved there is one more.
         replicas: copies of all bytes in so many further failure domains; 0 for none.
         parity: (k, m) instead of copies: any m hosts of a group of k + m may be lost, for m / k of the bytes.
-        run: name of the run; steps of others are neither loaded nor removed.
+        run: name of the run; steps of others are neither loaded nor removed, nor replaced.
         host: name of this host; default: GIANTSTEP_HOST, SLURMD_NODENAME or the network name. In a `memory://` place, which
             ends with its process, each process is a host.
         domain: name of what fails together with this host, such as a rack; default: the host.
