@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, IncompleteError
+from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, IncompleteError, StoreError
 from giantstep.filling import Filling
 from giantstep.format.index import Index
 from giantstep.format.record import decode_record
@@ -98,7 +98,7 @@ def check_request(cell: Cell, on_corrupt: str) -> None:
 def passing_over_damage(
     group: Group, store: NodeStore, timeout_secs: float, attempt: Callable[[set[str]], LoadedState]
 ) -> LoadedState:
-    """Load, and again without the copies that were found to be damaged, as long as there are more of these.
+    """Load, and again without the copies that were found to be damaged or unreadable, as long as there are more of these.
 
     Args:
         group, store, timeout_secs: as for `NodeLoad`.
@@ -108,9 +108,10 @@ def passing_over_damage(
     while True:
         try:
             return attempt(damaged)
-        except (CorruptionError, IncompleteError) as error:
-            # Which copies are bad is looked for once all ranks have given up. What is not all there, no look finds.
-            if not error.agreed or error.phase == PHASE:
+        except (CorruptionError, IncompleteError, StoreError) as error:
+            # Which copies are bad is looked for once all ranks have given up, as they all do alike: whoever finds damage in a
+            # transfer withdraws, and others may be past it, in the exchange behind. What is not all there, no look finds.
+            if isinstance(error, IncompleteError) and error.phase == PHASE:
                 raise
             found = damaged_on_hosts(group, store, timeout_secs, damaged)
             if found is damaged:

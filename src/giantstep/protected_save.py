@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from giantstep.commit.clean import discard_save, remove_superseded
 from giantstep.commit.publish import current_record, publish_here, record_of
-from giantstep.errors import CorruptionError, GiantstepError, PeerError, StoreError
+from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, PeerError, StoreError, VersionError
 from giantstep.format.data_file import DataFilePlan, file_metadata
 from giantstep.format.index import encode_index
 from giantstep.format.names import DATA_DIR
@@ -156,8 +156,8 @@ class ProtectedWrite:
 
     def _write(self, content: Content, described: Described, threads: Threads, check: Callable[[], None]) -> Parts:
         check()
-        # Raises if a commit record of somebody else's is there, which would be replaced.
-        current_record(self._store)
+        # Raises too if a commit record of somebody else's is there, which would be replaced.
+        self._check_run()
         self._store.prepare(DATA_DIR)
         own = self._write_own(content, threads, check)
         twins = self._write_as_twin(described, threads, check)
@@ -165,6 +165,20 @@ class ProtectedWrite:
         report = write_report(own, content.sources, list(content.chosen.objects)).encode()
         facts = FileFacts([file.name for file in twins], [file.bytes for file in twins], [file.checksums for file in twins])
         return (self._store.standing.encode(), *facts.encode(), *report)
+
+    def _check_run(self) -> None:
+        """Raise if another run's checkpoint would be replaced."""
+        before, run = current_record(self._store), self._store.protection.run
+        try:
+            nodes = None if before is None else decode_record(before, self._store.location).nodes
+        except (CorruptionError, VersionError):
+            # Nobody can load it.
+            return
+        if nodes is not None and nodes.run != run:
+            raise BadArgumentError(
+                f"{self._store.location} on host {self._store.standing.host} holds a checkpoint of the run {nodes.run!r}, and "
+                f"this save is of the run {run!r}: save elsewhere, or remove it"
+            )
 
     def _write_own(self, content: Content, threads: Threads, check: Callable[[], None]) -> Written:
         part, sources = self._planner.part, content.sources

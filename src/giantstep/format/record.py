@@ -65,7 +65,7 @@ class Nodes:
 
     Attributes:
         run: name of the run.
-        generation: how often the run had gone on from a checkpoint.
+        generation: of the run: greater each time that it has gone on from a checkpoint.
         replicas: copies of each data file, besides the first.
         parity: (data, parity) blocks of a stripe at most, or None.
         hosts: [hosts] name, failure domain and circle of each.

@@ -28,7 +28,7 @@ Parts = tuple[bytes, ...]
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Runs of blocks that a rank wants, each within one unit of its reader; ascending.
+    """Runs of blocks that a rank wants or reads, each within one unit of its reader; ascending.
 
     Attributes:
         first, count: [spans] blocks.
@@ -232,7 +232,7 @@ def exchange_part(
         rank: the rank.
         chunks: chunks of all tensors.
         found: what the rank wants of them.
-        spans: all blocks that it wants.
+        spans: all blocks that it wants or reads.
         clients: whom it serves.
         blocks: blocks of all files.
     """

@@ -1,10 +1,10 @@
 """Who reads what, when ranks share the reading: each block has one reader, and goes to the ranks that want some of it.
 
-Made on rank 0, in two steps. First ranks report the blocks that they want; rank 0 decides whether to exchange, and tells
-each rank who reads its blocks. A block's reader is one of the ranks that want it, so nobody reads what it does not need,
-and readers have equally many bytes as far as that permits. Then ranks report their regions, and each reader is told those
-of the ranks that it serves. Ranks that want the same blocks form one *request*, and those of them that want the same
-regions one *client*; both are handled once.
+Made on rank 0, in two steps. First ranks report the blocks that they want; rank 0 decides whether to exchange, and
+tells each rank who reads its blocks. A block's reader is one of the ranks that want it, so nobody reads what it does
+not need (unless none of these has the file on its host), and readers have equally many bytes as far as that permits.
+Then ranks report their regions, and each reader is told those of the ranks that it serves. Ranks that want the same
+blocks form one *request*, and those of them that want the same regions one *client*; both are handled once.
 
 A reader's blocks in the order of the files are its *line*, which is cut into *units* of equal size: what is read and sent
 as a whole. Called by `loading`; what ranks make of the answers is `exchange_part`.
@@ -57,6 +57,14 @@ class Demand:
 
     requests: list[Request]
     runs: SharedRuns
+
+    def request_of(self, ranks: Int64s) -> Int64s:
+        """Rows of the requests of ranks."""
+        members = np.concatenate([request.ranks for request in self.requests])
+        rows = np.repeat(np.arange(len(self.requests)), [len(request.ranks) for request in self.requests])
+        order = np.argsort(members)
+        found: Int64s = rows[order[np.searchsorted(members, ranks, sorter=order)]]
+        return found
 
     def total_bytes(self, blocks: BlockTable) -> int:
         """Bytes that are read if every rank reads for itself."""
@@ -137,14 +145,15 @@ class Assignment:
     turns: int
 
     def answers(self) -> Iterator[tuple[Int64s, Parts]]:
-        """For ranks, the shares that they want; decoded by `exchange_part.spans_of`."""
+        """For ranks, the shares that they want or read; decoded by `exchange_part.spans_of`."""
         head = pack_column(np.array([self.unit_blocks, self.turns], dtype=np.int64))
         order, ends = self._by_set()
         sets, request = _pairs(self.demand.runs.sets)
         at, pair = _expanded(ends[sets], ends[sets + 1])
-        share, request = order[at], request[pair]
-        sorting = np.lexsort((share, request))
-        share, borders = share[sorting], np.searchsorted(request[sorting], np.arange(len(self.demand.requests) + 1))
+        # A reader is told of its blocks even if it wants nothing of them.
+        wanting, reading = self.demand.request_of(self.reader), np.arange(len(self.first))
+        request, share, _ = _distinct(np.append(request[pair], wanting), np.append(order[at], reading), np.zeros(1, np.int64))
+        borders = np.searchsorted(request, np.arange(len(self.demand.requests) + 1))
         for number, (low, high) in enumerate(itertools.pairwise(borders.tolist())):
             rows = share[low:high]
             columns = (self.first[rows], self.count[rows], self.reader[rows], self.line[rows])
@@ -223,13 +232,15 @@ def assign(
         blocks: blocks of all files.
         exchange_bytes: most bytes that a rank receives in two rounds, but for units of one block.
         read_bytes: most bytes of a unit, at least a block.
-        access: [files, ranks] who can read which file, of those that want some of it at least one; None: all can read all.
+        access: [files, ranks] who can read which file, at least one; None: all can read all. Blocks that nobody can read who
+            wants them are read by others.
     """
     runs = demand.runs
     holders = [np.sort(np.concatenate([demand.requests[row].ranks for row in members])) for members in runs.sets]
     held_by = runs.set_of
     if access is not None:
-        runs, holders, held_by = _accessible(runs, holders, blocks, access)
+        everyone = np.sort(np.concatenate([request.ranks for request in demand.requests]))
+        runs, holders, held_by = _accessible(runs, holders, blocks, access, everyone)
     ranks = 1 + max(int(request.ranks.max()) for request in demand.requests)
     regions = Regions(runs.count, np.full(len(runs.count), blocks.block_bytes, dtype=np.int64))
     shares = balance(regions, holders, held_by, ranks, blocks.block_bytes)
@@ -251,14 +262,21 @@ def assign(
 
 
 def _accessible(
-    runs: SharedRuns, holders: Sequence[Int64s], blocks: BlockTable, access: NDArray[np.bool_]
+    runs: SharedRuns, holders: Sequence[Int64s], blocks: BlockTable, access: NDArray[np.bool_], everyone: Int64s
 ) -> tuple[SharedRuns, list[Int64s], Int64s]:
-    """Runs within one file each, sets of ranks that want them and can read them, and which of these each run has."""
+    """Runs within one file each, sets of ranks that want them and can read them, and which of these each run has.
+
+    Where nobody who wants a run can read it, the set is all of `everyone` who can.
+    """
     first, count, row = cut_runs(runs.first, runs.count, blocks.ends)
     file = np.searchsorted(blocks.ends, first, side="right") - 1
     pairs, held_by = np.unique(runs.set_of[row] * len(access) + file, return_inverse=True)
     sets = [holders[pair // len(access)] for pair in pairs.tolist()]
-    able = [ranks[access[pair % len(access), ranks]] for ranks, pair in zip(sets, pairs.tolist(), strict=True)]
+    able = []
+    for ranks, pair in zip(sets, pairs.tolist(), strict=True):
+        can = access[pair % len(access)]
+        found = ranks[can[ranks]]
+        able.append(found if len(found) else everyone[can[everyone]])
     return SharedRuns(first, count, runs.set_of[row], runs.sets), able, held_by.reshape(-1)
 
 
@@ -360,6 +378,7 @@ def _expanded(low: Int64s, high: Int64s) -> tuple[Int64s, Int64s]:
 
 def _distinct(a: Int64s, b: Int64s, c: Int64s) -> tuple[Int64s, Int64s, Int64s]:
     """Distinct triples, sorted."""
+    c = np.broadcast_to(c, a.shape)
     order = np.lexsort((c, b, a))
     a, b, c = a[order], b[order], c[order]
     new = np.ones(len(a), dtype=bool)

@@ -100,6 +100,8 @@ class _Drain:
         if self._before is not None:
             raise BadArgumentError(f"{self._target.location} holds a checkpoint already")
         self._target.prepare(DATA_DIR)
+        # What a try before has left.
+        self._target.delete(record.index.name)
         free, needed = self._target.free_bytes(), sum(file.bytes for file in self._files())
         if free is not None and free < needed:
             raise StoreError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from giantstep.loading import load
 from giantstep.mapping.describe import describe
 from giantstep.options import LoadOptions, SaveOptions, StrictHandling, host_name
 from giantstep.pending import PendingSave
-from giantstep.phases import same_call, with_call
+from giantstep.phases import same_call, settings, with_call
 from giantstep.reports import LoadedState, SaveReport, size_text
 from giantstep.saving import save
 from giantstep.steps import step_name
@@ -29,6 +30,7 @@ from giantstep.tiered.pruning import Pruning
 from giantstep.tiered.step_lists import HeldStep, StepList, common_steps, own_steps
 from giantstep.tiers.hosts import HostMap, Standing
 from giantstep.tiers.node_store import NodeStore, Protection
+from giantstep.tiers.parity_layout import ParityLayout
 
 _LOG = logging.getLogger("giantstep")
 
@@ -68,7 +70,7 @@ class LocalTier(AbstractContextManager["LocalTier"]):
         keep: how many steps stay, at least 1. While a step is saved there is one more.
         replicas: copies of all bytes in so many further failure domains; 0 for none.
         parity: (k, m) instead of copies: any m hosts of a group of k + m may be lost, for m / k of the bytes.
-        run: name of the run; steps of others are neither loaded nor removed.
+        run: name of the run; steps of others are neither loaded nor removed, nor replaced.
         host: name of this host; default: GIANTSTEP_HOST, SLURMD_NODENAME or the network name. In a `memory://` place, which
             ends with its process, each process is a host.
         domain: name of what fails together with this host, such as a rack; default: the host.
@@ -108,28 +110,41 @@ class LocalTier(AbstractContextManager["LocalTier"]):
 
         def begin() -> Parts:
             here = store_at(path)
-            _check(every, keep)
+            _check(every, keep, asynchronous)
+            _check_options(save_options, load_options)
             protection = Protection(0 if parity is not None else replicas, parity, run)
             standing = _standing(here, host, domain, circle)
             self._root = NodeStore(here, "steps", standing, protection)
-            call = {"call": "LocalTier", "every": every, "keep": keep, "replicas": replicas, "parity": parity, "run": run}
+            call = {
+                "call": "LocalTier",
+                "every": every,
+                "keep": keep,
+                "replicas": replicas,
+                "parity": parity,
+                "run": run,
+                "asynchronous": asynchronous,
+                "save_options": settings(self._save_options),
+                "load_options": settings(self._load_options),
+            }
             return with_call(call, standing.encode(), own_steps(self._root).encode())
 
         def decide(reports: Sequence[Parts]) -> list[Parts]:
             told = same_call(reports)
             hosts = HostMap.of([Standing.decode(report[0]) for report in told])
             hosts.check_copies(self._root.protection.replicas)
+            if parity is not None:
+                ParityLayout.of("", hosts, parity, [])
             found = common_steps([StepList.decode(report[1]) for report in told], run)
-            latest = max((one.generation for one in found), default=-1)
             leads = set(hosts.leads)
-            return [(str(latest).encode("ascii"), b"1" if rank in leads else b"") for rank in range(len(told))]
+            return [(_next_generation(found), b"1" if rank in leads else b"") for rank in range(len(told))]
 
-        latest, lead = consult_parts(self.group, "manage", self._save_options.timeout_secs, begin, decide)
-        self._set_generation(int(latest) + 1)
+        self._next, lead = consult_parts(self.group, "manage", self._save_options.timeout_secs, begin, decide)
+        self._begin_generation()
         self._pruning = Pruning(self._root, keep) if lead else None
 
-    def _set_generation(self, generation: int) -> None:
-        self._root = replace(self._root, protection=replace(self._root.protection, generation=generation))
+    def _begin_generation(self) -> None:
+        """As rank 0 has said last: what is saved from now on comes before all that hosts have."""
+        self._root = replace(self._root, protection=replace(self._root.protection, generation=int(self._next)))
 
     # Saving.
 
@@ -158,22 +173,25 @@ class LocalTier(AbstractContextManager["LocalTier"]):
             The report; of an asynchronous save the handle.
         """
         self._check_open()
-        settings: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "process_group": self._process_group,
             "options": self._save_options,
             "content_metadata": content_metadata,
             "metrics": metrics,
         }
-        if self._asynchronous if asynchronous is None else asynchronous:
-            pending = async_save(state_dict, self.place_of(step), **settings)
+        place = self.place_of(step)
+        # Its files look like what a crashed save left until it is committed.
+        self.hold(step)
+        try:
+            if not (self._asynchronous if asynchronous is None else asynchronous):
+                return save(state_dict, place, **arguments)
+            pending = async_save(state_dict, place, **arguments)
             self._pending = [one for one in self._pending if not one.done()] + [pending]
             if self._pruning is not None:
                 self._pruning.after(pending, step)
             return pending
-        report = save(state_dict, self.place_of(step), **settings)
-        if self._pruning is not None:
-            self._pruning.saved(step)
-        return report
+        finally:
+            self.release(step)
 
     def check_space(self, state_dict: dict[Any, Any]) -> None:
         """Before training starts: raise unless every host has room for `keep` + 1 steps of states like this one.
@@ -227,16 +245,11 @@ class LocalTier(AbstractContextManager["LocalTier"]):
     def _all_steps(self) -> list[HeldStep]:
         def decide(reports: Sequence[Parts]) -> list[Parts]:
             found = common_steps([StepList.decode(report[0]) for report in reports], self._root.protection.run)
-            return [(StepList(found).encode(),)] * len(reports)
+            return [(StepList(found).encode(), _next_generation(found))] * len(reports)
 
-        answer = consult_parts(
-            self.group,
-            "gather",
-            self._save_options.timeout_secs,
-            lambda: (own_steps(self._root).encode(),),
-            decide,
-        )
-        return StepList.decode(answer[0]).entries
+        secs = self._save_options.timeout_secs
+        steps, self._next = consult_parts(self.group, "gather", secs, lambda: (own_steps(self._root).encode(),), decide)
+        return StepList.decode(steps).entries
 
     def restore(
         self, state_dict: dict[Any, Any], step: int | None = None, *, strict: StrictHandling = StrictHandling.RAISE_ALL
@@ -315,7 +328,7 @@ class LocalTier(AbstractContextManager["LocalTier"]):
                 _LOG.warning(
                     "step %d is restored from the hosts, since newer ones do not load: %s", one.step, "; ".join(skipped)
                 )
-            self._set_generation(max(entry.generation for entry in found) + 1)
+            self._begin_generation()
             return RestoredStep(one.step, state, "hosts", tuple(skipped))
         if failure is not None:
             failure.__notes__ = [*getattr(failure, "__notes__", []), *skipped[1:]]
@@ -330,7 +343,8 @@ class LocalTier(AbstractContextManager["LocalTier"]):
 
     def go_on(self) -> None:
         """The run goes on from a step of another place: what is saved from now on comes before all that hosts have."""
-        self._set_generation(max((one.generation for one in self._all_steps()), default=-1) + 1)
+        self._all_steps()
+        self._begin_generation()
 
     @property
     def timeout_secs(self) -> float:
@@ -379,11 +393,25 @@ class LocalTier(AbstractContextManager["LocalTier"]):
         self.close()
 
 
-def _check(every: int | None, keep: int) -> None:
+def _next_generation(found: Sequence[HeldStep]) -> bytes:
+    """After all those that hosts have; and, as far as clocks allow, after those of hosts that are away."""
+    return str(max([time.time_ns() // 1_000_000, *(one.generation + 1 for one in found)])).encode("ascii")
+
+
+def _check(every: int | None, keep: int, asynchronous: bool) -> None:
+    if not isinstance(asynchronous, bool):
+        raise BadArgumentError(f"asynchronous={asynchronous!r} cannot be: expected True or False")
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise BadArgumentError(f"every={every!r} cannot be: expected None or a number of steps from 1 on")
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise BadArgumentError(f"keep={keep!r} cannot be: expected an int from 1 on")
+
+
+def _check_options(save_options: SaveOptions | None, load_options: LoadOptions | None) -> None:
+    if not isinstance(save_options, SaveOptions | None):
+        raise BadArgumentError(f"save_options must be SaveOptions, not {type(save_options).__name__}")
+    if not isinstance(load_options, LoadOptions | None):
+        raise BadArgumentError(f"load_options must be LoadOptions, not {type(load_options).__name__}")
 
 
 def _standing(here: Store, host: str | None, domain: str | None, circle: str) -> Standing:

@@ -32,16 +32,21 @@ class Pruning:
         self._changed = threading.Condition(self._lock)
         self._awaited: deque[tuple[PendingSave, int]] = deque()
         self._held: Counter[int] = Counter()
+        # Held since the last look began: what was seen of them then may hold no longer.
+        self._touched: set[int] = set()
+        self._removing: int | None = None
         self._asked = self._busy = self._closed = False
         self._thread: threading.Thread | None = None
 
     def hold(self, step: int) -> None:
-        """Keep a step until `release`."""
+        """Keep a step until `release`; if it is just being removed, return when it is gone."""
         with self._lock:
             self._held[step] += 1
+            self._touched.add(step)
+            self._changed.wait_for(lambda: self._removing != step)
 
     def release(self, step: int) -> None:
-        """Undo one `hold`."""
+        """Undo one `hold`, and look what can go."""
         with self._lock:
             self._held[step] -= 1
             self._ask()
@@ -50,12 +55,8 @@ class Pruning:
         """Look once this save is finished; its step stays until then."""
         with self._lock:
             self._held[step] += 1
+            self._touched.add(step)
             self._awaited.append((pending, step))
-            self._ask()
-
-    def saved(self, _step: int) -> None:
-        """A step was committed: look what can go."""
-        with self._lock:
             self._ask()
 
     def _ask(self) -> None:
@@ -103,6 +104,8 @@ class Pruning:
                 self._changed.notify_all()
 
     def _prune(self) -> None:
+        with self._lock:
+            self._touched = {step for step, count in self._held.items() if count > 0}
         run = self._root.protection.run
         ours = [one for one in own_steps(self._root).entries if one.run == run]
         ours.sort(key=lambda one: (one.generation, one.step), reverse=True)
@@ -111,12 +114,17 @@ class Pruning:
         doomed = [one.step for one in ours[self._keep :]] + self._leftovers(newest)
         for step in doomed:
             with self._lock:
-                if self._held[step] > 0 or step in kept:
+                if step in self._touched or step in kept:
                     continue
+                self._removing = step
             try:
                 remove_checkpoint(self._root.folder(step_name(step)))
             except (OSError, GiantstepError) as error:
                 _LOG.warning("%s: step %d could not be removed: %s", self._root.location, step, error)
+            finally:
+                with self._lock:
+                    self._removing = None
+                    self._changed.notify_all()
 
     def _leftovers(self, newest: str) -> list[int]:
         """Steps of saves that never committed, and began before the newest step's did."""

@@ -10,7 +10,14 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
-from giantstep.errors import BadArgumentError, CheckpointNotFoundError, CorruptionError, GiantstepError, IncompleteError
+from giantstep.errors import (
+    BadArgumentError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    GiantstepError,
+    IncompleteError,
+    located,
+)
 from giantstep.format.record import Json
 from giantstep.group.base import consult
 from giantstep.manager.manager import CheckpointManager
@@ -99,36 +106,54 @@ class Tiers(AbstractContextManager["Tiers"]):
         Args, returns and raises as the tiers' `restore`.
         """
         self._drains.settle()
-        newest = self._durable_steps()
+        newest = self._durable_step()
         skipped: list[str] = []
         wanted = [one for one in self.local.steps() if step is None or one == step]
         # What hosts have that is older than the newest durable step is not worth a try before it.
-        ahead = [one for one in wanted if not newest or one >= newest[-1] or step is not None]
-        for one in ahead:
+        behind = [one for one in wanted if step is None and newest is not None and one < newest]
+        found = self._from_hosts(state_dict, [one for one in wanted if one not in behind], strict, skipped)
+        if found is None and behind:
+            found = self._from_durable(state_dict, newest, strict, skipped, raises=False)
+            found = found or self._from_hosts(state_dict, behind, strict, skipped)
+        found = found or self._from_durable(state_dict, step, strict, skipped, raises=True)
+        if found is None and skipped:
+            raise IncompleteError(f"no tier has a step that loads: {'; '.join(skipped)}")
+        return found
+
+    def _from_hosts(
+        self, state_dict: dict[Any, Any], steps: Sequence[int], strict: StrictHandling, skipped: list[str]
+    ) -> RestoredStep | None:
+        """The first of the steps that loads; the others are added to `skipped`."""
+        for one in steps:
             try:
-                return self._with(self.local.restore(state_dict, one, strict=strict), skipped)
+                found = self.local.restore(state_dict, one, strict=strict)
             except (IncompleteError, CorruptionError) as error:
                 skipped.append(f"step {one} in the hosts' places: {error.message}")
+                continue
+            return None if found is None else RestoredStep(found.step, found.state, found.tier, (*skipped, *found.skipped))
+        return None
+
+    def _from_durable(
+        self, state_dict: dict[Any, Any], step: int | None, strict: StrictHandling, skipped: list[str], *, raises: bool
+    ) -> RestoredStep | None:
+        """This step, or the newest that loads; unless it `raises` what it fails with, that is added to `skipped`."""
         try:
             found = self.durable.restore(state_dict, step, strict=strict)
         except (CheckpointNotFoundError, CorruptionError, IncompleteError) as error:
+            if not raises:
+                skipped.append(f"step {step} in the durable place: {error.message}")
+                return None
             error.__notes__ = [*getattr(error, "__notes__", []), *skipped]
             raise
-        if found is not None:
-            # What hosts have of later steps is of another course of the run from now on.
-            self.local.go_on()
-            told = [f"step {one.step} in the durable place: {one.reason}" for one in found.skipped]
-            return RestoredStep(found.step, found.state, "durable", (*skipped, *told))
-        if skipped:
-            raise IncompleteError(f"no tier has a step that loads: {'; '.join(skipped)}")
-        return None
+        if found is None:
+            return None
+        # What hosts have of later steps is of another course of the run from now on.
+        self.local.go_on()
+        told = [f"step {one.step} in the durable place: {one.reason}" for one in found.skipped]
+        return RestoredStep(found.step, found.state, "durable", (*skipped, *told))
 
-    @staticmethod
-    def _with(found: RestoredStep | None, skipped: Sequence[str]) -> RestoredStep | None:
-        return None if found is None else RestoredStep(found.step, found.state, found.tier, (*skipped, *found.skipped))
-
-    def _durable_steps(self) -> list[int]:
-        """Committed steps of the durable tier, as rank 0 sees them."""
+    def _durable_step(self) -> int | None:
+        """The newest committed step of the durable tier, as rank 0 sees it."""
 
         def decide(reports: Sequence[bytes]) -> list[bytes]:
             latest = self.durable.latest()
@@ -136,7 +161,7 @@ class Tiers(AbstractContextManager["Tiers"]):
 
         group, secs = self.local.group, self.local.timeout_secs
         latest = consult(group, "gather", secs, lambda: b"", decide)
-        return [int(latest)] if latest else []
+        return int(latest) if latest else None
 
     def wait(self) -> None:
         """Wait until all saves and copies are through; raise what one failed with of which no call has told."""
@@ -221,9 +246,10 @@ class _Drains:
                 step, pending = self._jobs[0]
             try:
                 self._drain(step, pending)
-            except GiantstepError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the copies after it must not be lost to it
+                ours = error if isinstance(error, GiantstepError) else located(error, self._group.rank, "drain")
                 with self._lock:
-                    self._failure = self._failure or error
+                    self._failure = self._failure or ours
                 _LOG.warning("step %d could not be copied to the durable place: %s", step, error)
             finally:
                 self._local.release(step)

@@ -101,11 +101,12 @@ class Gathering:
         try:
             names = [name for name in store.names(DATA_DIR) if name not in self._excluded]
             files = {name: store.size(name) for name in names}
+            bad = f"damaged: {', '.join(sorted(self._excluded)[:3])}" if self._excluded else ""
             try:
                 data = read_record_bytes(store)
             except (GiantstepError, FileNotFoundError):
-                return Holding(store.standing, b"", False, files)
-            return Holding(store.standing, data, self._index_is_there(data), files)
+                return Holding(store.standing, b"", False, files, bad)
+            return Holding(store.standing, data, self._index_is_there(data), files, bad)
         except OSError as error:
             return Holding(store.standing, b"", False, {}, f"its place cannot be read: {error}")
 

@@ -24,7 +24,7 @@ class Holding:
         record: bytes of the commit record in its place, b"" if there is none.
         has_index: whether the index is there, and is what the record says.
         files: sizes of data files by name, without those that are known to be damaged.
-        problem: in words why the place cannot be read, or "".
+        problem: in words why the place cannot be read, or what in it is damaged, or "".
     """
 
     standing: Standing

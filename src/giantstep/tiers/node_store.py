@@ -24,7 +24,7 @@ class Protection:
         replicas: copies on hosts of other failure domains, besides the first.
         parity: (k, m): m lost hosts of each k + m are survived; None: no parity.
         run: name of the run; checkpoints of others are not used.
-        generation: how often the run has gone on from a checkpoint; a later one's checkpoints are preferred.
+        generation: greater each time that the run goes on from a checkpoint; a later one's checkpoints are preferred.
     """
 
     replicas: int = 1
