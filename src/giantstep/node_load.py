@@ -58,27 +58,28 @@ class NodeLoad:
     def before_match(self, described: Described, index: Callable[[], Index]) -> None:
         """Have objects sent that are looked into before it is known which are loaded."""
 
-        def ask() -> tuple[set[int], set[int]]:
+        def ask() -> set[int]:
             looks = described.asks or any(isinstance(item.source, CheckedObject) for item in described.objects)
-            return (set(index().object_file.tolist()) if looks else set()), set()
+            return set(index().object_file.tolist()) if looks else set()
 
         self._gathering.fetch(ask)
 
     def fetch(self, cell: Cell, matched: Matched, planner: LoadPlanner, prepare: Callable[[], tuple[Filling, Subject]]) -> None:
         """Have sent what is read. The errors of `prepare` reach all ranks."""
 
-        def ask() -> tuple[set[int], set[int]]:
+        def ask() -> set[int]:
             filling, subject = prepare()
             index = subject.stored.index
             keys = [position.unique_key for source in matched.objects for position in source.positions]
             needed = files_of_objects(index, keys)
-            wanted = planner.files_of(subject, filling.filled)
+            if cell == "none" or self._alone:
+                needed |= planner.files_of(subject, filling.filled)
             if len(filling.compared):
                 needed |= planner.files_of(subject, filling.compared)
             for source in matched.dequantised:
                 for row in source.parts.values():
                     needed |= set(index.chunk_file[slice(*index.tensor_chunk_ends[row : row + 2])].tolist())
-            return (needed | wanted, set()) if cell == "none" or self._alone else (needed, wanted)
+            return needed
 
         self.access = self._gathering.fetch(ask)
 

@@ -262,20 +262,28 @@ class _Fields:
             raise self._bad("metrics", value, "an object of numbers and nulls")
         return {name: math.nan if number is None else float(number) for name, number in value.items()}
 
-    def nodes(self) -> Nodes | None:
+    def nodes(self, world_size: int, files: tuple[FileEntry, ...]) -> Nodes | None:
         if "nodes" not in self._fields:
             return None
         found = self.nested("nodes")
         hosts, ranks, parity = (found._fields.get(name) for name in ("hosts", "host_of_rank", "parity"))
-        if not isinstance(hosts, list) or not all(
-            isinstance(host, list) and len(host) == 3 and all(isinstance(text, str) for text in host) for host in hosts
+        if (
+            not isinstance(hosts, list)
+            or not all(
+                isinstance(host, list) and len(host) == 3 and all(isinstance(text, str) for text in host) for host in hosts
+            )
+            or len({host[0] for host in hosts}) != len(hosts)
         ):
-            raise found._bad("hosts", hosts, "a list of [name, domain, circle]")
-        if not isinstance(ranks, list) or not all(type(rank) is int and 0 <= rank < len(hosts) for rank in ranks):
-            raise found._bad("host_of_rank", ranks, "a list of numbers of hosts")
-        pair = isinstance(parity, list) and len(parity) == 2 and all(type(part) is int and 0 < part < 256 for part in parity)
-        if parity is not None and not pair:
-            raise found._bad("parity", parity, "null or two numbers from 1 to 255")
+            raise found._bad("hosts", hosts, "a list of [name, domain, circle], each name once")
+        if not isinstance(ranks, list) or len(ranks) != world_size or not all(type(rank) is int for rank in ranks):
+            raise found._bad("host_of_rank", ranks, f"{world_size} numbers of hosts")
+        if list(dict.fromkeys(ranks)) != list(range(len(hosts))):
+            raise found._bad("host_of_rank", ranks, f"numbers of {len(hosts)} hosts, in the order of their lowest ranks")
+        pair = isinstance(parity, list) and len(parity) == 2 and all(type(part) is int and part > 0 for part in parity)
+        if parity is not None and not (pair and sum(parity) < 256):
+            raise found._bad("parity", parity, "null or two numbers from 1 on, together at most 255")
+        if strange := [file.rank for file in files if file.rank >= world_size]:
+            raise self._bad("rank", strange[0], f"one of the {world_size} ranks that saved")
         return Nodes(
             found.text("run"),
             found.number("generation"),
@@ -299,18 +307,18 @@ class _Fields:
             raise self._bad("save_id", save_id, "a save id")
         if not 1 <= block_bytes <= _MAX_BLOCK_BYTES:
             raise self._bad("block_bytes", block_bytes, f"a number from 1 to {_MAX_BLOCK_BYTES}")
-        totals = self.nested("totals")
+        totals, world_size, files = self.nested("totals"), self.number("world_size"), self.files()
         return CommitRecord(
             save_id=save_id,
             library=self.text("library"),
             created=self.text("created"),
-            world_size=self.number("world_size"),
+            world_size=world_size,
             block_bytes=block_bytes,
             index=self.nested("index").index_entry(),
-            files=self.files(),
+            files=files,
             totals=Totals(totals.number("tensors"), totals.number("chunks"), totals.number("objects"), totals.number("bytes")),
             content_metadata=self._fields.get("content_metadata"),
             metrics=self.metrics(),
-            nodes=self.nodes(),
+            nodes=self.nodes(world_size, files),
             version=self.text("format_version"),
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from giantstep.commit.clean import discard
+from giantstep.commit.clean import discard, remove_superseded
 from giantstep.commit.publish import current_record, publish
 from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, PeerError, StoreError
 from giantstep.format.digests import block_checksums
@@ -52,6 +52,9 @@ def drain(
 ) -> Drained:
     """Collective. Copy a step; return when it is committed and durable at the target.
 
+    A checkpoint that is there is replaced: after the run has gone back, it is of a course that was left. It stays loadable
+    until the new one is committed.
+
     Args:
         group: the ranks that saved it.
         source: the step's place on this rank's host.
@@ -60,7 +63,8 @@ def drain(
         check: called now and then; raises if it is not to be gone on with.
 
     Raises (the same on all ranks):
-        BadArgumentError: a checkpoint is at the target already, or the step was saved by other ranks.
+        BadArgumentError: the step was saved by other ranks.
+        NotACheckpointError, VersionError: what is at the target is somebody else's.
         CorruptionError: a file is not what was written. Nothing was committed.
         StoreError: a storage operation failed. Likewise.
     """
@@ -75,7 +79,9 @@ class _Drain:
         self._before: bytes | None = None
 
     def run(self) -> Drained:
-        consult_parts(self._group, "drain", self._secs, self._open, self._prepare)
+        there = consult_parts(self._group, "drain", self._secs, self._open, self._prepare)
+        if there:
+            return Drained(self._target.location, self._record.save_id, 0)
         try:
             consult_parts(self._group, "drain", self._secs, self._copy, self._commit, "commit")
         except GiantstepError as error:
@@ -97,8 +103,8 @@ class _Drain:
                 f"{len(set(reports))} different saves of it: only the ranks of one save can drain it"
             )
         self._before = current_record(self._target)
-        if self._before is not None:
-            raise BadArgumentError(f"{self._target.location} holds a checkpoint already")
+        if self._before is not None and self._is_this(self._before):
+            return [(b"there",)] * len(reports)
         self._target.prepare(DATA_DIR)
         # What a try before has left.
         self._target.delete(record.index.name)
@@ -108,6 +114,13 @@ class _Drain:
                 f"{self._target.location} has {size_text(free)} of free space, and the step needs {size_text(needed)}"
             )
         return [()] * len(reports)
+
+    def _is_this(self, found: bytes) -> bool:
+        try:
+            return decode_record(found, self._target.location).save_id == self._record.save_id
+        except CorruptionError:
+            # Nobody can load it.
+            return False
 
     def _files(self) -> list[FileEntry]:
         return [file for file in self._record.files if parity_of_file(file.name) is None]
@@ -151,7 +164,7 @@ class _Drain:
         ends = index.file_block_ends[: len(files) + 1]
         # Parity is behind all other files.
         index = replace(index, file_block_ends=ends, block_checksum=index.block_checksum[: int(ends[-1])])
-        publish(
+        committed = publish(
             self._target,
             record.save_id,
             index,
@@ -162,6 +175,10 @@ class _Drain:
             metrics=record.metrics,
             before=self._before,
         )
+        try:
+            remove_superseded(self._target, committed, self._before)
+        except OSError as error:
+            _LOG.warning("%s: files of a replaced step could not be deleted: %s", self._target.location, error)
         return [()] * len(reports)
 
     def _discard(self) -> None:

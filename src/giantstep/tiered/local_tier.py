@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from giantstep.async_saving import async_save
-from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, IncompleteError, StoreError
+from giantstep.errors import BadArgumentError, CorruptionError, DisagreementError, GiantstepError, IncompleteError, StoreError
 from giantstep.format.record import Json
 from giantstep.group.base import Parts, consult_parts
 from giantstep.group.torch_group import group_of
@@ -126,12 +126,14 @@ class LocalTier(AbstractContextManager["LocalTier"]):
                 "save_options": settings(self._save_options),
                 "load_options": settings(self._load_options),
             }
-            return with_call(call, standing.encode(), own_steps(self._root).encode())
+            location = here.location.encode("utf-8", "surrogatepass")
+            return with_call(call, standing.encode(), own_steps(self._root).encode(), location)
 
         def decide(reports: Sequence[Parts]) -> list[Parts]:
             told = same_call(reports)
             hosts = HostMap.of([Standing.decode(report[0]) for report in told])
             hosts.check_copies(self._root.protection.replicas)
+            _check_places(hosts, [report[2].decode("utf-8", "surrogatepass") for report in told])
             if parity is not None:
                 ParityLayout.of("", hosts, parity, [])
             found = common_steps([StepList.decode(report[1]) for report in told], run)
@@ -412,6 +414,17 @@ def _check_options(save_options: SaveOptions | None, load_options: LoadOptions |
         raise BadArgumentError(f"save_options must be SaveOptions, not {type(save_options).__name__}")
     if not isinstance(load_options, LoadOptions | None):
         raise BadArgumentError(f"load_options must be LoadOptions, not {type(load_options).__name__}")
+
+
+def _check_places(hosts: HostMap, locations: Sequence[str]) -> None:
+    for rank, location in enumerate(locations):
+        lead = hosts.leads[hosts.host[rank]]
+        if location != locations[lead]:
+            raise DisagreementError(
+                f"ranks {lead} and {rank} are both on host {hosts.standings[hosts.host[rank]].host!r}, where rank {lead} has "
+                f"{locations[lead]}, and rank {rank} {location}. Ranks of one host share its place: give them one path, or "
+                "hosts of different names."
+            )
 
 
 def _standing(here: Store, host: str | None, domain: str | None, circle: str) -> Standing:

@@ -58,6 +58,7 @@ class Tiers(AbstractContextManager["Tiers"]):
         self.local: LocalTier = tiers[0]
         self.durable: CheckpointManager = tiers[1]
         self._drains = _Drains(self.local, self.durable)
+        self._closed = False
 
     @property
     def stopping(self) -> bool:
@@ -79,6 +80,8 @@ class Tiers(AbstractContextManager["Tiers"]):
     ) -> SaveReport | PendingSave:
         """Save a step to those tiers that are due; if `should_save` was not asked about it, to both.
 
+        A step that is there already is replaced, in either tier: the run has gone back, and comes by it again.
+
         Args and raises as the tiers' `save`. What a copy to the durable tier failed with is raised by the next call or by
         `wait`: the step stays in the hosts' places.
 
@@ -92,7 +95,7 @@ class Tiers(AbstractContextManager["Tiers"]):
         arguments: dict[str, Any] = {"metrics": metrics, "content_metadata": content_metadata}
         if not local or self.durable.stopping:
             # Before the job ends, what is saved must be durable when the call returns.
-            return self.durable.save(step, state_dict, **arguments)
+            return self.durable.save(step, state_dict, overwrite=True, **arguments)
         result = self.local.save(step, state_dict, **arguments)
         if durable:
             self._drains.begin(step, result if isinstance(result, PendingSave) else None)
@@ -171,7 +174,10 @@ class Tiers(AbstractContextManager["Tiers"]):
         self.durable.wait()
 
     def close(self) -> None:
-        """Wait, then close the tiers."""
+        """Wait, then close the tiers; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self.wait()
         finally:

@@ -2,7 +2,7 @@
 
 All ranks call its methods together. First hosts tell each other what they hold and agree on one save that is complete
 somewhere; then all get its index and commit record, and the small files that every rank looks into. Later, when ranks know
-what they will read, hosts get the files that nobody there could read otherwise. Called by `loading`.
+what they will read, hosts get the files that a rank there reads by itself. Called by `loading`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantstep.commit.publish import publish_here
-from giantstep.errors import CorruptionError, GiantstepError, PeerFailureError
+from giantstep.errors import CorruptionError, DisagreementError, GiantstepError, PeerFailureError
 from giantstep.format.index import Index, decode_texts
 from giantstep.format.names import DATA_DIR
 from giantstep.format.record import MAX_RECORD_BYTES, CommitRecord, decode_record
@@ -94,7 +94,7 @@ class Gathering:
         self._carry(plan)
 
     def _report(self) -> Parts:
-        return self._look().encode()
+        return (self._store.location.encode("utf-8", "surrogatepass"), *self._look().encode())
 
     def _look(self) -> Holding:
         store = self._store
@@ -118,7 +118,13 @@ class Gathering:
         return True
 
     def _decide(self, reports: Sequence[Parts]) -> list[Parts]:
-        told = [Holding.decode(report) for report in reports]
+        places = [report[0].decode("utf-8", "surrogatepass") for report in reports]
+        if (other := next((rank for rank, place in enumerate(places) if place != places[0]), None)) is not None:
+            raise DisagreementError(
+                f"ranks load from different places: {places[0]} on rank 0 and {places[other]} on rank {other}. All ranks of "
+                "the group must make the same call."
+            )
+        told = [Holding.decode(report[1:]) for report in reports]
         hosts = HostMap.of([one.standing for one in told])
         leads = hosts.leads
         holdings = [told[lead] for lead in leads]
@@ -226,12 +232,11 @@ class Gathering:
 
     # Fetch.
 
-    def fetch(self, ask: Callable[[], tuple[Collection[int], Collection[int]]]) -> NDArray[np.bool_] | None:
-        """Send hosts what nobody there could read otherwise.
+    def fetch(self, ask: Callable[[], Collection[int]]) -> NDArray[np.bool_] | None:
+        """Send hosts the files that a rank there reads by itself. What ranks want besides is read where it is, and exchanged.
 
         Args:
-            ask: gives the files that this rank reads by itself, and those that some rank that wants them must be able to
-                read; its errors reach all ranks.
+            ask: gives the files that this rank reads by itself; its errors reach all ranks.
 
         Returns:
             On rank 0, [files, ranks] who can read what; None on other ranks.
@@ -240,32 +245,16 @@ class Gathering:
         def decide(reports: Sequence[Parts]) -> list[Parts]:
             return self._plan(self._wishes([json.loads(report[0]) for report in reports]), len(reports))
 
-        def report() -> Parts:
-            needed, wanted = ask()
-            return (json.dumps([sorted(needed), sorted(wanted)]).encode("ascii"),)
-
-        self._carry(consult_parts(self._group, PHASE, self._secs, report, decide))
+        plan = consult_parts(self._group, PHASE, self._secs, lambda: (json.dumps(sorted(ask())).encode("ascii"),), decide)
+        self._carry(plan)
         return None if self._root is None else self._access(self._root)
 
-    def _wishes(self, told: Sequence[tuple[list[int], list[int]]]) -> dict[int, list[str]]:
+    def _wishes(self, told: Sequence[list[int]]) -> dict[int, list[str]]:
         root = self._on_rank_zero()
-        files, host_of = root.chosen.record.files, root.hosts.host
         wishes: dict[int, dict[str, None]] = {}
-        votes: dict[int, dict[int, int]] = {}
-        for rank, (needed, wanted) in enumerate(told):
-            wishes.setdefault(host_of[rank], {}).update(dict.fromkeys(files[number].name for number in needed))
-            for number in wanted:
-                by_host = votes.setdefault(number, {})
-                by_host[host_of[rank]] = by_host.get(host_of[rank], 0) + 1
-        taken: dict[int, int] = {}
-        for number, by_host in votes.items():
-            name = files[number].name
-            able = {*root.chosen.holders[name], *(host for host, names in wishes.items() if name in names)}
-            if not able & by_host.keys():
-                # Of the hosts that want it, the one that got least so far.
-                host = min(by_host, key=lambda one: (taken.get(one, 0), one))
-                taken[host] = taken.get(host, 0) + files[number].bytes
-                wishes.setdefault(host, {})[name] = None
+        for rank, needed in enumerate(told):
+            names = (root.chosen.record.files[number].name for number in needed)
+            wishes.setdefault(root.hosts.host[rank], {}).update(dict.fromkeys(names))
         return {host: list(names) for host, names in wishes.items()}
 
     def _access(self, root: _OnRankZero) -> NDArray[np.bool_]:

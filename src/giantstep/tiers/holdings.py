@@ -94,6 +94,8 @@ def candidates(holdings: Sequence[Holding], run: str) -> tuple[list[Candidate], 
             continue
         try:
             record = decode_record(holding.record, f"{RECORD_NAME} on host {holding.standing.host}")
+            # Raises if no such save can have been.
+            ParityLayout.of_record(record)
         except (CorruptionError, VersionError) as error:
             refused.append(f"host {holding.standing.host}: {error.message}")
             continue

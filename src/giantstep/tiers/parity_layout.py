@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from giantstep.errors import BadArgumentError, CorruptionError
 from giantstep.format.container import Entry, lay_out
 from giantstep.format.data_file import file_metadata
 from giantstep.format.names import data_file_name
@@ -67,12 +68,23 @@ class ParityLayout:
 
     @classmethod
     def of_record(cls, record: CommitRecord) -> ParityLayout | None:
-        """That of a committed save; None if it has no parity."""
+        """That of a committed save; None if it has no parity.
+
+        Raises:
+            CorruptionError: no save with this parity writes such a record.
+        """
         nodes = record.nodes
         if nodes is None or nodes.parity is None:
             return None
         standings = [Standing(*nodes.hosts[number]) for number in nodes.host_of_rank]
-        return cls.of(record.save_id, HostMap.of(standings), nodes.parity, record.files)
+        try:
+            layout = cls.of(record.save_id, HostMap.of(standings), nodes.parity, record.files)
+        except BadArgumentError as error:
+            raise CorruptionError(f"save {record.save_id} cannot have had the parity that its record says: {error}") from error
+        expected = {layout.parity_file(stripe, block)[0] for stripe in layout.stripes for block in range(len(stripe.parity))}
+        if expected != {file for file in record.files if parity_of_file(file.name) is not None}:
+            raise CorruptionError(f"save {record.save_id} names other files of parity than its hosts and data files make")
+        return layout
 
     @property
     def stream_bytes(self) -> list[int]:
