@@ -163,6 +163,12 @@ class Job:
             except (EOFError, ConnectionResetError):
                 process.join(10)
                 found.append((DIED, process.exitcode))
+        for rank, process in enumerate(self._processes):
+            process.join(max(0.0, end - time.monotonic()))
+            if process.is_alive():
+                found[rank] = (DIED, f"did not end, after {found[rank]}")
+            elif found[rank][0] != DIED and process.exitcode:
+                found[rank] = (DIED, process.exitcode)
         return found
 
 

@@ -9,7 +9,7 @@ from fleet import Seat
 
 import giantstep as gs
 from giantstep.group.torch_group import TorchGroup
-from giantstep.tiers import messages
+from giantstep.tiers import messages, parity_rounds
 
 ROWS, COLUMNS = 48, 4096
 
@@ -64,16 +64,21 @@ def restore_and_save(seat: Seat, steps: list[int], settings: dict[str, Any]) -> 
     return at
 
 
-def stop_while_copying(seat: Seat, transfers: int) -> None:
-    """From now on: stop before that many files' pieces, counted from 0, are sent to other hosts and taken from them."""
+def copy_in_small_pieces() -> None:
+    """So that copying takes several rounds. Called on all ranks."""
     messages._IN_FLIGHT_BYTES = 64 << 10
+    parity_rounds.piece_bytes_for = lambda _: 64 << 10
+
+
+def stop_while_copying(seat: Seat, number: int) -> None:
+    """Stop in the next save before its nth round, counted from 0, of sending to other hosts and taking from them."""
     original = TorchGroup.transfer
     seen = 0
 
     def transfer(group: TorchGroup, sends: Any, receives: Any, phase: str, timeout_secs: float) -> None:
         nonlocal seen
         if phase == "copy":
-            if seen == transfers:
+            if seen == number:
                 seat.stop("copying")
             seen += 1
         original(group, sends, receives, phase, timeout_secs)

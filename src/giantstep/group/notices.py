@@ -13,12 +13,15 @@ import time
 from typing import Any, NoReturn
 
 from giantstep.errors import GiantstepError, PeerFailureError
+from giantstep.group.answering import NoAnswerError, PatientStore
 from giantstep.group.faults import from_text, to_text
 
 _FAULT, _ROLL, _HEARD = "fault", "roll", "heard"
 _POLL_SECS = 0.02
 # The store's host may end in good order while last answers are still on their way.
 _UNREACHABLE_SECS = 5.0
+# A store that is asked by thousands of ranks at once may take long; one that is cut off never answers.
+_ANSWER_SECS = 5.0
 
 
 class Board:
@@ -29,7 +32,7 @@ class Board:
     """
 
     def __init__(self, store: Any, rank: int) -> None:
-        self._store = store
+        self._store = PatientStore(store, _ANSWER_SECS)
         self._rank = rank
         self._unreachable_since: float | None = None
 
@@ -54,6 +57,9 @@ class Board:
         try:
             notice = self._store.get(_FAULT) if self._store.check([_FAULT]) else None
             self._unreachable_since = None
+        except NoAnswerError:
+            # Perhaps it is slow. Who is waited for may be in reach, and the patience with him is bounded.
+            return
         except RuntimeError as error:
             self._unreachable_since = self._unreachable_since or time.monotonic()
             if time.monotonic() - self._unreachable_since > _UNREACHABLE_SECS:

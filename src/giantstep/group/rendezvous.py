@@ -15,10 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 from giantstep.errors import GiantstepError, PeerFailureError
+from giantstep.group.answering import PatientStore
 from giantstep.group.faults import from_text, late, to_text
 
 _POLL_SECS = 0.02
 _POLL_AT_MOST_SECS = 0.5
+# For each answer when the store is told of a fault.
+_WITHDRAW_SECS = 5.0
 # Begins an error where otherwise a token or a place would stand.
 _REFUSED = "!"
 _WITHDRAWN = "withdrawn"
@@ -36,6 +39,7 @@ def meet(store: Any, rank: int, size: int, attempt: int, phase: str, timeout_sec
             when the others have given up waiting for it and try again: it must not join them in what is another call.
         PeerFailureError: the store is gone.
     """
+    store = PatientStore(store, timeout_secs)
     try:
         if rank == 0:
             return _invite(store, size, attempt, phase, timeout_secs)
@@ -48,6 +52,7 @@ def meet(store: Any, rank: int, size: int, attempt: int, phase: str, timeout_sec
 
 def withdraw(store: Any, rank: int, size: int, attempt: int, error: GiantstepError) -> None:
     """Tell those who may be waiting for this rank that it will not come."""
+    store = PatientStore(store, _WITHDRAW_SECS)
     with contextlib.suppress(RuntimeError):
         if rank:
             store.set(f"arrived/{rank}", _numbered(attempt, _REFUSED + to_text(error)))

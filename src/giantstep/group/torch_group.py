@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from giantstep.errors import BadArgumentError, GiantstepError, PeerError, PeerFailureError, located
+from giantstep.group.answering import within
 from giantstep.group.base import Answer, Group, Parcel, Parts, check_parcels
 from giantstep.group.bundle import Bundle
 from giantstep.group.connections import Connections, cause
@@ -180,8 +181,10 @@ class TorchGroup:
             self._attempts += 1
             place = meet(self._store, self._rank, self._size, self._attempts, phase, timeout_secs)
             store = c10d.PrefixStore(place, self._store)
+            patience_secs = max(_CONNECT_SECS, timeout_secs)
             try:
-                connections = Connections(store, self._rank, self._size, max(_CONNECT_SECS, timeout_secs))
+                # gloo keeps to its timeout, but for answers of the store.
+                connections = within(2 * patience_secs, lambda: Connections(store, self._rank, self._size, patience_secs))
             except RuntimeError as error:
                 message = f"the ranks met but could not connect: {cause(str(error))}"
                 raise PeerFailureError(message, phase=phase) from error
