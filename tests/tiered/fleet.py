@@ -43,9 +43,9 @@ class Host:
         """All that it has stored is gone."""
         shutil.rmtree(self.place)
 
-    def files(self) -> set[str]:
-        """All that it has stored."""
-        return {str(path.relative_to(self.place)) for path in Path(self.place).rglob("*") if path.is_file()}
+    def committed(self) -> list[int]:
+        """Steps of which it has the commit record."""
+        return sorted(int(path.parent.name.removeprefix("step_")) for path in Path(self.place).glob("step_*/checkpoint.json"))
 
 
 def hosts_in(folder: Path, names: Sequence[str], network: Network | None = None) -> list[Host]:

@@ -72,6 +72,12 @@ Talk = Callable[[Link], Bundle | None]
 class Connections:
     """Connections of one rank with all others.
 
+    Args:
+        store: a `torch.distributed.Store` with names for these connections only.
+        rank, size: this rank, and how many there are.
+        patience_secs: for connecting.
+        address: of this host, for the others; None: gloo chooses.
+
     Attributes:
         changed: set whenever a link ends.
 
@@ -79,9 +85,9 @@ class Connections:
         RuntimeError: the ranks could not connect.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, patience_secs: float) -> None:
+    def __init__(self, store: Any, rank: int, size: int, patience_secs: float, address: str | None = None) -> None:
         self._rank, self._size = rank, size
-        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, dt.timedelta(seconds=patience_secs))
+        self._gloo: Any = _gloo(store, rank, size, dt.timedelta(seconds=patience_secs), address)
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Link, Talk]] = deque()
         self._threads: set[threading.Thread] = set()
@@ -235,6 +241,16 @@ class Connections:
             link.peer = peer
             work.wait(patience)
             link.moved_at = time.monotonic()
+
+
+def _gloo(store: Any, rank: int, size: int, patience: dt.timedelta, address: str | None) -> Any:
+    kind: Any = dist.ProcessGroupGloo
+    if address is None:
+        return kind(store, rank, size, patience)
+    options = kind._Options()
+    options._devices = [kind.create_device(hostname=address)]
+    options._timeout = patience
+    return kind(store, rank, size, options)
 
 
 def cause(message: str) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from giantstep.errors import BadArgumentError, GiantstepError, PeerError, PeerFailureError, located
+from giantstep.group.addresses import address_for
 from giantstep.group.answering import within
 from giantstep.group.base import Answer, Group, Parcel, Parts, check_parcels
 from giantstep.group.bundle import Bundle
@@ -182,12 +183,18 @@ class TorchGroup:
             place = meet(self._store, self._rank, self._size, self._attempts, phase, timeout_secs)
             store = c10d.PrefixStore(place, self._store)
             patience_secs = max(_CONNECT_SECS, timeout_secs)
+            address = address_for(self._store)
             try:
                 # gloo keeps to its timeout, but for answers of the store.
-                connections = within(2 * patience_secs, lambda: Connections(store, self._rank, self._size, patience_secs))
+                connections = within(
+                    2 * patience_secs, lambda: Connections(store, self._rank, self._size, patience_secs, address)
+                )
             except RuntimeError as error:
-                message = f"the ranks met but could not connect: {cause(str(error))}"
-                raise PeerFailureError(message, phase=phase) from error
+                raise PeerFailureError(
+                    f"the ranks met but could not connect: {cause(str(error))}. If they are on several hosts, set "
+                    "GLOO_SOCKET_IFNAME to the network interface by which these reach each other.",
+                    phase=phase,
+                ) from error
             self._connected = connections, Board(store, self._rank)
         return self._connected
 

@@ -1,0 +1,137 @@
+"""What ranks do in tests of node-local checkpoints: save steps of a state that any number of ranks can load, and restore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fleet import Seat
+
+import giantstep as gs
+from giantstep.group import notices, rendezvous
+from giantstep.group.torch_group import TorchGroup
+from giantstep.protected_save import ProtectedWrite
+from giantstep.tiers import messages, parity_rounds
+
+ROWS, COLUMNS = 48, 4096
+
+
+def whole(step: int) -> torch.Tensor:
+    """The sharded tensor, as it is at a step."""
+    made = torch.Generator().manual_seed(step)
+    return torch.randint(-(1 << 62), 1 << 62, (ROWS, COLUMNS), generator=made)
+
+
+def state_at(step: int, rank: int, size: int) -> dict[str, Any]:
+    """One rank's state."""
+    share = ROWS // size
+    part = whole(step)[rank * share : (rank + 1) * share].clone() if step else torch.zeros(share, COLUMNS, dtype=torch.int64)
+    return {
+        "w": gs.ShardedTensor.from_rank_offsets("w", part, (0, rank, size)),
+        "b": torch.full((100,), float(step)),
+        "step": step,
+    }
+
+
+def tier_of(seat: Seat, timeout_secs: float = 30, **settings: Any) -> gs.LocalTier:
+    """The tier of a rank's host."""
+    return gs.LocalTier(
+        seat.host.place,
+        host=seat.host.name,
+        save_options=gs.SaveOptions(timeout_secs=timeout_secs, block_bytes=16 << 10),
+        load_options=gs.LoadOptions(timeout_secs=timeout_secs),
+        **settings,
+    )
+
+
+def restored(seat: Seat, tier: gs.LocalTier) -> int:
+    """Restore; return the step, or 0 if there is none. AssertionError if it is not exactly what was saved."""
+    state = state_at(0, seat.rank, seat.size)
+    found = tier.restore(state)
+    if found is None:
+        return 0
+    wanted = state_at(found.step, seat.rank, seat.size)
+    assert found.state["step"] == found.step
+    assert torch.equal(found.state["w"], wanted["w"].data)
+    assert torch.equal(found.state["b"], wanted["b"])
+    return found.step
+
+
+def restore_and_save(seat: Seat, steps: list[int], settings: dict[str, Any]) -> int:
+    """A whole job: restore, and save some steps; return what was restored."""
+    with tier_of(seat, **settings) as tier:
+        at = restored(seat, tier)
+        for step in steps:
+            tier.save(step, state_at(step, seat.rank, seat.size), asynchronous=False)
+    return at
+
+
+# Places to stop at: before the nth round of sending to other hosts in a save or load, or, on rank 0, when it has decided that
+# a save is to be committed and nobody has heard of that.
+Stop = tuple[str, int]
+DECIDED = "decided"
+
+
+def stop_at(seat: Seat, stop: Stop) -> None:
+    """Stop there, once."""
+    place, number = stop
+    seen = 0
+
+    def come_by(here: str) -> None:
+        nonlocal seen
+        if here == place:
+            if seen == number:
+                seat.stop(here)
+            seen += 1
+
+    transfer, decide = TorchGroup.transfer, ProtectedWrite._decide_commit
+
+    def stopping_transfer(group: TorchGroup, sends: Any, receives: Any, phase: str, timeout_secs: float) -> None:
+        come_by(phase)
+        transfer(group, sends, receives, phase, timeout_secs)
+
+    def stopping_decide(write: ProtectedWrite, reports: Any) -> Any:
+        answers = decide(write, reports)
+        come_by(DECIDED)
+        return answers
+
+    TorchGroup.transfer = stopping_transfer  # type: ignore[method-assign]
+    ProtectedWrite._decide_commit = stopping_decide  # type: ignore[method-assign]
+
+
+def meet_trouble(seat: Seat, step: int, settings: dict[str, Any], stops: dict[int, Stop], timeout_secs: float = 60) -> str:
+    """Restore, or save step 5 if there is nothing, and then save a step in the background, in which some ranks stop.
+
+    Returns the class of the error that came of that.
+    """
+    _hurry()
+    with tier_of(seat, timeout_secs, **settings) as tier:
+        if not restored(seat, tier):
+            tier.save(5, state_at(5, seat.rank, seat.size), asynchronous=False)
+        if seat.rank in stops:
+            stop_at(seat, stops[seat.rank])
+        pending = tier.save(step, state_at(step, seat.rank, seat.size))
+        try:
+            pending.result()
+        except gs.GiantstepError as error:
+            return type(error).__name__
+        return "saved"
+
+
+def meet_trouble_restoring(seat: Seat, settings: dict[str, Any], stops: dict[int, Stop], timeout_secs: float) -> str:
+    """Restore; some ranks stop on the way. Returns the class of the error that came of that."""
+    _hurry()
+    with tier_of(seat, timeout_secs, **settings) as tier:
+        if seat.rank in stops:
+            stop_at(seat, stops[seat.rank])
+        try:
+            return str(restored(seat, tier))
+        except gs.GiantstepError as error:
+            return type(error).__name__
+
+
+def _hurry() -> None:
+    """Copy in several rounds, small as the state is; and let a store that is cut off be given up soon."""
+    messages._IN_FLIGHT_BYTES = 64 << 10
+    parity_rounds.piece_bytes_for = lambda _: 64 << 10
+    notices._ANSWER_SECS = rendezvous._WITHDRAW_SECS = 1.0
