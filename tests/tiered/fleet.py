@@ -142,6 +142,16 @@ class Job:
         """A rank that has stopped goes on."""
         self._pipes[rank].send("go")
 
+    def all_stop(self) -> None:
+        """Wait until all ranks have stopped."""
+        for rank in range(len(self._hosts)):
+            self.await_stop(rank)
+
+    def all_go(self) -> None:
+        """All ranks go on."""
+        for rank in range(len(self._hosts)):
+            self.let_go(rank)
+
     def kill(self, host: str) -> None:
         """End all processes of a host at once, and wait until they are no more."""
         doomed = [self._processes[rank] for rank in self._ranks_of(host)]

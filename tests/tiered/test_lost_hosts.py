@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fleet import Host, Job, hosts_in, run
-from tier_work import meet_trouble, restore_and_save
+from tier_work import Stops, meet_trouble, restore_and_save
 
 from processes import DIED
 
@@ -24,7 +24,7 @@ def seats(hosts: list[Host], each: int) -> list[Host]:
 def kill_while_copying(hosts: list[Host], victim: int, number: int, settings: dict[str, Any]) -> None:
     """Save step 5 on two ranks a host, then kill a host in the middle of saving step 10; all others hear of it."""
     stopping = 2 * victim
-    with Job(seats(hosts, 2), meet_trouble, 10, settings, {stopping: ("copy", number)}) as job:
+    with Job(seats(hosts, 2), meet_trouble, settings, Stops(one_rank=(stopping, ("copy", number)))) as job:
         job.await_stop(stopping)
         job.kill(hosts[victim].name)
         outcomes = job.outcomes()

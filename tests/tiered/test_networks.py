@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from fleet import Host, Job, hosts_in, run
 from namespaces import Network, needs_namespaces
-from tier_work import DECIDED, Stop, meet_trouble, meet_trouble_restoring, meet_without_interface, restore_and_save
+from tier_work import DECIDED, Stops, meet_trouble, meet_trouble_restoring, meet_without_interface, restore_and_save
 
 COPIES: dict[str, Any] = {"replicas": 1}
 PARITY: dict[str, Any] = {"parity": (3, 1)}
-PATIENCE_SECS = 2.0
 PEER_ERRORS = {"PeerFailureError", "PhaseTimeoutError"}
 
 
@@ -29,25 +28,22 @@ def hosts(tmp_path: Path, network: Network) -> list[Host]:
     return hosts_in(tmp_path, ["a", "b", "c", "d"], network)
 
 
-def ends_of_job_with_cut(
-    hosts: list[Host], network: Network, function: Any, arguments: tuple[Any, ...], cut: int, stopping: int
-) -> list[str]:
-    """What ranks, one on each host, come to when a host's link is cut as one of them has stopped."""
-    with Job(hosts, function, *arguments) as job:
-        job.await_stop(stopping)
-        network.cut(cut)
-        job.let_go(stopping)
+def ends_when_cut(hosts: list[Host], network: Network, work: Any, settings: dict[str, Any], stops: Stops, cut: int) -> set[str]:
+    """What ranks, one on each host, come to when a host's link is cut as they have stopped."""
+    with Job(hosts, work, settings, stops) as job:
+        job.all_stop()
+        if stops.one_rank is None:
+            network.cut(cut)
+            job.all_go()
+        else:
+            job.all_go()
+            job.await_stop(stops.one_rank[0])
+            network.cut(cut)
+            job.let_go(stops.one_rank[0])
         outcomes = job.outcomes()
     network.mend(cut)
     assert [kind for kind, _ in outcomes] == ["ok"] * len(hosts)
-    return [found for _, found in outcomes]
-
-
-def cut_while_saving(
-    hosts: list[Host], network: Network, settings: dict[str, Any], cut: int, stopping: int, stop: Stop
-) -> None:
-    arguments = (10, settings, {stopping: stop}, PATIENCE_SECS)
-    assert set(ends_of_job_with_cut(hosts, network, meet_trouble, arguments, cut, stopping)) <= PEER_ERRORS
+    return {found for _, found in outcomes}
 
 
 CUTS = [
@@ -62,7 +58,8 @@ CUTS = [
 def test_a_link_cut_while_copying_ends_the_save_and_the_step_before_is_restored(
     hosts: list[Host], network: Network, settings: dict[str, Any], cut: int
 ) -> None:
-    cut_while_saving(hosts, network, settings, cut, cut, ("copy", 1))
+    stops = Stops(all_ranks=("copy", 1))
+    assert ends_when_cut(hosts, network, meet_trouble, settings, stops, cut) <= PEER_ERRORS
     assert [host.committed() for host in hosts] == [[5]] * 4
     # Renumbered hosts are the same hosts.
     assert run([hosts[number] for number in (2, 0, 3, 1)], restore_and_save, [11], settings) == [5] * 4
@@ -70,7 +67,8 @@ def test_a_link_cut_while_copying_ends_the_save_and_the_step_before_is_restored(
 
 
 def test_a_host_that_does_not_hear_of_the_commit_takes_part_in_restoring_that_step(hosts: list[Host], network: Network) -> None:
-    cut_while_saving(hosts, network, COPIES, 2, 0, (DECIDED, 0))
+    stops = Stops(all_ranks=("agree copy", 0), one_rank=(0, (DECIDED, 0)))
+    assert ends_when_cut(hosts, network, meet_trouble, COPIES, stops, cut=2) <= PEER_ERRORS
     assert [host.committed() for host in hosts] == [[5, 10], [5, 10], [5], [5, 10]]
     assert run(hosts, restore_and_save, [], COPIES) == [10] * 4
 
@@ -78,17 +76,16 @@ def test_a_host_that_does_not_hear_of_the_commit_takes_part_in_restoring_that_st
 def test_a_link_cut_while_restoring_ends_it_and_the_next_try_restores(hosts: list[Host], network: Network) -> None:
     assert run(hosts, restore_and_save, [5], COPIES) == [0] * 4
     hosts[3].lose()
-    ends = ends_of_job_with_cut(
-        hosts, network, meet_trouble_restoring, (COPIES, {3: ("gather", 1)}, PATIENCE_SECS), cut=3, stopping=3
-    )
-    assert set(ends) <= PEER_ERRORS
+    # All hosts have agreed on the step, and the fourth is being sent what it lacks.
+    stops = Stops(all_ranks=("agree gather", 3), one_rank=(3, ("gather", 1)), patience_secs=4.0)
+    assert ends_when_cut(hosts, network, meet_trouble_restoring, COPIES, stops, cut=3) <= PEER_ERRORS
     assert run(hosts, restore_and_save, [], COPIES) == [5] * 4
 
 
 def test_a_host_killed_while_copying_is_replaced_by_one_at_another_address(
     tmp_path: Path, hosts: list[Host], network: Network
 ) -> None:
-    with Job(hosts, meet_trouble, 10, COPIES, {0: ("copy", 1)}, PATIENCE_SECS) as job:
+    with Job(hosts, meet_trouble, COPIES, Stops(one_rank=(0, ("copy", 1)))) as job:
         job.await_stop(0)
         job.kill("a")
         outcomes = job.outcomes()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ def state_at(step: int, rank: int, size: int) -> dict[str, Any]:
     }
 
 
-def tier_of(seat: Seat, timeout_secs: float = 30, **settings: Any) -> gs.LocalTier:
+def tier_of(seat: Seat, timeout_secs: float = 60, **settings: Any) -> gs.LocalTier:
     """The tier of a rank's host."""
     return gs.LocalTier(
         seat.host.place,
@@ -70,51 +72,70 @@ def restore_and_save(seat: Seat, steps: list[int], settings: dict[str, Any]) -> 
     return at
 
 
-# Places to stop at: before the nth round of sending to other hosts in a save or load, or, on rank 0, when it has decided that
-# a save is to be committed and nobody has heard of that.
+# Where ranks stop, and how often they come by there before: "copy" and "gather" is before files are sent to other hosts in a
+# save or load, "agree copy" and the like before all ranks agree in that phase, and DECIDED is on rank 0, when it has decided
+# that a save is to be committed and nobody has heard of that.
 Stop = tuple[str, int]
 DECIDED = "decided"
 
 
-def stop_at(seat: Seat, stop: Stop) -> None:
-    """Stop there, once."""
-    place, number = stop
-    seen = 0
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """Where ranks stop.
 
-    def come_by(here: str) -> None:
-        nonlocal seen
-        if here == place:
-            if seen == number:
+    Attributes:
+        all_ranks: where all do, after which they have little patience with each other; None if they do not.
+        one_rank: a rank, and where it stops, perhaps once more.
+        patience_secs: after the stop of all.
+    """
+
+    all_ranks: Stop | None = None
+    one_rank: tuple[int, Stop] | None = None
+    patience_secs: float = 2.0
+
+    def begin(self, seat: Seat) -> None:
+        """From now on, stop."""
+        seen: Counter[str] = Counter()
+        impatient = False
+
+        def come_by(here: str) -> None:
+            nonlocal impatient
+            if self.all_ranks == (here, seen[here]):
                 seat.stop(here)
-            seen += 1
+                impatient = True
+            if self.one_rank == (seat.rank, (here, seen[here])):
+                seat.stop(here)
+            seen[here] += 1
 
-    transfer, decide = TorchGroup.transfer, ProtectedWrite._decide_commit
+        transfer, exchange, decide = TorchGroup.transfer, TorchGroup.exchange, ProtectedWrite._decide_commit
 
-    def stopping_transfer(group: TorchGroup, sends: Any, receives: Any, phase: str, timeout_secs: float) -> None:
-        come_by(phase)
-        transfer(group, sends, receives, phase, timeout_secs)
+        def stopping_transfer(group: TorchGroup, sends: Any, receives: Any, phase: str, timeout_secs: float) -> None:
+            come_by(phase)
+            transfer(group, sends, receives, phase, self.patience_secs if impatient else timeout_secs)
 
-    def stopping_decide(write: ProtectedWrite, reports: Any) -> Any:
-        answers = decide(write, reports)
-        come_by(DECIDED)
-        return answers
+        def stopping_exchange(group: TorchGroup, report: Any, answer: Any, phase: str, timeout_secs: float) -> Any:
+            come_by(f"agree {phase}")
+            return exchange(group, report, answer, phase, self.patience_secs if impatient else timeout_secs)
 
-    TorchGroup.transfer = stopping_transfer  # type: ignore[method-assign]
-    ProtectedWrite._decide_commit = stopping_decide  # type: ignore[method-assign]
+        def stopping_decide(write: ProtectedWrite, reports: Any) -> Any:
+            answers = decide(write, reports)
+            come_by(DECIDED)
+            return answers
+
+        TorchGroup.transfer, TorchGroup.exchange = stopping_transfer, stopping_exchange  # type: ignore[method-assign]
+        ProtectedWrite._decide_commit = stopping_decide  # type: ignore[method-assign]
 
 
-def meet_trouble(seat: Seat, step: int, settings: dict[str, Any], stops: dict[int, Stop], timeout_secs: float = 60) -> str:
-    """Restore, or save step 5 if there is nothing, and then save a step in the background, in which some ranks stop.
+def meet_trouble(seat: Seat, settings: dict[str, Any], stops: Stops) -> str:
+    """Save step 5, and then step 10 in the background, in which ranks stop.
 
     Returns the class of the error that came of that.
     """
     _hurry()
-    with tier_of(seat, timeout_secs, **settings) as tier:
-        if not restored(seat, tier):
-            tier.save(5, state_at(5, seat.rank, seat.size), asynchronous=False)
-        if seat.rank in stops:
-            stop_at(seat, stops[seat.rank])
-        pending = tier.save(step, state_at(step, seat.rank, seat.size))
+    with tier_of(seat, **settings) as tier:
+        tier.save(5, state_at(5, seat.rank, seat.size), asynchronous=False)
+        stops.begin(seat)
+        pending = tier.save(10, state_at(10, seat.rank, seat.size))
         try:
             pending.result()
         except gs.GiantstepError as error:
@@ -122,12 +143,11 @@ def meet_trouble(seat: Seat, step: int, settings: dict[str, Any], stops: dict[in
         return "saved"
 
 
-def meet_trouble_restoring(seat: Seat, settings: dict[str, Any], stops: dict[int, Stop], timeout_secs: float) -> str:
-    """Restore; some ranks stop on the way. Returns the class of the error that came of that."""
+def meet_trouble_restoring(seat: Seat, settings: dict[str, Any], stops: Stops) -> str:
+    """Restore; ranks stop on the way. Returns the class of the error that came of that."""
     _hurry()
-    with tier_of(seat, timeout_secs, **settings) as tier:
-        if seat.rank in stops:
-            stop_at(seat, stops[seat.rank])
+    with tier_of(seat, **settings) as tier:
+        stops.begin(seat)
         try:
             return str(restored(seat, tier))
         except gs.GiantstepError as error:
