@@ -53,13 +53,10 @@ def test_a_host_killed_while_copying_is_replaced(tmp_path: Path, settings: dict[
 @pytest.mark.parametrize("settings", [COPIES, PARITY], ids=["copies", "parity"])
 @pytest.mark.parametrize("victim", range(4))
 @pytest.mark.parametrize("number", [0, 2])
-@pytest.mark.parametrize("each", [1, 2, 3])
-def test_any_host_killed_in_any_round_is_replaced(
-    tmp_path: Path, settings: dict[str, Any], victim: int, number: int, each: int
-) -> None:
+def test_any_host_killed_in_any_round_is_replaced(tmp_path: Path, settings: dict[str, Any], victim: int, number: int) -> None:
     hosts = hosts_in(tmp_path, ["a", "b", "c", "d"])
     kill_while_copying(hosts, victim, number, settings)
-    go_on(hosts, tmp_path, victim, each, settings)
+    go_on(hosts, tmp_path, victim, 1 + victim % 3, settings)
 
 
 def test_fewer_hosts_than_before_restore_in_another_order(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_link_cut_while_copying_ends_the_save_and_the_step_before_is_restored(
 
 
 def test_a_host_that_does_not_hear_of_the_commit_takes_part_in_restoring_that_step(hosts: list[Host], network: Network) -> None:
-    stops = Stops(all_ranks=("agree copy", 0), one_rank=(0, (DECIDED, 0)))
+    stops = Stops(all_ranks=("agree copy", 0), one_rank=(0, (DECIDED, 0)), patience_secs=3.0)
     assert ends_when_cut(hosts, network, meet_trouble, COPIES, stops, cut=2) <= PEER_ERRORS
     assert [host.committed() for host in hosts] == [[5, 10], [5, 10], [5], [5, 10]]
     assert run(hosts, restore_and_save, [], COPIES) == [10] * 4

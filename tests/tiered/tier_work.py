@@ -14,7 +14,7 @@ from fleet import Seat
 from torch.distributed import distributed_c10d as c10d
 
 import giantstep as gs
-from giantstep.group import notices, rendezvous
+from giantstep.group import notices, rendezvous, torch_group
 from giantstep.group.torch_group import TorchGroup
 from giantstep.protected_save import ProtectedWrite
 from giantstep.tiers import messages, parity_rounds
@@ -155,10 +155,11 @@ def meet_trouble_restoring(seat: Seat, settings: dict[str, Any], stops: Stops) -
 
 
 def _hurry() -> None:
-    """Copy in several rounds, small as the state is; and let a store that is cut off be given up soon."""
+    """Copy in several rounds, small as the state is; and give up soon whoever is cut off."""
     messages._IN_FLIGHT_BYTES = 64 << 10
     parity_rounds.piece_bytes_for = lambda _: 64 << 10
     notices._ANSWER_SECS = rendezvous._WITHDRAW_SECS = 1.0
+    torch_group._EXTRA_SECS = 4.0
 
 
 def meet_without_interface(seat: Seat) -> bytes:
