@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from fleet import Host, Job, hosts_in, run
 from namespaces import Network, needs_namespaces
-from tier_work import DECIDED, Stops, meet_trouble, meet_trouble_restoring, meet_without_interface, restore_and_save
+from tier_work import (
+    DECIDED,
+    Stops,
+    meet_trouble,
+    meet_trouble_restoring,
+    meet_without_interface,
+    restore_and_save,
+    save_until_saved,
+)
 
 COPIES: dict[str, Any] = {"replicas": 1}
 PARITY: dict[str, Any] = {"parity": (3, 1)}
@@ -80,6 +88,23 @@ def test_a_link_cut_while_restoring_ends_it_and_the_next_try_restores(hosts: lis
     stops = Stops(all_ranks=("agree gather", 3), one_rank=(3, ("gather", 1)), patience_secs=4.0)
     assert ends_when_cut(hosts, network, meet_trouble_restoring, COPIES, stops, cut=3) <= PEER_ERRORS
     assert run(hosts, restore_and_save, [], COPIES) == [5] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [0, 2])
+def test_the_same_processes_save_again_once_the_link_is_back(hosts: list[Host], network: Network, cut: int) -> None:
+    with Job(hosts, save_until_saved) as job:
+        job.all_stop()
+        network.cut(cut)
+        job.all_go()
+        job.all_stop()
+        network.mend(cut)
+        job.all_go()
+        outcomes = job.outcomes(120)
+    for kind, ends in outcomes:
+        assert (kind, ends[-1]) == ("ok", "saved")
+        assert {*ends[:-1]} <= PEER_ERRORS
+        assert len(ends) > 1
 
 
 def test_a_host_killed_while_copying_is_replaced_by_one_at_another_address(

@@ -143,6 +143,27 @@ def meet_trouble(seat: Seat, settings: dict[str, Any], stops: Stops) -> str:
         return "saved"
 
 
+def save_until_saved(seat: Seat) -> list[str]:
+    """Save steps in the same processes: the first while a link is cut, the others after that, until one is saved.
+
+    Returns what came of each.
+    """
+    _hurry()
+    ends: list[str] = []
+    with tier_of(seat, timeout_secs=6) as tier:
+        seat.stop("ready")
+        while "saved" not in ends and len(ends) < 6:
+            step = 10 + len(ends)
+            try:
+                tier.save(step, state_at(step, seat.rank, seat.size), asynchronous=False)
+                ends.append("saved")
+            except gs.GiantstepError as error:
+                ends.append(type(error).__name__)
+            if len(ends) == 1:
+                seat.stop("failed")
+    return ends
+
+
 def meet_trouble_restoring(seat: Seat, settings: dict[str, Any], stops: Stops) -> str:
     """Restore; ranks stop on the way. Returns the class of the error that came of that."""
     _hurry()
