@@ -107,6 +107,11 @@ def host_name(*, of_process: bool = False) -> str:
     return f"{name} process {os.getpid()}" if of_process else name
 
 
+def gloo_interface() -> str | None:
+    """The network interface that gloo is to use (GLOO_SOCKET_IFNAME), if that was said."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") or None
+
+
 @dataclass(frozen=True, slots=True)
 class Threads:
     """How many threads of a rank move bytes.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 import socket
 from typing import Any
+
+from giantstep.options import gloo_interface
 
 
 def address_for(store: Any) -> str | None:
@@ -22,7 +23,7 @@ def address_for(store: Any) -> str | None:
     Args:
         store: that started torch.distributed.
     """
-    if os.environ.get("GLOO_SOCKET_IFNAME") or not _is_loopback(_of_own_name()):
+    if gloo_interface() is not None or not _is_loopback(_of_own_name()):
         return None
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
