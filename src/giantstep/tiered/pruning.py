@@ -60,8 +60,10 @@ class Pruning:
             self._ask()
 
     def _ask(self) -> None:
+        if self._closed:
+            return
         self._asked = True
-        if self._thread is None and not self._closed:
+        if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="giantstep-prune", daemon=True)
             self._thread.start()
         self._changed.notify_all()
