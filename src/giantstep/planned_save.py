@@ -222,7 +222,7 @@ class SavePlanner:
         if self._parity is not None:
             # Raises if hosts are too few.
             ParityLayout.of("", hosts, self._parity, ())
-        return Replication(self._copies, hosts.domain_of_ranks()) if self._copies else None
+        return Replication(self._copies, hosts.domain_of_ranks(), hosts.circle_of_ranks()) if self._copies else None
 
     def _explain_refusal(self, key: str) -> None:
         def decide(reports: Sequence[bytes]) -> list[bytes]:

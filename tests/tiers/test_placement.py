@@ -67,8 +67,11 @@ def test_copies_stay_within_a_circle(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, [1] * 5, circles=circles)
 
     def work(group: Any) -> None:
-        state = {"x": gs.ShardedTensor.from_rank_offsets("x", torch.full((400, 5), float(group.rank)), (0, group.rank, 5))}
-        gs.save(state, cluster.store(group.rank), process_group=group)
+        own = gs.ShardedTensor.from_rank_offsets("x", torch.full((400, 5), float(group.rank)), (0, group.rank, 5))
+        state = {"x": own, "shared": torch.arange(3000.0)}
+        report = gs.save(state, cluster.store(group.rank), process_group=group)
+
+        assert report.bytes_spared >= 12_000
 
     run_ranks(5, work)
     held: dict[str, set[str]] = {}
@@ -76,7 +79,7 @@ def test_copies_stay_within_a_circle(tmp_path: Path) -> None:
         for name in files:
             held.setdefault(name, set()).add(circles[host])
     assert held
-    # Objects that all ranks hold are of rank 0's circle, too.
+    # Twins are of the writer's circle, too, and objects that all ranks hold of rank 0's.
     assert all(len(found) == 1 for found in held.values())
 
 

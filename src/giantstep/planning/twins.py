@@ -24,10 +24,12 @@ class Replication:
     Attributes:
         copies: how many.
         domain: [ranks] number of the failure domain of each.
+        circle: [ranks] number of the circle of hosts of each: copies stay within it.
     """
 
     copies: int
     domain: Int64s
+    circle: Int64s
 
 
 def twins_of(sets: Sequence[Int64s], set_of: Int64s, writer: Int64s, replication: Replication) -> Int64s:
@@ -51,6 +53,7 @@ def twins_of(sets: Sequence[Int64s], set_of: Int64s, writer: Int64s, replication
 
 
 def _next_domains(held: Int64s, writer: int, replication: Replication) -> Int64s:
+    held = held[replication.circle[held] == replication.circle[writer]]
     domain = replication.domain[held]
     names = np.unique(domain)
     own = int(np.searchsorted(names, replication.domain[writer]))

@@ -91,6 +91,11 @@ class HostMap:
         """[ranks] number of the failure domain of each."""
         return np.array([self.domain[number] for number in self.host], dtype=np.int64)
 
+    def circle_of_ranks(self) -> Int64s:
+        """[ranks] number of the circle of each."""
+        numbers: dict[str, int] = {}
+        return np.array([numbers.setdefault(self.standings[host].circle, len(numbers)) for host in self.host], dtype=np.int64)
+
     def check_copies(self, copies: int) -> None:
         """Raise `BadArgumentError` unless every circle has so many failure domains besides each host's own."""
         circles: dict[str, set[int]] = {}
