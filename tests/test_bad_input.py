@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from giantstep.errors import (
     UnsupportedTypeError,
 )
 from giantstep.format.digests import anchor_digest
+from giantstep.storage.local import LocalStore
 from giantstep.testing.ranks import run_ranks, run_ranks_collecting
 
 Error = type[gs.GiantstepError]
@@ -501,13 +503,25 @@ def test_superseded_files_behind_a_linked_folder_are_deleted_too(tmp_path: Path)
     assert len(list((tmp_path / "elsewhere").iterdir())) == 2
 
 
-def test_what_the_system_says_against_reading_is_a_store_error(tmp_path: Path) -> None:
+def test_what_the_system_says_against_reading_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gs.save({"w": torch.zeros(3)}, tmp_path)
+    checkpoint = gs.open_checkpoint(tmp_path)
+
+    def refuse(_store: LocalStore, name: str, *, direct: bool = False) -> NoReturn:
+        raise OSError(errno.ESTALE, "Stale file handle", name)
+
+    monkeypatch.setattr(LocalStore, "open_read", refuse)
+    with pytest.raises(gs.errors.StoreError, match="Stale file handle"):
+        checkpoint["w"][...]
+
+
+def test_a_link_in_a_circle_in_the_place_of_a_file_is_damage(tmp_path: Path) -> None:
     gs.save({"w": torch.zeros(3)}, tmp_path)
     (file,) = (tmp_path / "data").iterdir()
     checkpoint = gs.open_checkpoint(tmp_path)
     file.unlink()
     file.symlink_to(file)
-    with pytest.raises(gs.errors.StoreError, match="symbolic links"):
+    with pytest.raises(gs.errors.CorruptionError, match="a link that leads in a circle"):
         checkpoint["w"][...]
 
 

@@ -131,7 +131,8 @@ class Checkpoint:
 
     def keys(self) -> list[str]:
         """Keys of all tensors, sorted."""
-        return self._index.tensor_keys()
+        with self._reading():
+            return self._index.tensor_keys()
 
     def __len__(self) -> int:
         return self._index.tensor_count
@@ -140,18 +141,21 @@ class Checkpoint:
         return iter(self.keys())
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._index.find_tensor(key) is not None
+        with self._reading():
+            return isinstance(key, str) and self._index.find_tensor(key) is not None
 
     def _entry(self, key: str) -> TensorEntry:
         if not isinstance(key, str):
             raise BadArgumentError(f"tensor key {key!r} must be a str")
-        row = self._index.find_tensor(key)
+        with self._reading():
+            row = self._index.find_tensor(key)
         if row is None:
             keys = self.keys()
             near = difflib.get_close_matches(key, keys, n=3) if len(keys) <= _HINTED_KEYS else []
             hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
             raise KeyMismatchError(f"no tensor {key!r} in {self.location}, which holds {len(self)} tensors.{hint}")
-        return self._index.tensor(row)
+        with self._reading():
+            return self._index.tensor(row)
 
     def info(self, key: str) -> TensorInfo:
         """What is stored under a key, and where. Reads no tensor data."""
@@ -165,7 +169,8 @@ class Checkpoint:
 
     def infos(self) -> Iterator[TensorInfo]:
         """`info` of every tensor, without its chunks' places: fast for many tensors."""
-        index = self._index.load_all()
+        with self._reading():
+            index = self._index.load_all()
         ends, dims = index.tensor_dims_ends.tolist(), index.tensor_dims.tolist()
         counts = np.diff(index.tensor_chunk_ends).tolist()
         for row, (key, code) in enumerate(zip(self.keys(), index.tensor_dtype.tolist(), strict=True)):
@@ -223,11 +228,13 @@ class Checkpoint:
 
     def object_keys(self) -> list[str]:
         """Keys of all stored objects, the common state's among them if there is any."""
-        return self._index.object_keys()
+        with self._reading():
+            return self._index.object_keys()
 
     def objects(self) -> dict[str, Any]:
         """All stored objects by key, without the common state."""
-        self._index.check_objects()
+        with self._reading():
+            self._index.check_objects()
         keys = [key for key in self.object_keys() if key != COMMON_KEY]
         with self.reading_ahead(keys):
             return {key: self.object(key) for key in keys}
@@ -253,7 +260,9 @@ class Checkpoint:
 
     def _read_objects(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Encoded objects, those that lie near each other read together."""
-        places = [self._placed(key, place) for key, place in zip(keys, self._index.find_objects(keys), strict=True)]
+        with self._reading():
+            found = self._index.find_objects(keys)
+        places = [self._placed(key, place) for key, place in zip(keys, found, strict=True)]
         table, wanted = tabulate_spans(*([place[column] for place in places] for column in range(3)))
         targets = [np.empty(size, dtype=np.uint8) for _, _, size in places]
         plan = plan_load(table, wanted, block_bytes=self._record.block_bytes, buffer_bytes=_BUFFER_BYTES)
@@ -297,7 +306,9 @@ class Checkpoint:
         """The common state: nested plain values; an empty dict if none was saved."""
         with self._lock:
             if self._common is None:
-                found = self.object(COMMON_KEY) if self._index.find_object(COMMON_KEY) else {}
+                with self._reading():
+                    stored = self._index.find_object(COMMON_KEY) is not None
+                found = self.object(COMMON_KEY) if stored else {}
                 if not isinstance(found, dict):
                     raise CorruptionError(f"common state of {self.location} is of {type(found)}, expected a dict")
                 self._common = found

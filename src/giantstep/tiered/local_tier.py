@@ -11,23 +11,22 @@ from types import TracebackType
 from typing import Any, Self
 
 from giantstep.async_saving import async_save
-from giantstep.errors import BadArgumentError, CorruptionError, DisagreementError, GiantstepError, IncompleteError, StoreError
+from giantstep.errors import BadArgumentError, CorruptionError, GiantstepError, IncompleteError
 from giantstep.format.record import Json
 from giantstep.group.base import Parts, consult_parts
 from giantstep.group.torch_group import group_of
 from giantstep.loading import load
-from giantstep.mapping.describe import describe
-from giantstep.options import LoadOptions, SaveOptions, StrictHandling, host_name
+from giantstep.options import LoadOptions, SaveOptions, StrictHandling
 from giantstep.pending import PendingSave
 from giantstep.phases import same_call, settings, with_call
-from giantstep.reports import LoadedState, SaveReport, size_text
+from giantstep.reports import LoadedState, SaveReport
 from giantstep.saving import save
 from giantstep.steps import step_name
-from giantstep.storage.base import Store
 from giantstep.storage.locate import StoreLike, store_at
-from giantstep.storage.memory import MemoryStore
 from giantstep.tiered.pruning import Pruning
+from giantstep.tiered.room import check_room
 from giantstep.tiered.step_lists import HeldStep, StepList, common_steps, own_steps
+from giantstep.tiered.tier_arguments import check_options, check_places, check_settings, standing_of
 from giantstep.tiers.hosts import HostMap, Standing
 from giantstep.tiers.node_store import NodeStore, Protection
 from giantstep.tiers.parity_layout import ParityLayout
@@ -110,10 +109,10 @@ class LocalTier(AbstractContextManager["LocalTier"]):
 
         def begin() -> Parts:
             here = store_at(path)
-            _check(every, keep, asynchronous)
-            _check_options(save_options, load_options)
+            check_settings(every, keep, asynchronous)
+            check_options(save_options, load_options)
             protection = Protection(0 if parity is not None else replicas, parity, run)
-            standing = _standing(here, host, domain, circle)
+            standing = standing_of(here, host, domain, circle)
             self._root = NodeStore(here, "steps", standing, protection)
             call = {
                 "call": "LocalTier",
@@ -133,7 +132,7 @@ class LocalTier(AbstractContextManager["LocalTier"]):
             told = same_call(reports)
             hosts = HostMap.of([Standing.decode(report[0]) for report in told])
             hosts.check_copies(self._root.protection.replicas)
-            _check_places(hosts, [report[2].decode("utf-8", "surrogatepass") for report in told])
+            check_places(hosts, [report[2].decode("utf-8", "surrogatepass") for report in told])
             if parity is not None:
                 ParityLayout.of("", hosts, parity, [])
             found = common_steps([StepList.decode(report[1]) for report in told], run)
@@ -203,40 +202,7 @@ class LocalTier(AbstractContextManager["LocalTier"]):
         Raises (the same on all ranks):
             StoreError: some host has not; says which, and how much is missing.
         """
-
-        def look() -> Parts:
-            described = describe(state_dict, for_load=False)
-            here = sum(view.numel() * view.element_size() for view in described.views if view is not None)
-            free = self._root.free_bytes()
-            return self._root.standing.encode(), str(here).encode(), b"" if free is None else str(free + self._used()).encode()
-
-        def decide(reports: Sequence[Parts]) -> list[Parts]:
-            hosts = HostMap.of([Standing.decode(report[0]) for report in reports])
-            protection, steps = self._root.protection, self._keep + 1
-            factor = 1 + protection.replicas
-            for number, lead in enumerate(hosts.leads):
-                mine = sum(int(reports[rank][1]) for rank in hosts.ranks_of(number))
-                if protection.parity is not None:
-                    need = mine * steps * sum(protection.parity) // protection.parity[0]
-                else:
-                    need = mine * steps * factor
-                free = reports[lead][2]
-                if free and int(free) < need:
-                    raise StoreError(
-                        f"host {hosts.standings[number].host} has {size_text(int(free))} of room in its place, and {steps} "
-                        f"steps of its ranks' states, {size_text(mine)} each, with protection take up to {size_text(need)}: "
-                        "give it more, keep fewer steps, or ask for less protection"
-                    )
-            return [()] * len(reports)
-
-        consult_parts(self.group, "manage", self._save_options.timeout_secs, look, decide)
-
-    def _used(self) -> int:
-        total = 0
-        for name in self._root.folders():
-            place = self._root.folder(name)
-            total += sum(place.size(file) for folder in ("", "data") for file in place.names(folder))
-        return total
+        check_room(self.group, self._root, self._keep + 1, state_dict, self.timeout_secs)
 
     # Going on.
 
@@ -398,38 +364,3 @@ class LocalTier(AbstractContextManager["LocalTier"]):
 def _next_generation(found: Sequence[HeldStep]) -> bytes:
     """After all those that hosts have; and, as far as clocks allow, after those of hosts that are away."""
     return str(max([time.time_ns() // 1_000_000, *(one.generation + 1 for one in found)])).encode("ascii")
-
-
-def _check(every: int | None, keep: int, asynchronous: bool) -> None:
-    if not isinstance(asynchronous, bool):
-        raise BadArgumentError(f"asynchronous={asynchronous!r} cannot be: expected True or False")
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise BadArgumentError(f"every={every!r} cannot be: expected None or a number of steps from 1 on")
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-        raise BadArgumentError(f"keep={keep!r} cannot be: expected an int from 1 on")
-
-
-def _check_options(save_options: SaveOptions | None, load_options: LoadOptions | None) -> None:
-    if not isinstance(save_options, SaveOptions | None):
-        raise BadArgumentError(f"save_options must be SaveOptions, not {type(save_options).__name__}")
-    if not isinstance(load_options, LoadOptions | None):
-        raise BadArgumentError(f"load_options must be LoadOptions, not {type(load_options).__name__}")
-
-
-def _check_places(hosts: HostMap, locations: Sequence[str]) -> None:
-    for rank, location in enumerate(locations):
-        lead = hosts.leads[hosts.host[rank]]
-        if location != locations[lead]:
-            raise DisagreementError(
-                f"ranks {lead} and {rank} are both on host {hosts.standings[hosts.host[rank]].host!r}, where rank {lead} has "
-                f"{locations[lead]}, and rank {rank} {location}. Ranks of one host share its place: give them one path, or "
-                "hosts of different names."
-            )
-
-
-def _standing(here: Store, host: str | None, domain: str | None, circle: str) -> Standing:
-    for name, value in (("host", host), ("domain", domain), ("circle", circle)):
-        if (value is not None and not isinstance(value, str)) or (value == "" and name != "circle"):
-            raise BadArgumentError(f"{name}={value!r} cannot be: expected a name")
-    named = host if host is not None else host_name(of_process=isinstance(here, MemoryStore))
-    return Standing(named, domain if domain is not None else (host or host_name()), circle)
