@@ -92,6 +92,8 @@ class ProtectedWrite:
         self._content_metadata, self._metrics = content_metadata, metrics
         self._parity = store.protection.parity
         self._bytes_written = self._bytes_sent = 0
+        # The commit record that was in force here when the save began.
+        self._before: bytes | None = None
         # On rank 0.
         self._told: list[WriteReport] = []
         self._copying = Copying([], 0, [])
@@ -129,7 +131,7 @@ class ProtectedWrite:
         if not record:
             return
         try:
-            remove_superseded(self._store, decode_record(record, self._store.location), None)
+            remove_superseded(self._store, decode_record(record, self._store.location), self._before)
         except OSError as error:
             _LOG.warning("%s: files of superseded saves could not be deleted: %s", self._store.location, error)
 
@@ -169,6 +171,7 @@ class ProtectedWrite:
     def _check_run(self) -> None:
         """Raise if another run's checkpoint would be replaced."""
         before, run = current_record(self._store), self._store.protection.run
+        self._before = before
         try:
             nodes = None if before is None else decode_record(before, self._store.location).nodes
         except (CorruptionError, VersionError):

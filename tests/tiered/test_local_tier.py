@@ -139,7 +139,7 @@ def test_a_step_that_is_saved_while_a_removal_looks_stays(tmp_path: Path) -> Non
                 pruning.close()
 
     job.run(work)
-    assert len(looks) > 1
+    assert looks
     assert job.steps_of("a") == names_of(10, 15)
 
 

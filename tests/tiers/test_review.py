@@ -173,6 +173,37 @@ def test_damage_is_passed_over_together_with_ranks_that_read_nothing(tmp_path: P
     run_ranks(RANKS, load)
 
 
+def test_a_step_whose_index_is_damaged_everywhere_is_told_as_such(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    for index in tmp_path.rglob("*.index.safetensors"):
+        index.write_bytes(index.read_bytes()[:-9])
+
+    def run(group: Any) -> None:
+        with tier(group, tmp_path) as opened:
+            opened.restore(state(group.rank, 0.0))
+
+    _, errors = run_ranks_collecting(RANKS, run)
+    assert {type(error) for error in errors} == {IncompleteError}
+    assert "is damaged on every host that has its commit record" in str(errors[0])
+
+
+def test_a_file_that_cannot_be_looked_at_hides_none_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, 1)
+    shutil.rmtree(tmp_path / "a")
+    # Host b alone has what was on host a, but for one file.
+    hidden = min((tmp_path / "b").rglob("*-r00000-*"))
+    shutil.copy(hidden, tmp_path / "c" / "step_00000001" / "data" / hidden.name)
+    size = LocalStore.size
+
+    def sized(self: LocalStore, name: str) -> int:
+        if self._path(name) == hidden:
+            raise OSError(errno.EIO, "Input/output error")
+        return size(self, name)
+
+    monkeypatch.setattr(LocalStore, "size", sized)
+    assert restore(tmp_path, ("b", "c", "d", "e"))[0].step == 1
+
+
 # Records and calls that do not fit.
 
 
@@ -293,3 +324,14 @@ def test_a_step_is_not_saved_again_before_its_removal_is_through(tmp_path: Path,
             opened.release(1)
 
     run_ranks(1, run)
+
+
+def test_nothing_is_left_of_a_save_that_is_replaced_though_its_clock_was_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("giantstep.saving.new_save_id", lambda *_: "29991231T235959-0123456789abcdef")
+    save_steps(tmp_path, 3)
+    monkeypatch.undo()
+    save_steps(tmp_path, 3)
+    assert not list(tmp_path.rglob("29991231*"))
+    assert restore(tmp_path)[0].step == 3

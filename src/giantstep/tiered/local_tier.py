@@ -183,16 +183,22 @@ class LocalTier(AbstractContextManager["LocalTier"]):
         place = self.place_of(step)
         # Its files look like what a crashed save left until it is committed.
         self.hold(step)
+        begun = False
         try:
-            if not (self._asynchronous if asynchronous is None else asynchronous):
-                return save(state_dict, place, **arguments)
-            pending = async_save(state_dict, place, **arguments)
-            self._pending = [one for one in self._pending if not one.done()] + [pending]
-            if self._pruning is not None:
-                self._pruning.after(pending, step)
-            return pending
+            if self._asynchronous if asynchronous is None else asynchronous:
+                pending = async_save(state_dict, place, **arguments)
+                self._pending = [one for one in self._pending if not one.done()] + [pending]
+                if self._pruning is not None:
+                    self._pruning.after(pending, step)
+                begun = True
+                return pending
+            report = save(state_dict, place, **arguments)
+            begun = True
+            return report
         finally:
-            self.release(step)
+            # After a failure there is nothing new that could take the place of older steps.
+            if self._pruning is not None:
+                self._pruning.release(step, look=begun)
 
     def check_space(self, state_dict: dict[Any, Any]) -> None:
         """Before training starts: raise unless every host has room for `keep` + 1 steps of states like this one.

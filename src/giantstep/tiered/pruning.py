@@ -45,11 +45,12 @@ class Pruning:
             self._touched.add(step)
             self._changed.wait_for(lambda: self._removing != step)
 
-    def release(self, step: int) -> None:
-        """Undo one `hold`, and look what can go."""
+    def release(self, step: int, *, look: bool = True) -> None:
+        """Undo one `hold`; and look what can go, unless told otherwise."""
         with self._lock:
             self._held[step] -= 1
-            self._ask()
+            if look:
+                self._ask()
 
     def after(self, pending: PendingSave, step: int) -> None:
         """Look once this save is finished; its step stays until then."""

@@ -11,6 +11,7 @@ from giantstep.mapping.describe import describe
 from giantstep.reports import size_text
 from giantstep.tiers.hosts import HostMap, Standing
 from giantstep.tiers.node_store import NodeStore
+from giantstep.tiers.room import most_bytes
 
 
 def check_room(group: Group, root: NodeStore, steps: int, state_dict: dict[Any, Any], timeout_secs: float) -> None:
@@ -29,17 +30,14 @@ def check_room(group: Group, root: NodeStore, steps: int, state_dict: dict[Any, 
     def decide(reports: Sequence[Parts]) -> list[Parts]:
         hosts = HostMap.of([Standing.decode(report[0]) for report in reports])
         protection = root.protection
+        most = most_bytes([int(report[1]) for report in reports], hosts, protection.replicas, protection.parity)
         for number, lead in enumerate(hosts.leads):
-            mine = sum(int(reports[rank][1]) for rank in hosts.ranks_of(number))
-            need = mine * steps * (1 + protection.replicas)
-            if protection.parity is not None:
-                need = mine * steps * sum(protection.parity) // protection.parity[0]
-            free = reports[lead][2]
+            free, need = reports[lead][2], most[number] * steps
             if free and int(free) < need:
                 raise StoreError(
                     f"host {hosts.standings[number].host} has {size_text(int(free))} of room in its place, and {steps} "
-                    f"steps of its ranks' states, {size_text(mine)} each, with protection take up to {size_text(need)}: "
-                    "give it more, keep fewer steps, or ask for less protection"
+                    f"steps of such states, with what it keeps of other hosts, take up to {size_text(need)}: give it more, "
+                    "keep fewer steps, or ask for less protection"
                 )
         return [()] * len(reports)
 

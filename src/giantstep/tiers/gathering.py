@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +100,12 @@ class Gathering:
     def _look(self) -> Holding:
         store = self._store
         try:
-            names = [name for name in store.names(DATA_DIR) if name not in self._excluded]
-            files = {name: store.size(name) for name in names}
+            files: dict[str, int] = {}
+            for name in store.names(DATA_DIR):
+                if name not in self._excluded:
+                    # One that cannot be looked at, or is gone meanwhile, is missing; the others are there.
+                    with suppress(OSError):
+                        files[name] = store.size(name)
             bad = f"damaged: {', '.join(sorted(self._excluded)[:3])}" if self._excluded else ""
             try:
                 data = read_record_bytes(store)

@@ -135,6 +135,9 @@ def nothing_complete(
     lines = []
     for candidate in found[:3]:
         nodes, lost = candidate.record.nodes, candidate.lost
+        if not lost:
+            lines.append(f"the index of save {candidate.record.save_id} is damaged on every host that has its commit record")
+            continue
         where: dict[str, int] = {}
         for file in candidate.record.files:
             if file.name in lost and nodes is not None:

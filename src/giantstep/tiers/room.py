@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from giantstep.planning.stripes import block_bytes
 from giantstep.planning.twins import file_groups
 from giantstep.tiers.copying import FileFacts, plan_copies
 from giantstep.tiers.file_numbers import FILES_PER_GROUP
-from giantstep.tiers.hosts import HostMap
+from giantstep.tiers.hosts import HostMap, Ring
 from giantstep.tiers.parity_layout import ParityLayout
 
 _NO_SAVE = "00000000T000000-0000000000000000"
@@ -39,11 +40,33 @@ def needed_bytes(plan: SavePlan, hosts: HostMap, copies: int, parity: tuple[int,
             for rank, facts in enumerate(own)
             for name, size in zip(facts.names, facts.bytes, strict=True)
         ]
-        layout = ParityLayout.of(_NO_SAVE, hosts, parity, files)
-        for stripe in layout.stripes:
-            for host in stripe.parity:
-                needed[host] += block_bytes(stripe, layout.stream_bytes)
+        _add_parity(needed, hosts, parity, files)
     return needed
+
+
+def most_bytes(held: Sequence[int], hosts: HostMap, copies: int, parity: tuple[int, int] | None) -> list[int]:
+    """[hosts] what a save puts on each at most, before it is known what ranks hold alike. Headers and padding are not counted.
+
+    Args:
+        held: by rank, the bytes of its state. What it writes, as a twin too, is no more.
+        hosts, copies, parity: as for `needed_bytes`.
+    """
+    needed = [0] * len(hosts.standings)
+    ring = Ring(hosts)
+    for rank, size in enumerate(held):
+        for target in (rank, *ring.targets(rank, (), copies)):
+            needed[hosts.host[target]] += size
+    if parity is not None:
+        files = [FileEntry(data_file_name(_NO_SAVE, rank, 0), size, rank) for rank, size in enumerate(held)]
+        _add_parity(needed, hosts, parity, files)
+    return needed
+
+
+def _add_parity(needed: list[int], hosts: HostMap, parity: tuple[int, int], files: Sequence[FileEntry]) -> None:
+    layout = ParityLayout.of(_NO_SAVE, hosts, parity, files)
+    for stripe in layout.stripes:
+        for host in stripe.parity:
+            needed[host] += block_bytes(stripe, layout.stream_bytes)
 
 
 def _planned_files(plan: SavePlan, ranks: int) -> tuple[list[FileFacts], list[FileFacts]]:
