@@ -86,9 +86,10 @@ def test_an_error_that_is_none_of_ours_ends_no_draining(tmp_path: Path, monkeypa
         return drain(group, source, *arguments)
 
     monkeypatch.setattr(giantstep.tiered.tiers, "drain", failing)
-    found = drain_with(job, lambda *_: None, 5, 10)
+    # The save that tells of it is not made; which one that is, is a matter of time.
+    found = drain_with(job, lambda *_: None, 5, 10, 15)
     assert all(sum(error is not None for error in told) == 1 for told in found)
-    assert durable_steps(job)[-1] in (5, 10)
+    assert durable_steps(job)[-1] in (10, 15)
 
 
 def test_a_damaged_file_is_not_drained(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_link_cut_while_restoring_ends_it_and_the_next_try_restores(hosts: lis
     assert run(hosts, restore_and_save, [5], COPIES) == [0] * 4
     hosts[3].lose()
     # All hosts have agreed on the step, and the fourth is being sent what it lacks.
-    stops = Stops(all_ranks=("agree gather", 3), one_rank=(3, ("gather", 1)), patience_secs=4.0)
+    stops = Stops(all_ranks=("agree gather", 3), one_rank=(3, ("read", 0)), patience_secs=4.0)
     assert ends_when_cut(hosts, network, meet_trouble_restoring, COPIES, stops, cut=3) <= PEER_ERRORS
     assert run(hosts, restore_and_save, [], COPIES) == [5] * 4
 
