@@ -28,12 +28,9 @@ Scenario = Callable[[str, Path, Effort], Verdict]
 
 
 def _steps_in(root: Path) -> list[str]:
-    """Paths of all that might be a step, the newest first."""
-    return (
-        sorted((str(path) for path in root.iterdir() if path.is_dir() and "step_" in path.name), reverse=True)
-        if root.exists()
-        else []
-    )
+    """Paths of all that have the name of a step, the newest first. What a library writes to under another name is none."""
+    found = root.iterdir() if root.exists() else ()
+    return sorted((str(path) for path in found if path.is_dir() and path.name.startswith("step_")), reverse=True)
 
 
 def _saved(library: str, path: Path, value: int = 1) -> None:

@@ -104,3 +104,12 @@ def test_giantstep_is_tried_for_real(tmp_path: Path) -> None:
 
     assert killed_overwriting("giantstep", tmp_path / "a", Effort(rounds=1)).outcome is Outcome.SURVIVES
     assert files_swapped("giantstep", tmp_path / "b", Effort()).outcome is Outcome.DETECTS
+
+
+def test_what_a_library_writes_to_before_it_renames_it_is_no_step(tmp_path: Path) -> None:
+    from scenarios import _steps_in
+
+    for name in ("step_00000001", "step_00000002", "tmp_step_00000003", ".step_00000004"):
+        (tmp_path / name).mkdir()
+    assert [Path(path).name for path in _steps_in(tmp_path)] == ["step_00000002", "step_00000001"]
+    assert _steps_in(tmp_path / "none") == []
