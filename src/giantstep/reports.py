@@ -63,10 +63,10 @@ class SaveReport:
     def __str__(self) -> str:
         what = f"{_counted(self.tensors, 'tensor')} and {_counted(self.objects, 'object')}"
         again = f", {size_text(self.bytes_reused)} of it unchanged" if self.bytes_reused else ""
-        return (
-            f"saved {what}, {size_text(self.bytes)}{again}, to {self.location} "
-            f"(this rank wrote {size_text(self.bytes_written)}; {_secs(self.seconds)})"
-        )
+        wrote = f"wrote {size_text(self.bytes_written)}"
+        if self.bytes_sent or self.bytes_spared:
+            wrote += f" and sent {size_text(self.bytes_sent)}; sending {size_text(self.bytes_spared)} was spared all ranks"
+        return f"saved {what}, {size_text(self.bytes)}{again}, to {self.location} (this rank {wrote}; {_secs(self.seconds)})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,7 +210,9 @@ class _Drains:
         self._changed = threading.Condition(self._lock)
         self._jobs: deque[tuple[int, PendingSave | None]] = deque()
         self._thread: threading.Thread | None = None
-        self._failure: GiantstepError | None = None
+        # Copies that are through, and of these the numbers of those that failed, of which no call has told.
+        self._through = 0
+        self._failures: dict[int, GiantstepError] = {}
 
     def begin(self, step: int, pending: PendingSave | None) -> None:
         """Copy a step, once it is saved. It stays in the hosts' places until then."""
@@ -229,16 +231,27 @@ class _Drains:
     close = settle
 
     def check(self) -> None:
-        """Raise what a copy failed with, once. All ranks ask at the same time, and all raise if one has heard."""
+        """Raise what the first copy failed with of which no call has told. All ranks ask at the same time, and all raise."""
+
+        def count() -> bytes:
+            with self._lock:
+                return str(self._through).encode("ascii")
+
+        def fewest(reports: Sequence[bytes]) -> list[bytes]:
+            return [min(reports, key=int)] * len(reports)
+
+        # Only of copies that are through on all ranks: what one has not heard yet would be told again by the next call.
+        group, secs = self._local.group, self._local.timeout_secs
+        through = int(consult(group, "drain", secs, count, fewest))
 
         def tell() -> bytes:
             with self._lock:
-                failure, self._failure = self._failure, None
-            if failure is not None:
-                raise failure
+                told = [self._failures.pop(number) for number in sorted(self._failures) if number < through]
+            if told:
+                raise told[0]
             return b""
 
-        consult(self._local.group, "drain", self._local.timeout_secs, tell)
+        consult(group, "drain", secs, tell)
 
     # In the thread.
 
@@ -255,12 +268,13 @@ class _Drains:
             except Exception as error:  # noqa: BLE001 - whatever it is, the copies after it must not be lost to it
                 ours = error if isinstance(error, GiantstepError) else located(error, self._group.rank, "drain")
                 with self._lock:
-                    self._failure = self._failure or ours
+                    self._failures[self._through] = ours
                 _LOG.warning("step %d could not be copied to the durable place: %s", step, error)
             finally:
                 self._local.release(step)
                 with self._lock:
                     self._jobs.popleft()
+                    self._through += 1
 
     def _drain(self, step: int, pending: PendingSave | None) -> Drained | None:
         if pending is not None:

@@ -301,14 +301,15 @@ class Gathering:
 
     def _carry(self, plan: Parts) -> None:
         """Carry, and once more from other holders what did not arrive as it should."""
-        while True:
-            done = self._carry_once(plan)
-            self.bytes_received += done.bytes_received
-            bad = json.dumps(done.bad).encode("ascii")
-            answer = consult_parts(self._group, PHASE, self._secs, lambda bad=bad: (bad,), self._again)  # type: ignore[misc]
-            if not answer:
-                return
-            plan = answer
+        while plan:
+            plan = self._carried(plan)
+
+    def _carried(self, plan: Parts) -> Parts:
+        """What is to be carried again; nothing if all has arrived."""
+        done = self._carry_once(plan)
+        self.bytes_received += done.bytes_received
+        bad = json.dumps(done.bad).encode("ascii")
+        return consult_parts(self._group, PHASE, self._secs, lambda: (bad,), self._again)
 
     def _carry_once(self, plan: Parts) -> Carried:
         if self._record is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from giantstep.errors import CorruptionError, GiantstepError, IncompleteError, PeerFailureError, VersionError
 from giantstep.format.names import RECORD_NAME
@@ -122,9 +121,7 @@ def _holders(record: CommitRecord, holdings: Sequence[Holding]) -> dict[str, lis
     }
 
 
-def nothing_complete(
-    location: str, found: Sequence[Candidate], refused: Collection[str], hosts: HostMap, problems: Any = ()
-) -> GiantstepError:
+def nothing_complete(location: str, found: Sequence[Candidate], refused: Collection[str], hosts: HostMap) -> GiantstepError:
     """The error that says what is missing where."""
     if not found:
         told = f" Not used: {'; '.join([*refused][:10])}." if refused else ""
@@ -145,7 +142,7 @@ def nothing_complete(
                 where[owner] = where.get(owner, 0) + 1
         told = ", ".join(f"{count} written on host {name}" for name, count in sorted(where.items())[:10])
         lines.append(f"save {candidate.record.save_id} lacks {len(lost)} of {len(candidate.record.files)} data files: {told}")
-    told = "; ".join([*lines, *[*refused][:10], *problems])
+    told = "; ".join([*lines, *[*refused][:10]])
     return IncompleteError(
         f"{location} is not all there on the hosts {', '.join(one.host for one in hosts.standings[:20])}: {told}. Bring a "
         "host back that holds it, or load another step, or from the durable place."
